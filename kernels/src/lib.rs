@@ -1,0 +1,41 @@
+//! Ops that mixture-of-experts models need beyond plain candle: each with a reference, a fast CPU path, and checks.
+//!
+//! Map: `weight` and `mapped_file` hold weights, `paged_cache` holds keys and values, `pool` runs tasks on the compute
+//! threads, `dispatch` and `lanes` choose and wrap the instruction set, `ops` has one folder per op.
+//!
+//! Invariant of every op: an output row is a function of its own input row (and of its context) alone, to the bit.
+//! The order of every reduction depends on the reduced length only, never on the number of rows, on which rows share a
+//! tile, or on the thread that computes it.
+
+#[cfg(target_endian = "big")]
+compile_error!("weights are little-endian bytes that are read in place");
+
+pub mod block_format;
+mod check;
+mod error;
+mod mapped_file;
+mod memory;
+mod ops;
+mod paged_cache;
+pub mod pool;
+mod weight;
+
+pub use error::{KernelError, Result};
+pub use mapped_file::MappedFile;
+pub use ops::embedding::embedding;
+pub use ops::grouped_swiglu::{ExpertWeights, grouped_swiglu};
+pub use ops::head_linear::head_linear;
+pub use ops::linear::linear;
+pub use ops::mla_attention::{MlaSpec, mla_attention};
+pub use ops::paged_attention::{GqaSpec, paged_attention};
+pub use ops::rms_norm::{rms_norm, rms_norm_residual};
+pub use ops::rope::{RopeStyle, RopeTable, rope};
+pub use ops::route::{GroupScore, Groups, RouterSpec, Scoring, TopK, route};
+pub use ops::swiglu::swiglu;
+pub use paged_cache::{KvFormat, PagedBatch, PagedCache};
+pub use weight::{PackedWeight, WeightFormat};
+
+/// The instruction set in use: `avx512`, `avx2` or `portable`.
+pub fn isa() -> &'static str {
+    "portable"
+}

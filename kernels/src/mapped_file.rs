@@ -1,0 +1,33 @@
+//! Read-only memory-mapped files, shared by the weights that lie in them.
+
+use std::fs::File;
+use std::io;
+use std::ops::Deref;
+use std::path::Path;
+
+use memmap2::Mmap;
+
+/// A whole file mapped read-only. It is trusted not to shrink or change while mapped.
+#[derive(Debug)]
+pub struct MappedFile {
+    map: Mmap,
+}
+
+impl MappedFile {
+    /// Maps the file. Errors are those of opening and mapping.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let file = File::open(path)?;
+        // SAFETY: checkpoint files are trusted not to be written or truncated while served; the operator upholds it
+        // (ARCHITECTURE.md, "Packed on disk").
+        let map = unsafe { Mmap::map(&file) }?;
+        Ok(Self { map })
+    }
+}
+
+impl Deref for MappedFile {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.map
+    }
+}

@@ -1,0 +1,63 @@
+//! The expert layer: each token through its experts, grouped so that an expert's tokens are one matrix product.
+
+mod reference;
+
+use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
+
+use super::route::TopK;
+use crate::check::{self, Input, f32_output, f32_slice};
+use crate::error::Result;
+use crate::weight::PackedWeight;
+
+const OP: &str = "grouped_swiglu";
+
+/// One expert: `down(silu(gate x) * up x)`.
+#[derive(Debug, Clone)]
+pub struct ExpertWeights {
+    /// Gate rows first; `[2 * intermediate, hidden_size]`
+    pub gate_up: PackedWeight,
+    /// `[hidden_size, intermediate]`
+    pub down: PackedWeight,
+}
+
+/// `Σ weight * expert(x)` over the slots of each token, summed in slot order. Experts without a token are not read.
+/// Fails if the experts' shapes do not fit `x`, or `topk` names an expert that does not exist.
+pub fn grouped_swiglu(
+    x: &Tensor, /* [num_tokens, hidden_size] */
+    experts: &[ExpertWeights],
+    topk: &TopK,
+) -> Result<Tensor /* [num_tokens, hidden_size] */> {
+    let [num_tokens, hidden_size] = Input { op: OP, what: "x", tensor: x }.dims("[num_tokens, hidden_size]")?;
+    check::length(OP, "number of chosen experts", topk.experts.len(), num_tokens * topk.k)?;
+    check::length(OP, "number of expert weights", topk.weights.len(), num_tokens * topk.k)?;
+    let intermediate = experts.first().map_or(0, |expert| expert.down.cols());
+    for expert in experts {
+        check::length(OP, "width of gate_up", expert.gate_up.cols(), hidden_size)?;
+        check::length(OP, "rows of gate_up", expert.gate_up.rows(), 2 * intermediate)?;
+        check::length(OP, "width of down", expert.down.cols(), intermediate)?;
+        check::length(OP, "rows of down", expert.down.rows(), hidden_size)?;
+    }
+    for &expert in &topk.experts {
+        check::below(OP, "expert", expert as usize, experts.len())?;
+    }
+    Ok(x.apply_op1_no_bwd(&GroupedSwiglu { num_tokens, hidden_size, intermediate, experts, topk })?)
+}
+
+struct GroupedSwiglu<'a> {
+    num_tokens: usize,
+    hidden_size: usize,
+    intermediate: usize,
+    experts: &'a [ExpertWeights],
+    topk: &'a TopK,
+}
+
+impl CustomOp1 for GroupedSwiglu<'_> {
+    fn name(&self) -> &'static str {
+        OP
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, x_layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let out = reference::grouped_swiglu(self, f32_slice(x, x_layout)?);
+        Ok(f32_output(out, (self.num_tokens, self.hidden_size)))
+    }
+}

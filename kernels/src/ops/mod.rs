@@ -1,0 +1,13 @@
+//! One folder per op: contract and checks in `mod.rs`, the oracle in `reference.rs`, the fast path in `cpu.rs`.
+
+pub(crate) mod attention;
+pub(crate) mod embedding;
+pub(crate) mod grouped_swiglu;
+pub(crate) mod head_linear;
+pub(crate) mod linear;
+pub(crate) mod mla_attention;
+pub(crate) mod paged_attention;
+pub(crate) mod rms_norm;
+pub(crate) mod rope;
+pub(crate) mod route;
+pub(crate) mod swiglu;

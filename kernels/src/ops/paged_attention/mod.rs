@@ -1,0 +1,70 @@
+//! Causal attention of grouped query heads over keys and values in blocks.
+
+use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
+
+use super::attention::{self, Attention, HeadLayout};
+use crate::check::{self, Input, f32_output, f32_slice};
+use crate::error::{KernelError, Result};
+use crate::paged_cache::{PagedBatch, PagedCache};
+
+const OP: &str = "paged_attention";
+
+/// Heads of grouped-query attention (Ainslie et al., 2023).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct GqaSpec {
+    pub num_heads: usize,
+    /// Divides `num_heads`; head `h` reads key-value head `h / (num_heads / num_kv_heads)`.
+    pub num_kv_heads: usize,
+    pub head_dim: usize,
+    /// Multiplies the scores.
+    pub scale: f32,
+    /// A row at position `i` sees `j` iff `i - window < j <= i`; `None` sees all.
+    pub window: Option<usize>,
+}
+
+/// `softmax(scale * q · Kᵀ) · V` for each row over the context of its sequence. A row of the cache holds the keys
+/// `[num_kv_heads * head_dim]`, then the values. Fails if the shapes do not fit, or the batch names rows or blocks that
+/// do not exist.
+pub fn paged_attention(
+    q: &Tensor,         /* [num_tokens, num_heads, head_dim] */
+    cache: &PagedCache, /* width 2 * num_kv_heads * head_dim */
+    batch: &PagedBatch,
+    spec: &GqaSpec,
+) -> Result<Tensor /* [num_tokens, num_heads * head_dim] */> {
+    let input = Input { op: OP, what: "q", tensor: q };
+    let [num_tokens, _, _] = input.dims("[num_tokens, num_heads, head_dim]")?;
+    input.has_dims(&[num_tokens, spec.num_heads, spec.head_dim])?;
+    if spec.num_kv_heads == 0 || !spec.num_heads.is_multiple_of(spec.num_kv_heads) || spec.window == Some(0) {
+        return Err(KernelError::Invalid { op: OP, reason: format!("impossible heads or window: {spec:?}") });
+    }
+    check::length(OP, "width of the cache", cache.width(), 2 * spec.num_kv_heads * spec.head_dim)?;
+    batch.check(OP, num_tokens, cache)?;
+    Ok(q.apply_op1_no_bwd(&PagedAttention { cache, batch, spec })?)
+}
+
+struct PagedAttention<'a> {
+    cache: &'a PagedCache,
+    batch: &'a PagedBatch,
+    spec: &'a GqaSpec,
+}
+
+impl CustomOp1 for PagedAttention<'_> {
+    fn name(&self) -> &'static str {
+        OP
+    }
+
+    fn cpu_fwd(&self, q: &CpuStorage, q_layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let GqaSpec { num_heads, num_kv_heads, head_dim, scale, window } = *self.spec;
+        let heads = HeadLayout {
+            num_heads,
+            group_size: num_heads / num_kv_heads,
+            key_start: 0,
+            key_dim: head_dim,
+            value_start: num_kv_heads * head_dim,
+            value_dim: head_dim,
+        };
+        let q = [(f32_slice(q, q_layout)?, head_dim)];
+        let out = attention::forward(&Attention { q: &q, cache: self.cache, batch: self.batch, heads, scale, window });
+        Ok(f32_output(out, (q_layout.dims()[0], num_heads * head_dim)))
+    }
+}

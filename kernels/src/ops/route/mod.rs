@@ -1,0 +1,111 @@
+//! Router: from logits to the experts of each token and their weights.
+
+mod reference;
+
+use candle_core::{Storage, Tensor};
+
+use crate::check::{self, Input, f32_slice};
+use crate::error::{KernelError, Result};
+
+const OP: &str = "route";
+
+/// How logits become scores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scoring {
+    /// Softmax over all experts (Qwen-MoE, DeepSeek-V2).
+    Softmax,
+    /// The choice is made on logits; the weights are a softmax over the chosen ones (Mixtral, Granite).
+    SoftmaxTopK,
+    /// Each logit by itself (DeepSeek-V3, Kimi K2).
+    Sigmoid,
+}
+
+/// The score of a group of experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GroupScore {
+    /// Its best expert (DeepSeek-V2).
+    Max,
+    /// The sum of its two best experts (DeepSeek-V3).
+    TopTwoSum,
+}
+
+/// Restriction of the choice to the best groups of neighbouring experts.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Groups {
+    /// Groups of equal size.
+    pub num: usize,
+    /// Groups that stay in the choice.
+    pub top: usize,
+    pub score: GroupScore,
+    /// Choice score of the experts of the other groups: 0 or -inf.
+    pub masked: f32,
+}
+
+/// A published router, as data.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RouterSpec {
+    /// Experts per token.
+    pub top_k: usize,
+    pub scoring: Scoring,
+    /// Added to the scores for the choice only; `[num_experts]`.
+    pub bias: Option<Vec<f32>>,
+    pub groups: Option<Groups>,
+    /// Divide the weights by their sum plus this.
+    pub renormalize: Option<f32>,
+    /// Multiplies the weights at the end.
+    pub scale: f32,
+}
+
+/// The experts of each token, by descending choice score; ties go to the lower index.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct TopK {
+    /// `[num_tokens * k]`
+    pub experts: Vec<u32>,
+    /// `[num_tokens * k]`
+    pub weights: Vec<f32>,
+    pub k: usize,
+}
+
+/// Chooses `top_k` experts per token. A NaN is never chosen over a number, and makes NaN weights. Fails if the spec
+/// does not fit the number of experts.
+pub fn route(logits: &Tensor /* [num_tokens, num_experts] */, spec: &RouterSpec) -> Result<TopK> {
+    let input = Input { op: OP, what: "logits", tensor: logits };
+    let [num_tokens, num_experts] = input.dims("[num_tokens, num_experts]")?;
+    spec.check(num_experts)?;
+    let (storage, layout) = logits.storage_and_layout();
+    let Storage::Cpu(storage) = &*storage else {
+        return Err(KernelError::Device { op: OP, what: "logits" });
+    };
+    let logits = f32_slice(storage, layout)?;
+    let (mut experts, mut weights) = (vec![0; num_tokens * spec.top_k], vec![0.0; num_tokens * spec.top_k]);
+    for (row, (experts, weights)) in logits
+        .chunks_exact(num_experts)
+        .zip(experts.chunks_exact_mut(spec.top_k).zip(weights.chunks_exact_mut(spec.top_k)))
+    {
+        reference::route_row(row, spec, experts, weights);
+    }
+    Ok(TopK { experts, weights, k: spec.top_k })
+}
+
+impl RouterSpec {
+    fn check(&self, num_experts: usize) -> Result<()> {
+        let invalid = |reason| Err(KernelError::Invalid { op: OP, reason });
+        if self.top_k == 0 || self.top_k > num_experts {
+            return invalid(format!("cannot choose {} of {num_experts} experts", self.top_k));
+        }
+        if let Some(bias) = &self.bias {
+            check::length(OP, "length of the bias", bias.len(), num_experts)?;
+        }
+        let Some(groups) = self.groups else { return Ok(()) };
+        if groups.num == 0 || !num_experts.is_multiple_of(groups.num) {
+            return invalid(format!("{num_experts} experts do not form {} groups", groups.num));
+        }
+        if groups.top == 0 || groups.top > groups.num {
+            return invalid(format!("cannot choose {} of {} groups", groups.top, groups.num));
+        }
+        if groups.top * (num_experts / groups.num) < self.top_k {
+            return invalid(format!("{} groups have fewer than {} experts", groups.top, self.top_k));
+        }
+        Ok(())
+    }
+}

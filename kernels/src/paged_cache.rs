@@ -1,0 +1,256 @@
+//! Bytes of one cache site in blocks of token slots, and the description of a batch that reads them.
+
+use candle_core::{Device, Storage, Tensor};
+use half::bf16;
+use half::slice::HalfFloatSliceExt;
+use memmap2::MmapMut;
+
+use crate::check::{self, Input};
+use crate::error::{KernelError, Result};
+use crate::memory::{view, view_mut};
+
+const OP: &str = "paged cache";
+
+/// How keys and values are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum KvFormat {
+    F32,
+    Bf16,
+}
+
+impl KvFormat {
+    /// Bytes of one element.
+    pub fn element_bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+        }
+    }
+
+    /// The name used in configuration and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        }
+    }
+}
+
+/// Rows of `width` elements, one per token slot; `slot = block * block_size + offset`. Memory comes in slabs of blocks
+/// that can be added and given back; it is zero, and committed when first written.
+pub struct PagedCache {
+    format: KvFormat,
+    block_size: usize,
+    width: usize,
+    blocks_per_slab: usize,
+    slabs: Vec<MmapMut>,
+}
+
+impl PagedCache {
+    /// A cache without slabs. Fails if a size is zero or a slab does not fit the address space.
+    pub fn new(format: KvFormat, block_size: usize, width: usize, blocks_per_slab: usize) -> Result<Self> {
+        let slab_bytes = [block_size, width, blocks_per_slab]
+            .iter()
+            .try_fold(format.element_bytes(), |product, &size| product.checked_mul(size));
+        match slab_bytes {
+            Some(bytes) if bytes > 0 && bytes <= isize::MAX as usize => {
+                Ok(Self { format, block_size, width, blocks_per_slab, slabs: Vec::new() })
+            }
+            _ => Err(KernelError::Invalid {
+                op: OP,
+                reason: format!("no slab of {blocks_per_slab} blocks of {block_size} slots of {width} elements"),
+            }),
+        }
+    }
+
+    /// Adds `blocks_per_slab` blocks behind the others. Fails if the system has no address space for them.
+    pub fn add_slab(&mut self) -> Result<()> {
+        let bytes = self.slab_slots() * self.width * self.format.element_bytes();
+        let slab = MmapMut::map_anon(bytes).map_err(|source| KernelError::Memory { op: OP, bytes, source })?;
+        self.slabs.push(slab);
+        Ok(())
+    }
+
+    /// Gives the memory of the last slab back to the system; false if there was none.
+    pub fn remove_last_slab(&mut self) -> bool {
+        self.slabs.pop().is_some()
+    }
+
+    /// Blocks in all slabs.
+    pub fn num_blocks(&self) -> usize {
+        self.slabs.len() * self.blocks_per_slab
+    }
+
+    /// Token slots of a block.
+    pub fn block_size(&self) -> usize {
+        self.block_size
+    }
+
+    /// Elements of a row.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// How the rows are stored.
+    pub fn format(&self) -> KvFormat {
+        self.format
+    }
+
+    /// Stores row `i` of `rows` (f32, rounded to nearest even) at slot `slots[i]`; slots that are named twice keep the
+    /// last row. Fails before writing anything if a slot does not exist.
+    pub fn write(&mut self, rows: &Tensor /* [num_tokens, width] */, slots: &[u32]) -> Result<()> {
+        Input { op: OP, what: "rows", tensor: rows }.has_dims(&[slots.len(), self.width])?;
+        let num_slots = self.num_blocks() * self.block_size;
+        for &slot in slots {
+            check::below(OP, "slot", slot as usize, num_slots)?;
+        }
+        let (storage, layout) = rows.storage_and_layout();
+        let Storage::Cpu(storage) = &*storage else {
+            return Err(KernelError::Device { op: OP, what: "rows" });
+        };
+        let rows = check::f32_slice(storage, layout)?;
+        for (row, &slot) in rows.chunks_exact(self.width).zip(slots) {
+            let (format, bytes) = (self.format, self.row_bytes_mut(slot as usize));
+            match format {
+                KvFormat::F32 => view_mut::<f32>(bytes).copy_from_slice(row),
+                KvFormat::Bf16 => view_mut::<bf16>(bytes).convert_from_f32_slice(row),
+            }
+        }
+        Ok(())
+    }
+
+    /// The stored rows at these slots, widened. For tests and for moving blocks; fails if a slot does not exist.
+    pub fn read(&self, slots: &[u32]) -> Result<Tensor /* [slots.len(), width] */> {
+        let mut rows = vec![0.0; slots.len() * self.width];
+        for (row, &slot) in rows.chunks_exact_mut(self.width).zip(slots) {
+            check::below(OP, "slot", slot as usize, self.num_blocks() * self.block_size)?;
+            let bytes = self.row_bytes(slot as usize);
+            match self.format {
+                KvFormat::F32 => row.copy_from_slice(view(bytes)),
+                KvFormat::Bf16 => view::<bf16>(bytes).convert_to_f32_slice(row),
+            }
+        }
+        Ok(Tensor::from_vec(rows, (slots.len(), self.width), &Device::Cpu)?)
+    }
+
+    /// The bytes of the row at a slot that exists.
+    pub(crate) fn row_bytes(&self, slot: usize) -> &[u8] {
+        let row_bytes = self.width * self.format.element_bytes();
+        let start = slot % self.slab_slots() * row_bytes;
+        &self.slabs[slot / self.slab_slots()][start..start + row_bytes]
+    }
+
+    fn row_bytes_mut(&mut self, slot: usize) -> &mut [u8] {
+        let row_bytes = self.width * self.format.element_bytes();
+        let slab_slots = self.slab_slots();
+        let start = slot % slab_slots * row_bytes;
+        &mut self.slabs[slot / slab_slots][start..start + row_bytes]
+    }
+
+    fn slab_slots(&self) -> usize {
+        self.blocks_per_slab * self.block_size
+    }
+}
+
+/// Which rows belong to which sequence, and where each sequence's context lies. Row `i` of a sequence with `n` rows in
+/// this step has position `context_len - n + i` and sees the positions up to its own.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PagedBatch {
+    /// First row of each sequence, then the number of rows; `[num_seqs + 1]`.
+    pub cu_seqlens: Vec<u32>,
+    /// Positions of each sequence, this step's rows included; `[num_seqs]`.
+    pub context_lens: Vec<u32>,
+    /// Blocks of all sequences, one after the other.
+    pub block_tables: Vec<u32>,
+    /// First entry of each sequence in `block_tables`, then their number; `[num_seqs + 1]`.
+    pub block_offsets: Vec<u32>,
+}
+
+impl PagedBatch {
+    pub(crate) fn num_seqs(&self) -> usize {
+        self.context_lens.len()
+    }
+
+    /// Refuses a batch that does not describe `num_rows` rows over blocks that exist.
+    pub(crate) fn check(&self, op: &'static str, num_rows: usize, cache: &PagedCache) -> Result<()> {
+        check_offsets(op, "cu_seqlens", &self.cu_seqlens, (self.num_seqs(), num_rows))?;
+        check_offsets(op, "block_offsets", &self.block_offsets, (self.num_seqs(), self.block_tables.len()))?;
+        for &block in &self.block_tables {
+            check::below(op, "block", block as usize, cache.num_blocks())?;
+        }
+        for (seq_idx, &context_len) in self.context_lens.iter().enumerate() {
+            let seq_rows = self.cu_seqlens[seq_idx + 1] - self.cu_seqlens[seq_idx];
+            if seq_rows > context_len {
+                let reason = format!("sequence {seq_idx} has {seq_rows} rows in a context of {context_len}");
+                return Err(KernelError::Invalid { op, reason });
+            }
+            let num_blocks = (self.block_offsets[seq_idx + 1] - self.block_offsets[seq_idx]) as usize;
+            if num_blocks * cache.block_size() < context_len as usize {
+                let reason = format!("sequence {seq_idx} has {num_blocks} blocks for a context of {context_len}");
+                return Err(KernelError::Invalid { op, reason });
+            }
+        }
+        Ok(())
+    }
+
+    /// The blocks of a sequence of a checked batch.
+    pub(crate) fn block_table(&self, seq_idx: usize) -> &[u32] {
+        &self.block_tables[self.block_offsets[seq_idx] as usize..self.block_offsets[seq_idx + 1] as usize]
+    }
+}
+
+/// Offsets of `shape.0` parts must rise from 0 to `shape.1`.
+fn check_offsets(op: &'static str, what: &'static str, offsets: &[u32], shape: (usize, usize)) -> Result<()> {
+    let (num_parts, total) = shape;
+    check::length(op, what, offsets.len(), num_parts + 1)?;
+    let rises = offsets.windows(2).all(|pair| pair[0] <= pair[1]);
+    if rises && offsets[0] == 0 && offsets[num_parts] as usize == total {
+        Ok(())
+    } else {
+        Err(KernelError::Invalid { op, reason: format!("{what} must rise from 0 to {total}") })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rows(num_rows: usize, width: usize) -> Tensor {
+        let values: Vec<f32> = (0..num_rows * width).map(|i| i as f32 * 0.37 - 5.0).collect();
+        Tensor::from_vec(values, (num_rows, width), &Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn rows_come_back_rounded_to_the_format() {
+        for format in [KvFormat::F32, KvFormat::Bf16] {
+            let mut cache = PagedCache::new(format, 4, 6, 2).unwrap();
+            cache.add_slab().unwrap();
+            cache.add_slab().unwrap();
+            assert_eq!(cache.num_blocks(), 4);
+            let slots = [15, 0, 7, 8];
+            cache.write(&rows(4, 6), &slots).unwrap();
+            let mut expected = rows(4, 6).flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            if format == KvFormat::Bf16 {
+                expected.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32());
+            }
+            assert_eq!(cache.read(&slots).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap(), expected);
+            assert_eq!(cache.read(&[3]).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap(), [0.0; 6]);
+        }
+    }
+
+    #[test]
+    fn slabs_come_and_go() {
+        let mut cache = PagedCache::new(KvFormat::F32, 4, 6, 2).unwrap();
+        assert!(!cache.remove_last_slab());
+        assert!(cache.write(&rows(1, 6), &[0]).is_err());
+        cache.add_slab().unwrap();
+        assert!(cache.write(&rows(1, 6), &[7]).is_ok());
+        assert!(cache.write(&rows(1, 6), &[8]).is_err());
+        assert!(cache.write(&rows(1, 5), &[0]).is_err());
+        assert!(cache.remove_last_slab());
+        cache.add_slab().unwrap();
+        assert_eq!(cache.read(&[7]).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap(), [0.0; 6]);
+        assert!(PagedCache::new(KvFormat::F32, 0, 6, 2).is_err());
+        assert!(PagedCache::new(KvFormat::F32, usize::MAX, 6, 2).is_err());
+    }
+}

@@ -1,0 +1,236 @@
+//! Weights of hot ops: a format, a shape, and bytes that are owned or lie in a mapped file.
+
+use std::fmt;
+use std::sync::Arc;
+
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+use crate::check;
+use crate::error::{KernelError, Result};
+use crate::mapped_file::MappedFile;
+use crate::memory::{AlignedBytes, Plain, is_aligned, view, view_mut};
+
+const OP: &str = "weight";
+
+/// How the numbers of a weight are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum WeightFormat {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl WeightFormat {
+    /// Bytes of a `[rows, cols]` weight.
+    pub fn bytes_for(self, rows: usize, cols: usize) -> usize {
+        let element_bytes = match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        };
+        rows * cols * element_bytes
+    }
+
+    /// The name used in configuration and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+        }
+    }
+}
+
+#[derive(Clone)]
+enum Bytes {
+    Owned(Arc<AlignedBytes>),
+    Mapped { file: Arc<MappedFile>, offset: usize },
+}
+
+/// A `[rows, cols]` matrix, row-major: `rows` outputs of `cols` inputs each. Cloning shares the bytes.
+#[derive(Clone)]
+pub struct PackedWeight {
+    format: WeightFormat,
+    rows: usize,
+    cols: usize,
+    bytes: Bytes,
+}
+
+/// The numbers of a weight in their stored type.
+pub(crate) enum WeightView<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+    Bf16(&'a [bf16]),
+}
+
+impl PackedWeight {
+    /// Copies little-endian numbers in row-major order. Fails if the bytes are not exactly `rows * cols` numbers.
+    pub fn from_bytes(format: WeightFormat, rows: usize, cols: usize, bytes: &[u8]) -> Result<Self> {
+        check::length(OP, "number of bytes", bytes.len(), num_bytes(format, rows, cols)?)?;
+        let mut owned = AlignedBytes::zeroed(bytes.len());
+        owned.as_mut_slice().copy_from_slice(bytes);
+        Ok(Self::owned(format, rows, cols, owned))
+    }
+
+    /// Rounds numbers to the format (to nearest, ties to even). Fails if there are not exactly `rows * cols`.
+    pub fn from_f32(format: WeightFormat, rows: usize, cols: usize, values: &[f32]) -> Result<Self> {
+        let bytes = num_bytes(format, rows, cols)?;
+        check::length(OP, "number of values", values.len(), rows * cols)?;
+        let mut owned = AlignedBytes::zeroed(bytes);
+        let target = owned.as_mut_slice();
+        match format {
+            WeightFormat::F32 => view_mut::<f32>(target).copy_from_slice(values),
+            WeightFormat::F16 => view_mut::<f16>(target).convert_from_f32_slice(values),
+            WeightFormat::Bf16 => view_mut::<bf16>(target).convert_from_f32_slice(values),
+        }
+        Ok(Self::owned(format, rows, cols, owned))
+    }
+
+    /// Borrows a range of a mapped file that starts at byte `offset`. A range that is not aligned to its numbers is
+    /// copied. Fails if it does not lie inside the file.
+    pub fn mapped(
+        file: Arc<MappedFile>,
+        offset: usize,
+        format: WeightFormat,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Self> {
+        let len = num_bytes(format, rows, cols)?;
+        let available = file.len().saturating_sub(offset);
+        if offset > file.len() || len > available {
+            let reason =
+                format!("bytes {offset}..{} lie outside the {} mapped", offset.saturating_add(len), file.len());
+            return Err(KernelError::Invalid { op: OP, reason });
+        }
+        let bytes = &file[offset..offset + len];
+        let aligned = match format {
+            WeightFormat::F32 => is_aligned::<f32>(bytes),
+            WeightFormat::F16 | WeightFormat::Bf16 => is_aligned::<f16>(bytes),
+        };
+        if aligned {
+            Ok(Self { format, rows, cols, bytes: Bytes::Mapped { file, offset } })
+        } else {
+            Self::from_bytes(format, rows, cols, bytes)
+        }
+    }
+
+    /// Stacks weights of one format and width. Fails on none, or on a mix.
+    pub fn concat_rows(parts: &[&Self]) -> Result<Self> {
+        let Some(first) = parts.first() else {
+            return Err(KernelError::Invalid { op: OP, reason: "no weights to stack".to_owned() });
+        };
+        if let Some(part) = parts.iter().find(|part| part.format != first.format) {
+            let reason = format!("cannot stack {} and {} weights", first.format.name(), part.format.name());
+            return Err(KernelError::Invalid { op: OP, reason });
+        }
+        for part in parts {
+            check::length(OP, "width of a stacked weight", part.cols, first.cols)?;
+        }
+        let rows = parts.iter().map(|part| part.rows).sum();
+        let mut owned = AlignedBytes::zeroed(num_bytes(first.format, rows, first.cols)?);
+        let mut target = owned.as_mut_slice();
+        for part in parts {
+            let (head, tail) = target.split_at_mut(part.num_bytes());
+            head.copy_from_slice(part.as_bytes());
+            target = tail;
+        }
+        Ok(Self::owned(first.format, rows, first.cols, owned))
+    }
+
+    /// The same numbers in another format (to nearest, ties to even); itself if it is in that format already.
+    pub fn convert(self, format: WeightFormat) -> Self {
+        if self.format == format {
+            return self;
+        }
+        let mut owned = AlignedBytes::zeroed(format.bytes_for(self.rows, self.cols));
+        let target = owned.as_mut_slice();
+        let values = self.to_f32();
+        match format {
+            WeightFormat::F32 => view_mut::<f32>(target).copy_from_slice(&values),
+            WeightFormat::F16 => view_mut::<f16>(target).convert_from_f32_slice(&values),
+            WeightFormat::Bf16 => view_mut::<bf16>(target).convert_from_f32_slice(&values),
+        }
+        Self::owned(format, self.rows, self.cols, owned)
+    }
+
+    /// Outputs, the first dimension.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Inputs, the second dimension.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// How the numbers are stored.
+    pub fn format(&self) -> WeightFormat {
+        self.format
+    }
+
+    /// Bytes of the stored numbers, mapped or owned.
+    pub fn num_bytes(&self) -> usize {
+        self.format.bytes_for(self.rows, self.cols)
+    }
+
+    /// Widens row `row_idx` into `out`. Panics if the row does not exist or `out` is not `cols` long.
+    pub fn row_f32(&self, row_idx: usize, out: &mut [f32]) {
+        let range = row_idx * self.cols..(row_idx + 1) * self.cols;
+        match self.view() {
+            WeightView::F32(values) => out.copy_from_slice(&values[range]),
+            WeightView::F16(values) => values[range].convert_to_f32_slice(out),
+            WeightView::Bf16(values) => values[range].convert_to_f32_slice(out),
+        }
+    }
+
+    /// All numbers widened, row-major.
+    pub fn to_f32(&self) -> Vec<f32> {
+        match self.view() {
+            WeightView::F32(values) => values.to_vec(),
+            WeightView::F16(values) => values.to_f32_vec(),
+            WeightView::Bf16(values) => values.to_f32_vec(),
+        }
+    }
+
+    /// The stored bytes, little-endian, row-major.
+    pub fn as_bytes(&self) -> &[u8] {
+        match &self.bytes {
+            Bytes::Owned(bytes) => bytes.as_slice(),
+            Bytes::Mapped { file, offset } => &file[*offset..*offset + self.num_bytes()],
+        }
+    }
+
+    pub(crate) fn view(&self) -> WeightView<'_> {
+        match self.format {
+            WeightFormat::F32 => WeightView::F32(self.elements()),
+            WeightFormat::F16 => WeightView::F16(self.elements()),
+            WeightFormat::Bf16 => WeightView::Bf16(self.elements()),
+        }
+    }
+
+    fn elements<T: Plain>(&self) -> &[T] {
+        view(self.as_bytes())
+    }
+
+    fn owned(format: WeightFormat, rows: usize, cols: usize, bytes: AlignedBytes) -> Self {
+        Self { format, rows, cols, bytes: Bytes::Owned(Arc::new(bytes)) }
+    }
+}
+
+impl fmt::Debug for PackedWeight {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let place = match self.bytes {
+            Bytes::Owned(_) => "owned",
+            Bytes::Mapped { .. } => "mapped",
+        };
+        write!(f, "PackedWeight({} [{}, {}], {place})", self.format.name(), self.rows, self.cols)
+    }
+}
+
+/// Bytes of a shape that may come from a file header: the product must not overflow.
+fn num_bytes(format: WeightFormat, rows: usize, cols: usize) -> Result<usize> {
+    match rows.checked_mul(cols).and_then(|elements| elements.checked_mul(4)) {
+        Some(_) => Ok(format.bytes_for(rows, cols)),
+        None => Err(KernelError::Invalid { op: OP, reason: format!("shape [{rows}, {cols}] is too large") }),
+    }
+}
