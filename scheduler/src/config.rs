@@ -1,0 +1,48 @@
+//! The limits within which the scheduler decides.
+
+use std::time::Duration;
+
+use crate::error::ConfigError;
+
+/// Every limit of a [`crate::Scheduler`]. All counts are at least one.
+#[derive(Clone, Debug)]
+pub struct SchedulerConfig {
+    /// Tokens per KV block.
+    pub block_size: usize,
+    /// KV blocks at start, at most `u32::MAX`; see [`crate::Scheduler::set_num_blocks`].
+    pub num_blocks: usize,
+    /// Sequences running at once. Never more than `max_num_batched_tokens` run, so that each gets its row in each step.
+    pub max_num_seqs: usize,
+    /// Rows (prompt and decode tokens together) in one step.
+    pub max_num_batched_tokens: usize,
+    /// Prompt plus generated tokens of one sequence.
+    pub max_model_len: usize,
+    /// Requests waiting for their first step; preempted ones do not count.
+    pub max_queue: usize,
+    /// How long an idle scheduler gathers requests before the first step.
+    pub batch_timeout: Duration,
+}
+
+impl SchedulerConfig {
+    /// Checks the limits.
+    ///
+    /// # Errors
+    /// Names the first limit that is zero, or a block count that block ids cannot hold.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let limits = [
+            ("block_size", self.block_size),
+            ("num_blocks", self.num_blocks),
+            ("max_num_seqs", self.max_num_seqs),
+            ("max_num_batched_tokens", self.max_num_batched_tokens),
+            ("max_model_len", self.max_model_len),
+            ("max_queue", self.max_queue),
+        ];
+        if let Some((name, _)) = limits.into_iter().find(|&(_, limit)| limit == 0) {
+            return Err(ConfigError::Zero { name });
+        }
+        if u32::try_from(self.num_blocks).is_err() {
+            return Err(ConfigError::TooManyBlocks { num_blocks: self.num_blocks, limit: u32::MAX });
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,47 @@
+//! What holds after every call, whatever came before it.
+
+use crate::scheduler::Scheduler;
+
+impl Scheduler {
+    /// Checks every invariant, in time linear in sequences and blocks.
+    ///
+    /// # Panics
+    /// Names the first one that is broken.
+    pub fn assert_invariants(&self) {
+        let config = &self.config;
+        let most_running = config.max_num_seqs.min(config.max_num_batched_tokens);
+        assert!(self.running.len() <= most_running, "{} run, the limit is {most_running}", self.running.len());
+        assert!(self.waiting.num_fresh() <= config.max_queue, "more wait than the queue holds");
+        assert_eq!(
+            self.running.len() + self.waiting.len(),
+            self.sequences.len(),
+            "a sequence is in no queue, or in two"
+        );
+        for (&arrival, &id) in &self.running {
+            let sequence = self.seq(id);
+            let num_tokens = sequence.tokens().len();
+            assert_eq!(sequence.arrival, arrival, "{id:?} runs under another's arrival");
+            assert!(sequence.num_computed() < num_tokens, "{id:?} has nothing left to compute");
+            assert!(sequence.num_scheduled() <= sequence.num_uncomputed(), "{id:?} has more rows than tokens");
+            // The newest token has no block until it is in a batch.
+            let num_covered = self.blocks.blocks_for(if sequence.is_decoding() && sequence.num_scheduled() == 0 {
+                sequence.num_computed()
+            } else {
+                num_tokens
+            });
+            let num_held = sequence.blocks.blocks().len();
+            assert!(num_held >= num_covered, "{id:?} holds {num_held} blocks, its tokens need {num_covered}");
+            assert!(num_held <= self.blocks.blocks_for(sequence.max_positions()), "{id:?} holds more than it may");
+        }
+        for (arrival, id) in self.waiting.iter() {
+            let sequence = self.seq(id);
+            assert_eq!(sequence.arrival, arrival, "{id:?} waits under another's arrival");
+            assert_eq!(sequence.num_computed() + sequence.num_scheduled(), 0, "{id:?} waits but was computed");
+            assert!(sequence.blocks.blocks().is_empty(), "{id:?} waits but holds blocks");
+        }
+        let stats = self.stats();
+        let num_free = self.blocks.num_free();
+        assert_eq!(num_free + stats.num_used_blocks, stats.num_total_blocks, "free + used != total");
+        self.blocks.assert_accounts_for(self.sequences.values().flat_map(|sequence| sequence.blocks.blocks()).copied());
+    }
+}

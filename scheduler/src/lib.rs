@@ -1,0 +1,37 @@
+//! Chooses what every step computes: the life of requests, continuous batching, and who holds which KV block.
+//!
+//! Pure decisions: no bytes, devices, threads or clocks. Time is an argument, so any run can be replayed.
+//!
+//! | file | what it decides |
+//! |---|---|
+//! | `scheduler` | the order of things in one step, and what ends a sequence |
+//! | `decode`, `prefill`, `preempt` | who gets rows, who is admitted, who gives way |
+//! | `sequence` | the lengths of one request and the asserts between them |
+//! | `queue`, `budget` | who waits, how many rows are left |
+//! | `kv` | which block belongs to whom; their bytes live in the engine |
+//! | `invariants` | what holds after every call |
+#![forbid(unsafe_code)]
+
+mod batch;
+mod budget;
+mod config;
+mod decode;
+mod error;
+mod invariants;
+mod kv;
+mod preempt;
+mod prefill;
+mod queue;
+mod request;
+mod scheduler;
+mod sequence;
+mod stats;
+
+pub use batch::{Batch, Chunk, FinishReason, Outcome, Phase, Progress, Update};
+pub use config::SchedulerConfig;
+pub use error::{AdmissionError, ConfigError};
+pub use kv::{BlockId, BlockTable};
+pub use request::{Request, RequestId, StopCriteria};
+pub use scheduler::Scheduler;
+pub use sequence::Sequence;
+pub use stats::SchedulerStats;

@@ -1,0 +1,68 @@
+//! The rows that decodes leave: running prompts go on, then waiting requests are admitted.
+
+use std::time::Duration;
+
+use crate::budget::TokenBudget;
+use crate::queue::Arrival;
+use crate::request::RequestId;
+use crate::scheduler::Scheduler;
+
+impl Scheduler {
+    /// Gives the rest of the budget to running prompts, oldest first. Their blocks were taken at admission.
+    pub(crate) fn continue_prefills(&mut self, budget: &mut TokenBudget) {
+        let mut next = Arrival::FIRST;
+        while !budget.is_spent()
+            && let Some((&arrival, &id)) = self.running.range(next..).next()
+        {
+            next = arrival.next();
+            if self.seq(id).num_scheduled() == 0 {
+                self.schedule_prefill(id, budget);
+            }
+        }
+    }
+
+    /// Admits waiting sequences in order while rows, places and blocks last.
+    ///
+    /// All blocks of the known tokens are taken at once, so that only decodes can run out of blocks. One more block is
+    /// left for each running sequence that may still grow: what is admitted now would be the first to be preempted.
+    /// Who was preempted in this step does not fit again: the blocks it had are free less the one it gave way for.
+    pub(crate) fn admit(&mut self, budget: &mut TokenBudget) {
+        let mut num_growing = self.running.values().filter(|&&id| self.may_grow(id)).count();
+        while !budget.is_spent()
+            && self.running.len() < self.config.max_num_seqs
+            && let Some((arrival, id)) = self.waiting.front()
+        {
+            let num_needed = self.blocks.blocks_for(self.seq(id).tokens().len());
+            if num_needed + num_growing > self.blocks.num_free() {
+                break;
+            }
+            assert!(self.try_cover(id), "{id:?} needs {num_needed} blocks and they are free");
+            self.waiting.remove(arrival);
+            self.running.insert(arrival, id);
+            self.schedule_prefill(id, budget);
+            num_growing += usize::from(self.may_grow(id));
+        }
+    }
+
+    /// The end of the batch window, while it is open: nothing runs, and more requests may join the first step.
+    pub(crate) fn open_window(&self, now: Duration) -> Option<Duration> {
+        let num_fresh = self.waiting.num_fresh();
+        let is_idle = self.running.is_empty() && self.waiting.len() == num_fresh;
+        if !is_idle || num_fresh >= self.config.max_num_seqs.min(self.config.max_queue) {
+            return None;
+        }
+        let (_, oldest) = self.waiting.front()?;
+        let end = self.seq(oldest).arrived_at.saturating_add(self.config.batch_timeout);
+        (now < end).then_some(end)
+    }
+
+    fn schedule_prefill(&mut self, id: RequestId, budget: &mut TokenBudget) {
+        let num_rows = budget.take(self.seq(id).num_uncomputed());
+        self.seq_mut(id).schedule(num_rows);
+    }
+
+    fn may_grow(&self, id: RequestId) -> bool {
+        let sequence = self.seq(id);
+        sequence.blocks.blocks().len() < self.blocks.blocks_for(sequence.max_positions())
+    }
+}

@@ -1,0 +1,27 @@
+//! What a caller asks for.
+
+use std::sync::Arc;
+
+/// The caller's name for a request, unique among those the scheduler holds.
+#[derive(Copy, Clone, Eq, PartialEq, Hash, Ord, PartialOrd, Debug)]
+pub struct RequestId(pub u64);
+
+/// When a sequence ends.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StopCriteria {
+    /// Tokens to generate at most, at least 1; 0 is taken as 1, because a prompt's last row always samples.
+    pub max_tokens: usize,
+    /// Stop tokens among the first `min_tokens` generated ones do not end the sequence.
+    pub min_tokens: usize,
+    /// Tokens that end the sequence, end-of-sequence tokens included unless they are to be ignored.
+    pub stop_token_ids: Vec<u32>,
+}
+
+/// One sequence to generate.
+#[derive(Clone, Debug)]
+pub struct Request {
+    pub id: RequestId,
+    /// Token ids, at least one.
+    pub prompt: Arc<[u32]>,
+    pub stop: StopCriteria,
+}

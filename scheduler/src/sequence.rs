@@ -1,0 +1,145 @@
+//! The life of one request as a few lengths.
+
+use std::time::Duration;
+
+use crate::batch::{Chunk, FinishReason, Phase};
+use crate::kv::BlockTable;
+use crate::queue::Arrival;
+use crate::request::{Request, RequestId, StopCriteria};
+
+/// An accepted request with its tokens and blocks. Everything else about it follows from these lengths:
+///
+/// ```text
+/// 0              num_computed      + num_scheduled        num_tokens
+/// |  in its blocks    |  in the batch in flight  |  to do    |
+/// |  prompt, then generated tokens: 0..prompt_len..num_tokens|
+/// ```
+///
+/// The newest token is computed when the one after it is sampled, so between steps `num_computed < num_tokens`.
+/// A running sequence holds the blocks of all tokens it had at its admission, and of each later one as it is scheduled;
+/// a waiting sequence holds none.
+#[derive(Debug)]
+pub struct Sequence {
+    id: RequestId,
+    pub(crate) arrival: Arrival,
+    pub(crate) arrived_at: Duration,
+    /// Prompt, then what was generated.
+    tokens: Vec<u32>,
+    prompt_len: usize,
+    stop: StopCriteria,
+    num_computed: usize,
+    num_scheduled: usize,
+    pub(crate) blocks: BlockTable,
+    num_preemptions: u32,
+}
+
+impl Sequence {
+    pub(crate) fn new(request: Request, arrival: Arrival, now: Duration) -> Self {
+        Self {
+            id: request.id,
+            arrival,
+            arrived_at: now,
+            tokens: request.prompt.to_vec(),
+            prompt_len: request.prompt.len(),
+            stop: request.stop,
+            num_computed: 0,
+            num_scheduled: 0,
+            blocks: BlockTable::default(),
+            num_preemptions: 0,
+        }
+    }
+
+    /// Prompt and generated tokens.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    pub fn prompt_len(&self) -> usize {
+        self.prompt_len
+    }
+
+    pub fn num_generated(&self) -> usize {
+        self.tokens.len() - self.prompt_len
+    }
+
+    /// Leading tokens whose keys and values are in the blocks; the batch in flight does not count.
+    pub fn num_computed(&self) -> usize {
+        self.num_computed
+    }
+
+    /// Position `p` lives in block `p / block_size`, slot `p % block_size`. Covers the batch in flight.
+    pub fn block_table(&self) -> &BlockTable {
+        &self.blocks
+    }
+
+    /// How often it lost its blocks.
+    pub fn num_preemptions(&self) -> u32 {
+        self.num_preemptions
+    }
+
+    /// Positions computed over a whole life: the last token is never an input.
+    pub(crate) fn max_positions(&self) -> usize {
+        max_positions(self.prompt_len, &self.stop)
+    }
+
+    /// Only its newest token is to be computed.
+    pub(crate) fn is_decoding(&self) -> bool {
+        self.num_generated() > 0 && self.num_uncomputed() == 1
+    }
+
+    pub(crate) fn num_uncomputed(&self) -> usize {
+        self.tokens.len() - self.num_computed
+    }
+
+    pub(crate) fn num_scheduled(&self) -> usize {
+        self.num_scheduled
+    }
+
+    /// Puts the next `num_rows` tokens into the batch being made.
+    pub(crate) fn schedule(&mut self, num_rows: usize) {
+        assert_eq!(self.num_scheduled, 0, "{:?} is already in a batch", self.id);
+        assert!((1..=self.num_uncomputed()).contains(&num_rows), "{:?} cannot use {num_rows} rows", self.id);
+        self.num_scheduled = num_rows;
+    }
+
+    /// Its part of the batch being made, if it has one.
+    pub(crate) fn chunk(&self) -> Option<Chunk> {
+        (self.num_scheduled > 0).then(|| Chunk {
+            id: self.id,
+            start: self.num_computed,
+            len: self.num_scheduled,
+            samples: self.num_scheduled == self.num_uncomputed(),
+            phase: if self.is_decoding() { Phase::Decode } else { Phase::Prefill },
+        })
+    }
+
+    /// The batch in flight was computed.
+    pub(crate) fn advance(&mut self) {
+        self.num_computed += self.num_scheduled;
+        self.num_scheduled = 0;
+        assert!(self.num_computed <= self.tokens.len(), "{:?} computed more than it has", self.id);
+    }
+
+    /// Appends a sampled token and says whether it ends the sequence.
+    pub(crate) fn append(&mut self, token: u32) -> Option<FinishReason> {
+        assert_eq!(self.num_computed, self.tokens.len(), "{:?} sampled before its last token was computed", self.id);
+        let may_stop = self.num_generated() >= self.stop.min_tokens;
+        self.tokens.push(token);
+        if may_stop && self.stop.stop_token_ids.contains(&token) {
+            return Some(FinishReason::Stop(token));
+        }
+        (self.num_generated() >= self.stop.max_tokens).then_some(FinishReason::Length)
+    }
+
+    /// Forgets what was computed, and the batch in flight; the caller frees the blocks.
+    pub(crate) fn rewind(&mut self) {
+        self.num_computed = 0;
+        self.num_scheduled = 0;
+        self.num_preemptions += 1;
+    }
+}
+
+/// Positions computed for a prompt of `prompt_len` tokens: all but the last token.
+pub(crate) fn max_positions(prompt_len: usize, stop: &StopCriteria) -> usize {
+    prompt_len + stop.max_tokens.saturating_sub(1)
+}

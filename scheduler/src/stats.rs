@@ -1,0 +1,15 @@
+//! Counts for gauges and counters.
+
+/// A snapshot of the scheduler.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SchedulerStats {
+    /// Sequences that hold blocks.
+    pub num_running: usize,
+    /// Sequences that hold none: new and preempted ones.
+    pub num_waiting: usize,
+    pub num_used_blocks: usize,
+    /// Free and used blocks. More than [`crate::Scheduler::set_num_blocks`] asked for while a shrink is under way.
+    pub num_total_blocks: usize,
+    /// Since the start.
+    pub num_preemptions: u64,
+}

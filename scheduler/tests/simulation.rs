@@ -1,0 +1,452 @@
+//! Random lives of random requests under every kind of trouble, against a model that shows any wrong block.
+//!
+//! The fake model is a chain: the entry of a position mixes the entry before it, read through the block table, with the
+//! token; a row samples from its own entry. A block given to two sequences, a position skipped or read before it was
+//! written changes the tokens. `MOESAIC_SIM_SEED=n` runs one seed alone.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use scheduler::{
+    AdmissionError, Batch, FinishReason, Outcome, Phase, Progress, Request, RequestId, Scheduler, SchedulerConfig,
+    Sequence, StopCriteria, Update,
+};
+
+const NUM_SEEDS: u64 = 600;
+const NUM_STEPS: usize = 300;
+const VOCAB_SIZE: u64 = 40;
+
+/// SplitMix64.
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        mix(self.0, 0)
+    }
+
+    /// `low..=high`.
+    fn between(&mut self, low: usize, high: usize) -> usize {
+        low + (self.next() % (high - low + 1) as u64) as usize
+    }
+
+    fn percent(&mut self, chance: usize) -> bool {
+        self.between(1, 100) <= chance
+    }
+}
+
+fn mix(state: u64, input: u64) -> u64 {
+    let mut mixed = state ^ input.wrapping_mul(0xd6e8_feb8_6659_fd93);
+    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ (mixed >> 31)
+}
+
+/// The entry of a position, from the one before it and the token.
+fn entry(before: Option<u64>, token: u32) -> u64 {
+    mix(before.unwrap_or(1), u64::from(token) + 1)
+}
+
+fn sample(entry: u64) -> u32 {
+    (entry % VOCAB_SIZE) as u32
+}
+
+/// What the request generates when nothing else exists.
+fn generate_alone(prompt: &[u32], stop: &StopCriteria) -> (Vec<u32>, FinishReason) {
+    let mut last = prompt.iter().fold(None, |before, &token| Some(entry(before, token)));
+    let mut generated = Vec::new();
+    loop {
+        let token = sample(last.expect("the prompt is not empty"));
+        let may_stop = generated.len() >= stop.min_tokens;
+        generated.push(token);
+        if may_stop && stop.stop_token_ids.contains(&token) {
+            return (generated, FinishReason::Stop(token));
+        }
+        if generated.len() == stop.max_tokens {
+            return (generated, FinishReason::Length);
+        }
+        last = Some(entry(last, token));
+    }
+}
+
+/// What the simulator knows of an accepted request that has not ended. Ids are given in order of arrival.
+struct Expected {
+    prompt_len: usize,
+    max_tokens: usize,
+    generated: Vec<u32>,
+    reason: FinishReason,
+    num_emitted: usize,
+    num_computed: usize,
+    num_preemptions: u32,
+}
+
+/// How often the interesting things happened, so that the simulation cannot become idle unnoticed.
+#[derive(Debug, Default)]
+struct Coverage {
+    finished: u64,
+    failed: u64,
+    aborted: u64,
+    refused: u64,
+    scarcity_preemptions: u64,
+    explicit_preemptions: u64,
+    lost_in_flight: u64,
+    shrinks_delayed: u64,
+    windows: u64,
+    chunked: u64,
+}
+
+struct Simulation<'a> {
+    rng: Rng,
+    config: SchedulerConfig,
+    scheduler: Scheduler,
+    live: BTreeMap<RequestId, Expected>,
+    next_id: u64,
+    now: Duration,
+    /// Last passed to `set_num_blocks`.
+    num_wanted: usize,
+    /// Entries by block and slot.
+    memory: Vec<u64>,
+    /// Percent per step.
+    trouble: usize,
+    coverage: &'a mut Coverage,
+}
+
+impl<'a> Simulation<'a> {
+    fn new(seed: u64, coverage: &'a mut Coverage) -> Self {
+        let mut rng = Rng(seed);
+        let num_blocks = rng.between(2, 60);
+        let config = SchedulerConfig {
+            block_size: rng.between(1, 8),
+            num_blocks,
+            max_num_seqs: rng.between(1, 24),
+            max_num_batched_tokens: rng.between(1, 40),
+            max_model_len: rng.between(8, 120),
+            max_queue: rng.between(1, 30),
+            batch_timeout: Duration::from_millis(if rng.percent(50) { 0 } else { rng.between(1, 20) as u64 }),
+        };
+        Self {
+            scheduler: Scheduler::new(config.clone()).expect("the limits are valid"),
+            trouble: [0, 3, 15][rng.between(0, 2)],
+            rng,
+            config,
+            live: BTreeMap::new(),
+            next_id: 0,
+            now: Duration::ZERO,
+            num_wanted: num_blocks,
+            memory: Vec::new(),
+            coverage,
+        }
+    }
+
+    fn run(&mut self) {
+        for _ in 0..NUM_STEPS {
+            for _ in 0..self.rng.between(0, 3).saturating_sub(1) {
+                self.add();
+            }
+            self.disturb();
+            self.step();
+            self.now += Duration::from_millis(self.rng.between(0, 5) as u64);
+        }
+        self.trouble = 0;
+        self.drain();
+    }
+
+    /// Nothing new comes: the oldest running sequence gets a row in every step, so the tokens bound the steps.
+    fn drain(&mut self) {
+        let bound: usize = self.live.values().map(|expected| expected.prompt_len + expected.max_tokens).sum();
+        for _ in 0..2 * bound {
+            if self.live.is_empty() {
+                break;
+            }
+            self.now += self.config.batch_timeout;
+            self.step();
+        }
+        assert!(self.live.is_empty() && !self.scheduler.has_work(), "not done after {} steps", 2 * bound);
+        let stats = self.scheduler.stats();
+        assert_eq!((stats.num_running, stats.num_waiting, stats.num_used_blocks), (0, 0, 0), "idle");
+        assert_eq!(stats.num_total_blocks, self.num_wanted, "an idle pool has the size that was asked for");
+        assert_eq!(self.scheduler.schedule(self.now), Batch::default());
+    }
+
+    fn add(&mut self) {
+        let shortest = usize::from(!self.rng.percent(2));
+        let prompt_len = self.rng.between(shortest, self.config.max_model_len);
+        let room = self.config.max_model_len - prompt_len;
+        let max_tokens = if self.rng.percent(5) { room + 1 } else { self.rng.between(1, room.max(1)) };
+        let prompt: Vec<u32> = (0..prompt_len).map(|_| sample(self.rng.next())).collect();
+        let min_tokens = self.rng.between(0, 8);
+        let stop_token_ids = (0..self.rng.between(0, 2)).map(|_| sample(self.rng.next())).collect();
+        let stop = StopCriteria { max_tokens, min_tokens, stop_token_ids };
+        let id = RequestId(self.next_id);
+        self.next_id += 1;
+
+        let num_fresh = self.live.keys().filter(|&&id| self.is_fresh(id)).count();
+        let needed = (prompt_len + max_tokens - 1).div_ceil(self.config.block_size);
+        let (limit, total) = (self.config.max_model_len, self.num_wanted);
+        let verdict = if prompt_len == 0 {
+            Err(AdmissionError::EmptyPrompt)
+        } else if prompt_len + max_tokens > limit {
+            Err(AdmissionError::TooLong { prompt_len, max_tokens, limit })
+        } else if needed > total {
+            Err(AdmissionError::NeverFits { needed, total })
+        } else if num_fresh == self.config.max_queue {
+            Err(AdmissionError::QueueFull { limit: num_fresh })
+        } else {
+            Ok(())
+        };
+        let request = Request { id, prompt: prompt.clone().into(), stop: stop.clone() };
+        assert_eq!(self.scheduler.add(request, self.now), verdict, "{id:?}");
+        if verdict.is_err() {
+            self.coverage.refused += 1;
+            return;
+        }
+        let (generated, reason) = generate_alone(&prompt, &stop);
+        let (num_emitted, num_computed, num_preemptions) = (0, 0, 0);
+        let expected =
+            Expected { prompt_len, max_tokens, generated, reason, num_emitted, num_computed, num_preemptions };
+        self.live.insert(id, expected);
+    }
+
+    /// Whatever a client or the engine may do at any time, also while a batch is in flight.
+    fn disturb(&mut self) {
+        if self.rng.percent(self.trouble)
+            && let Some(id) = self.any_live()
+        {
+            assert!(self.scheduler.abort(id));
+            assert!(!self.scheduler.abort(id), "{id:?} ended twice");
+            self.live.remove(&id);
+            self.coverage.aborted += 1;
+        }
+        if self.rng.percent(self.trouble)
+            && let Some(id) = self.any_live()
+        {
+            let was_running = self.is_running(id);
+            assert_eq!(self.scheduler.preempt(id), was_running, "only running sequences are preempted");
+            if was_running {
+                self.lose_blocks(id);
+                self.coverage.explicit_preemptions += 1;
+            }
+        }
+        if self.rng.percent(self.trouble) {
+            self.num_wanted = self.rng.between(1, 60);
+            let actual = self.scheduler.set_num_blocks(self.num_wanted);
+            assert!(actual >= self.num_wanted);
+            self.coverage.shrinks_delayed += u64::from(actual > self.num_wanted);
+        }
+        self.scheduler.assert_invariants();
+    }
+
+    fn step(&mut self) {
+        let running: Vec<RequestId> = self.live.keys().copied().filter(|&id| self.is_running(id)).collect();
+        let decoding: Vec<RequestId> = running.iter().copied().filter(|&id| is_decoding(self.sequence(id))).collect();
+        let batch = self.scheduler.schedule(self.now);
+        self.scheduler.assert_invariants();
+        self.check_preempted(&batch);
+        self.check_batch(&batch, &running, &decoding);
+
+        let rows: Vec<u64> = self.compute(&batch);
+        let outcomes: Vec<Outcome> = rows
+            .into_iter()
+            .map(|row| if self.rng.percent(self.trouble / 3) { Outcome::Failed } else { Outcome::Token(sample(row)) })
+            .collect();
+        if self.trouble > 0 && self.rng.percent(20) {
+            self.disturb();
+            self.add();
+        }
+        let survivors: Vec<bool> = batch.chunks.iter().map(|chunk| self.is_running(chunk.id)).collect();
+        self.coverage.lost_in_flight += survivors.iter().filter(|&&survives| !survives).count() as u64;
+        let progress = self.scheduler.complete(&batch, &outcomes);
+        self.scheduler.assert_invariants();
+        self.check_progress(&batch, &survivors, &outcomes, &progress);
+    }
+
+    fn check_preempted(&mut self, batch: &Batch) {
+        self.coverage.scarcity_preemptions += batch.preempted.len() as u64;
+        for &id in &batch.preempted {
+            self.lose_blocks(id);
+            assert!(!self.is_running(id));
+            assert!(batch.chunks.iter().all(|chunk| chunk.id < id), "{id:?} gave way to a younger one");
+        }
+    }
+
+    fn check_batch(&mut self, batch: &Batch, running: &[RequestId], decoding: &[RequestId]) {
+        assert!(batch.num_rows() <= self.config.max_num_batched_tokens, "over budget");
+        let in_batch: BTreeSet<RequestId> = batch.chunks.iter().map(|chunk| chunk.id).collect();
+        assert_eq!(in_batch.len(), batch.chunks.len(), "two chunks of one sequence");
+        assert!(batch.chunks.is_sorted_by_key(|chunk| chunk.phase == Phase::Prefill), "decodes come first");
+        for chunk in &batch.chunks {
+            let (expected, sequence) = (&self.live[&chunk.id], self.sequence(chunk.id));
+            let num_tokens = sequence.tokens().len();
+            assert_eq!(chunk.start, expected.num_computed, "{:?}: chunks are contiguous", chunk.id);
+            assert!(chunk.len >= 1 && chunk.start + chunk.len <= num_tokens);
+            assert_eq!(chunk.samples, chunk.start + chunk.len == num_tokens);
+            assert_eq!(chunk.phase == Phase::Decode, is_decoding(sequence));
+            assert!(sequence.block_table().blocks().len() * self.config.block_size >= chunk.start + chunk.len);
+            self.coverage.chunked += u64::from(!chunk.samples);
+        }
+        let must_have_a_row = |id: &&RequestId| !batch.preempted.contains(id);
+        for id in decoding.iter().filter(must_have_a_row).chain(running.first()) {
+            assert!(in_batch.contains(id), "{id:?} is running and got no row");
+        }
+        let admitted = in_batch.iter().filter(|id| !running.contains(id));
+        let first_waiting = self.live.keys().find(|&&id| !self.is_running(id));
+        if let (Some(admitted), Some(waiting)) = (admitted.max(), first_waiting) {
+            assert!(admitted < waiting, "{admitted:?} was admitted before {waiting:?}");
+        }
+        match batch.wake_at {
+            Some(wake_at) => {
+                assert!(batch.chunks.is_empty() && running.is_empty(), "the window is for an idle scheduler");
+                assert!(wake_at > self.now && wake_at <= self.now + self.config.batch_timeout);
+                self.coverage.windows += 1;
+            }
+            None => assert!(!batch.chunks.is_empty() || self.live.is_empty(), "work, but no row"),
+        }
+    }
+
+    /// Runs the fake model; returns the last entry of each chunk that samples.
+    fn compute(&mut self, batch: &Batch) -> Vec<u64> {
+        let mut rows = Vec::new();
+        for chunk in &batch.chunks {
+            let sequence = self.scheduler.sequence(chunk.id).expect("chunks name live sequences");
+            let block_size = self.config.block_size;
+            let slot = |position: usize| {
+                let block = sequence.block_table().blocks()[position / block_size];
+                block.0 as usize * block_size + position % block_size
+            };
+            for position in chunk.start..chunk.start + chunk.len {
+                let before = position.checked_sub(1).map(|before| self.memory[slot(before)]);
+                let here = slot(position);
+                self.memory.resize(self.memory.len().max(here + 1), 0);
+                self.memory[here] = entry(before, sequence.tokens()[position]);
+            }
+            if chunk.samples {
+                rows.push(self.memory[slot(chunk.start + chunk.len - 1)]);
+            }
+        }
+        rows
+    }
+
+    fn check_progress(&mut self, batch: &Batch, survivors: &[bool], outcomes: &[Outcome], progress: &[Progress]) {
+        let (mut outcomes, mut progress) = (outcomes.iter(), progress.iter());
+        for (chunk, &survives) in batch.chunks.iter().zip(survivors) {
+            let outcome = if chunk.samples { outcomes.next() } else { None };
+            if !survives {
+                continue;
+            }
+            let expected = self.live.get_mut(&chunk.id).expect("survivors are live");
+            expected.num_computed += chunk.len;
+            let Some(&outcome) = outcome else { continue };
+            let news = progress.next().expect("each sampled row makes progress");
+            assert_eq!(news.id, chunk.id);
+            let has_ended = match outcome {
+                Outcome::Failed => {
+                    assert_eq!(news.update, Update::Failed);
+                    self.coverage.failed += 1;
+                    true
+                }
+                Outcome::Token(token) => {
+                    assert_eq!(token, expected.generated[expected.num_emitted], "{:?} differs from alone", chunk.id);
+                    expected.num_emitted += 1;
+                    let is_last = expected.num_emitted == expected.generated.len();
+                    let finished = is_last.then_some(expected.reason);
+                    let is_stop = is_last && matches!(expected.reason, FinishReason::Stop(_));
+                    assert_eq!(news.update, Update::Token { token, is_stop, finished }, "{:?}", chunk.id);
+                    self.coverage.finished += u64::from(is_last);
+                    is_last
+                }
+            };
+            if has_ended {
+                self.live.remove(&chunk.id);
+                assert!(self.scheduler.sequence(chunk.id).is_none(), "{:?} has ended", chunk.id);
+            }
+        }
+        assert!(progress.next().is_none(), "news of a sequence that had no row");
+        for (&id, expected) in &self.live {
+            let sequence = self.sequence(id);
+            assert_eq!(sequence.num_computed(), expected.num_computed, "{id:?}");
+            assert_eq!(sequence.num_generated(), expected.num_emitted, "{id:?}");
+            assert_eq!(sequence.tokens()[expected.prompt_len..], expected.generated[..expected.num_emitted], "{id:?}");
+            assert_eq!(sequence.num_preemptions(), expected.num_preemptions, "{id:?}");
+        }
+        assert_eq!(self.scheduler.has_work(), !self.live.is_empty());
+    }
+
+    fn lose_blocks(&mut self, id: RequestId) {
+        let expected = self.live.get_mut(&id).expect("only live sequences are preempted");
+        expected.num_computed = 0;
+        expected.num_preemptions += 1;
+    }
+
+    fn any_live(&mut self) -> Option<RequestId> {
+        let num_live = self.live.len();
+        (num_live > 0).then(|| self.rng.between(0, num_live - 1)).and_then(|nth| self.live.keys().nth(nth).copied())
+    }
+
+    fn sequence(&self, id: RequestId) -> &Sequence {
+        self.scheduler.sequence(id).expect("live requests have a sequence")
+    }
+
+    fn is_running(&self, id: RequestId) -> bool {
+        self.scheduler.sequence(id).is_some_and(|sequence| !sequence.block_table().blocks().is_empty())
+    }
+
+    fn is_fresh(&self, id: RequestId) -> bool {
+        !self.is_running(id) && self.sequence(id).num_preemptions() == 0
+    }
+}
+
+fn is_decoding(sequence: &Sequence) -> bool {
+    sequence.num_generated() > 0 && sequence.num_computed() + 1 == sequence.tokens().len()
+}
+
+/// Names the seed if the run panics.
+struct NameSeed(u64);
+
+impl Drop for NameSeed {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("replay with MOESAIC_SIM_SEED={}", self.0);
+        }
+    }
+}
+
+#[test]
+fn whatever_happens_the_invariants_hold() {
+    let mut coverage = Coverage::default();
+    if let Ok(seed) = std::env::var("MOESAIC_SIM_SEED") {
+        let seed = NameSeed(seed.parse().expect("MOESAIC_SIM_SEED is a number"));
+        return Simulation::new(seed.0, &mut coverage).run();
+    }
+    for seed in 0..NUM_SEEDS {
+        let seed = NameSeed(seed);
+        Simulation::new(seed.0, &mut coverage).run();
+    }
+    println!("{coverage:?}");
+    let Coverage { finished, failed, aborted, refused, .. } = coverage;
+    assert!(finished.min(failed).min(aborted).min(refused) > 1000, "{coverage:?}");
+    let Coverage { scarcity_preemptions, explicit_preemptions, lost_in_flight, .. } = coverage;
+    assert!(scarcity_preemptions.min(explicit_preemptions).min(lost_in_flight) > 1000, "{coverage:?}");
+    assert!(coverage.shrinks_delayed.min(coverage.windows).min(coverage.chunked) > 1000, "{coverage:?}");
+}
+
+#[test]
+fn five_hundred_sequences_run_together() {
+    let mut coverage = Coverage::default();
+    let seed = NameSeed(1);
+    let mut simulation = Simulation::new(seed.0, &mut coverage);
+    simulation.config = SchedulerConfig {
+        block_size: 4,
+        num_blocks: 10_000,
+        max_num_seqs: 512,
+        max_num_batched_tokens: 1024,
+        max_model_len: 60,
+        max_queue: 1000,
+        batch_timeout: Duration::ZERO,
+    };
+    simulation.scheduler = Scheduler::new(simulation.config.clone()).unwrap();
+    (simulation.num_wanted, simulation.trouble) = (10_000, 0);
+    (0..1000).for_each(|_| simulation.add());
+    simulation.drain();
+    assert!(coverage.finished > 500, "{coverage:?}");
+    assert_eq!(coverage.scarcity_preemptions, 0, "there is room for all");
+}
