@@ -1,0 +1,73 @@
+//! What the engine needs to know before it loads a model.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Storage type of the weights in memory. Activations are f32 on the CPU whatever this says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WeightDtype {
+    /// As the checkpoint stores them.
+    #[default]
+    Auto,
+    F32,
+    Bf16,
+    F16,
+}
+
+/// Storage type of keys, values and latents in the block pool.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum KvDtype {
+    /// f32 where the weights are f32, else bf16.
+    #[default]
+    Auto,
+    F32,
+    Bf16,
+}
+
+/// Everything that shapes an engine. All limits are here: nothing in the engine grows past them.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// Hugging Face folder: `config.json`, `*.safetensors`, `generation_config.json`.
+    pub model_dir: PathBuf,
+    pub dtype: WeightDtype,
+    pub kv_dtype: KvDtype,
+    /// Bytes of the KV block pool; `None` takes what `max_num_seqs` full sequences need, at most 40 % of
+    /// `available_memory` after the weights.
+    pub kv_cache_memory: Option<u64>,
+    /// Bytes of memory the process may use, as the host reports it.
+    pub available_memory: u64,
+    /// Tokens per KV block, a power of two from 1 to 256.
+    pub block_size: usize,
+    /// Longest prompt plus output; `None` takes the model's own limit.
+    pub max_model_len: Option<usize>,
+    /// Sequences running at once.
+    pub max_num_seqs: usize,
+    /// Rows (prompt and decode tokens together) in one step.
+    pub max_num_batched_tokens: usize,
+    /// Requests waiting for their first step; one more is refused with [`crate::SubmitError::QueueFull`].
+    pub max_queue: usize,
+    /// How long an idle engine gathers requests before the first step.
+    pub batch_timeout: Duration,
+    /// Compute threads; `None` takes every core the process may run on.
+    pub threads: Option<usize>,
+}
+
+impl EngineConfig {
+    /// The defaults for the model in `model_dir`.
+    pub fn new(model_dir: impl Into<PathBuf>) -> Self {
+        Self {
+            model_dir: model_dir.into(),
+            dtype: WeightDtype::Auto,
+            kv_dtype: KvDtype::Auto,
+            kv_cache_memory: None,
+            available_memory: 4 << 30,
+            block_size: 16,
+            max_model_len: None,
+            max_num_seqs: 512,
+            max_num_batched_tokens: 512,
+            max_queue: 1024,
+            batch_timeout: Duration::ZERO,
+            threads: None,
+        }
+    }
+}

@@ -1,0 +1,70 @@
+//! What can go wrong in the engine.
+
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+/// Why a model could not be loaded or a step could not be run.
+#[derive(Debug, Error)]
+pub enum EngineError {
+    #[error("cannot read {path}: {source}", path = path.display())]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("cannot write {path}: {source}", path = path.display())]
+    Write { path: PathBuf, source: std::io::Error },
+    #[error("{path} is not valid: {reason}", path = path.display())]
+    Invalid { path: PathBuf, reason: String },
+    #[error("architecture `{found}` is not supported; supported are {supported}")]
+    UnknownArchitecture { found: String, supported: String },
+    #[error("config.json: `{key}` {reason}")]
+    Config { key: &'static str, reason: String },
+    #[error("tensor `{name}` is missing from the checkpoint")]
+    MissingTensor { name: String },
+    #[error("the checkpoint has {count} tensors that the architecture does not know, first of them {names}")]
+    ExtraTensors { count: usize, names: String },
+    #[error("tensor `{name}` has shape {found:?}, expected {expected:?}")]
+    TensorShape { name: String, found: Vec<usize>, expected: Vec<usize> },
+    #[error("tensor `{name}` is stored as {dtype}, which is not supported")]
+    TensorDtype { name: String, dtype: String },
+    #[error("the KV cache has room for {capacity} tokens, fewer than one block of {block_size}")]
+    KvTooSmall { capacity: usize, block_size: usize },
+    #[error("{what} is {value}, allowed are {allowed}")]
+    Limit { what: &'static str, value: u64, allowed: String },
+    #[error("kernel error: {0}")]
+    Kernel(#[from] kernels::KernelError),
+    #[error("scheduler settings: {0}")]
+    Scheduler(#[from] scheduler::ConfigError),
+    #[error("tensor error: {0}")]
+    Tensor(#[from] candle_core::Error),
+    #[error("the compute thread could not be started: {0}")]
+    Thread(std::io::Error),
+}
+
+/// Why a request was refused at the door. It holds nothing and may be retried where the text says so.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum SubmitError {
+    #[error("the prompt is empty")]
+    EmptyPrompt,
+    #[error("prompt has {prompt_len} tokens and {max_tokens} are to be generated, the limit is {limit} in all")]
+    TooLong { prompt_len: usize, max_tokens: usize, limit: usize },
+    #[error("the request needs {needed} KV blocks, the pool has {total}")]
+    NeverFits { needed: usize, total: usize },
+    #[error("token id {token} is out of range, the vocabulary has {vocab_size} entries")]
+    TokenOutOfRange { token: u32, vocab_size: usize },
+    #[error("{limit} requests are already waiting")]
+    QueueFull { limit: usize },
+    #[error("the server is shutting down")]
+    ShuttingDown,
+    #[error("the engine has stopped after a device error")]
+    Dead,
+}
+
+/// Why an accepted request ended without finishing.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum GenerationError {
+    #[error("the model produced invalid numbers (NaN) for this request")]
+    CorruptedLogits,
+    #[error("the server is shutting down")]
+    ShuttingDown,
+    #[error("the engine stopped after a device error: {0}")]
+    Device(String),
+}

@@ -1,0 +1,170 @@
+//! The door of the engine: submit a request, receive its events; dropping the receiver aborts it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+
+use crate::error::{GenerationError, SubmitError};
+use crate::sampling::params::SamplingParams;
+use crate::shared::Front;
+
+pub use scheduler::{FinishReason, StopCriteria};
+
+/// One sequence to generate. A request with `n` choices submits `n` of these.
+#[derive(Clone, Debug)]
+pub struct GenerateRequest {
+    /// Token ids, every one below the vocabulary size, at least one.
+    pub prompt: Arc<[u32]>,
+    pub sampling: SamplingParams,
+    pub stop: StopCriteria,
+}
+
+/// A token with what the caller asked to know about it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SampledToken {
+    pub token: u32,
+    /// Natural log-probability under the model before temperature and filters, where asked for.
+    pub logprob: Option<f32>,
+    /// The most likely tokens and their log-probs, best first.
+    pub top: Vec<(u32, f32)>,
+    /// A stop token: counted, never shown as text. `Finished` follows.
+    pub is_stop: bool,
+}
+
+/// Log-probs of prompt token `position` given those before it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PromptLogprob {
+    pub token: u32,
+    pub logprob: f32,
+    pub top: Vec<(u32, f32)>,
+}
+
+/// Where the time of a request went, measured by the step loop.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Timings {
+    /// From submission to the first step that held a row of it.
+    pub queue: Duration,
+    /// From there to its first token.
+    pub prefill: Duration,
+    /// From its first token to its last.
+    pub decode: Duration,
+    /// How often it lost its blocks and was computed again.
+    pub num_preemptions: u32,
+}
+
+/// What happens to a generation: `PromptLogprobs` at most once, `Token` any number of times, then exactly one of
+/// `Finished` and `Failed`.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    PromptLogprobs(Vec<PromptLogprob>),
+    Token(SampledToken),
+    Finished { reason: FinishReason, timings: Timings },
+    Failed(GenerationError),
+}
+
+/// The receiving end of one accepted request. Dropping it frees the request's blocks within one step.
+#[derive(Debug)]
+pub struct Generation {
+    pub(crate) events: mpsc::Receiver<Event>,
+}
+
+impl Generation {
+    /// The next event; `None` only after `Finished` or `Failed`.
+    pub async fn next(&mut self) -> Option<Event> {
+        self.events.recv().await
+    }
+
+    /// The same for plain threads.
+    pub fn next_blocking(&mut self) -> Option<Event> {
+        self.events.blocking_recv()
+    }
+}
+
+/// A snapshot of the engine for gauges and counters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EngineStats {
+    pub num_running: usize,
+    pub num_waiting: usize,
+    pub num_used_blocks: usize,
+    pub num_total_blocks: usize,
+    pub num_preemptions: u64,
+    pub num_prompt_tokens: u64,
+    pub num_generation_tokens: u64,
+    pub num_corrupted: u64,
+    pub num_steps: u64,
+}
+
+/// What the loaded model is, for `/v1/models`, `/server_info`, `inspect` and validation.
+#[derive(Clone, Debug)]
+pub struct ModelSummary {
+    /// `model_type` of config.json.
+    pub architecture: String,
+    /// Rows of the embedding; may exceed the tokenizer's vocabulary.
+    pub vocab_size: usize,
+    pub num_layers: usize,
+    pub num_experts: usize,
+    pub num_experts_per_tok: usize,
+    pub num_parameters: u64,
+    pub num_active_parameters: u64,
+    pub weight_bytes: u64,
+    pub kv_bytes_per_token: u64,
+    /// Prompt plus output tokens of one sequence.
+    pub max_model_len: usize,
+    pub block_size: usize,
+    pub num_blocks: usize,
+    pub kv_dtype: &'static str,
+    pub threads: usize,
+    pub generation_defaults: GenerationDefaults,
+}
+
+/// `generation_config.json` as far as serving reads it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct GenerationDefaults {
+    /// Stop tokens: of generation_config.json, else `eos_token_id` of config.json.
+    pub eos_token_ids: Vec<u32>,
+    pub temperature: Option<f32>,
+    pub top_k: Option<u32>,
+    pub top_p: Option<f32>,
+    pub min_p: Option<f32>,
+    pub repetition_penalty: Option<f32>,
+}
+
+/// A clonable handle on a running engine.
+#[derive(Clone, Debug)]
+pub struct EngineHandle {
+    pub(crate) front: Arc<Front>,
+}
+
+impl EngineHandle {
+    /// Queues a request without waiting.
+    ///
+    /// # Errors
+    /// See [`SubmitError`]; nothing is held for a refused request.
+    pub fn submit(&self, request: GenerateRequest) -> Result<Generation, SubmitError> {
+        self.front.submit(request)
+    }
+
+    pub fn model(&self) -> &ModelSummary {
+        &self.front.shared.model
+    }
+
+    pub fn stats(&self) -> EngineStats {
+        self.front.shared.stats()
+    }
+
+    /// True while the step loop runs and, if it has work, finished a step in the last 60 seconds.
+    pub fn is_healthy(&self) -> bool {
+        self.front.is_healthy()
+    }
+
+    /// Refuses new requests from now on; running ones go on.
+    pub fn stop_accepting(&self) {
+        self.front.stop_accepting();
+    }
+
+    /// Ends every open request with `Failed(ShuttingDown)` and stops the step loop.
+    pub fn shutdown(&self) {
+        self.front.shutdown();
+    }
+}

@@ -1,0 +1,139 @@
+//! Grouped-query attention over the paged cache.
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+use kernels::{GqaSpec, RopeStyle, RopeTable};
+
+use super::linear::{Bias, Linear};
+use super::norm::RmsNorm;
+use super::rope::Rope;
+use crate::error::EngineError;
+use crate::models::{CacheSite, ForwardContext};
+use crate::weights::loader::Loader;
+use crate::weights::model_config::ModelConfig;
+
+/// Everything that tells one family's attention from another's.
+#[derive(Clone, Debug)]
+pub struct AttentionConfig {
+    pub hidden_size: usize,
+    pub num_heads: usize,
+    pub num_kv_heads: usize,
+    pub head_dim: usize,
+    pub qkv_bias: Bias,
+    pub out_bias: Bias,
+    /// Factor on the scores, `head_dim^-0.5` in most families.
+    pub scale: f64,
+    pub window: Option<usize>,
+    pub qk_norm: Option<QkNorm>,
+    /// Clamp of queries, keys and values after their norms.
+    pub clip: Option<f64>,
+    pub rope: Arc<RopeTable>,
+    pub rope_style: RopeStyle,
+}
+
+impl AttentionConfig {
+    /// The plain attention of Llama and most families after it: no biases, no norms, rotation by halves.
+    pub fn from_config(config: &ModelConfig, max_model_len: usize) -> Result<Self, EngineError> {
+        let (num_heads, head_dim) = (config.size("num_attention_heads")?, config.head_dim()?);
+        let num_kv_heads = config.opt_count("num_key_value_heads")?.unwrap_or(num_heads);
+        if num_kv_heads == 0 || !num_heads.is_multiple_of(num_kv_heads) {
+            let reason = format!("is {num_kv_heads}, which does not divide num_attention_heads = {num_heads}");
+            return Err(EngineError::Config { key: "num_key_value_heads", reason });
+        }
+        Ok(Self {
+            hidden_size: config.size("hidden_size")?,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            qkv_bias: Bias::No,
+            out_bias: Bias::No,
+            scale: (head_dim as f64).powf(-0.5),
+            window: None,
+            qk_norm: None,
+            clip: None,
+            rope: Rope::from_config(config)?.table(head_dim, max_model_len)?,
+            rope_style: RopeStyle::Halves,
+        })
+    }
+}
+
+/// RMS norms on queries and keys before rotation.
+#[derive(Clone, Copy, Debug)]
+pub enum QkNorm {
+    /// Over each head apart.
+    PerHead { eps: f64 },
+    /// Over the whole projection, before the split into heads.
+    Whole { eps: f64 },
+}
+
+#[derive(Debug)]
+pub struct Attention {
+    qkv: Linear,
+    out: Linear,
+    norms: Option<(QkNorm, RmsNorm, RmsNorm)>,
+    config: AttentionConfig,
+    spec: GqaSpec,
+    site: usize,
+}
+
+impl Attention {
+    /// `{prefix}.{q,k,v,o}_proj` and, with norms, `{prefix}.{q,k}_norm`; its keys and values live in cache site `site`.
+    pub fn load(loader: &Loader, prefix: &str, config: AttentionConfig, site: usize) -> Result<Self, EngineError> {
+        let (q_width, kv_width) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
+        let parts = [("q", q_width), ("k", kv_width), ("v", kv_width)]
+            .map(|(name, rows)| (format!("{prefix}.{name}_proj"), rows));
+        let qkv = Linear::load_fused(loader, &parts, config.hidden_size, config.qkv_bias)?;
+        let out = Linear::load(loader, &format!("{prefix}.o_proj"), config.hidden_size, q_width, config.out_bias)?;
+        let norms = config.qk_norm.map(|kind| {
+            let (q_len, k_len, eps) = match kind {
+                QkNorm::PerHead { eps } => (config.head_dim, config.head_dim, eps),
+                QkNorm::Whole { eps } => (q_width, kv_width, eps),
+            };
+            let q_norm = RmsNorm::load(loader, &format!("{prefix}.q_norm"), q_len, eps)?;
+            Ok::<_, EngineError>((kind, q_norm, RmsNorm::load(loader, &format!("{prefix}.k_norm"), k_len, eps)?))
+        });
+        let spec = GqaSpec {
+            num_heads: config.num_heads,
+            num_kv_heads: config.num_kv_heads,
+            head_dim: config.head_dim,
+            scale: config.scale as f32,
+            window: config.window,
+        };
+        Ok(Self { qkv, out, norms: norms.transpose()?, config, spec, site })
+    }
+
+    pub fn cache_site(&self) -> CacheSite {
+        CacheSite::Gqa { num_kv_heads: self.spec.num_kv_heads, head_dim: self.spec.head_dim }
+    }
+
+    /// `x`: `[num_tokens, hidden_size]`, normalised.
+    pub fn forward(&self, x: &Tensor, context: &mut ForwardContext) -> Result<Tensor, EngineError> {
+        let GqaSpec { num_heads, num_kv_heads, head_dim, .. } = self.spec;
+        let (q_width, kv_width) = (num_heads * head_dim, num_kv_heads * head_dim);
+        let qkv = self.qkv.forward(x)?;
+        let mut q = qkv.narrow(1, 0, q_width)?.contiguous()?;
+        let mut k = qkv.narrow(1, q_width, kv_width)?.contiguous()?;
+        let mut v = qkv.narrow(1, q_width + kv_width, kv_width)?.contiguous()?;
+        if let Some((QkNorm::Whole { .. }, q_norm, k_norm)) = &self.norms {
+            (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
+        }
+        if let Some(limit) = self.config.clip {
+            (q, k, v) = (q.clamp(-limit, limit)?, k.clamp(-limit, limit)?, v.clamp(-limit, limit)?);
+        }
+        let num_tokens = x.dim(0)?;
+        q = q.reshape((num_tokens, num_heads, head_dim))?;
+        k = k.reshape((num_tokens, num_kv_heads, head_dim))?;
+        if let Some((QkNorm::PerHead { .. }, q_norm, k_norm)) = &self.norms {
+            (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
+        }
+        let positions = &context.input.positions;
+        q = kernels::rope(&q, &self.config.rope, positions, self.config.rope_style)?;
+        k = kernels::rope(&k, &self.config.rope, positions, self.config.rope_style)?;
+        let rows = Tensor::cat(&[&k.reshape((num_tokens, kv_width))?, &v], 1)?;
+        let cache = context.arena.site_mut(self.site);
+        cache.write(&rows, &context.input.slot_mapping)?;
+        let attended = kernels::paged_attention(&q, cache, &context.input.paged, &self.spec)?;
+        self.out.forward(&attended)
+    }
+}

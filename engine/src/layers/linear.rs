@@ -1,0 +1,58 @@
+//! A linear map with an optional bias.
+
+use candle_core::Tensor;
+use kernels::PackedWeight;
+
+use crate::error::EngineError;
+use crate::weights::loader::Loader;
+
+#[derive(Debug)]
+pub struct Linear {
+    weight: PackedWeight,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    /// `{name}.weight [rows, cols]` and, if `bias`, `{name}.bias [rows]`.
+    pub fn load(loader: &Loader, name: &str, rows: usize, cols: usize, bias: Bias) -> Result<Self, EngineError> {
+        Self::load_fused(loader, &[(name.to_owned(), rows)], cols, bias)
+    }
+
+    /// Several maps of the same input as one: their outputs side by side.
+    pub fn load_fused(
+        loader: &Loader,
+        parts: &[(String, usize)],
+        cols: usize,
+        bias: Bias,
+    ) -> Result<Self, EngineError> {
+        let weights: Vec<_> = parts.iter().map(|(name, rows)| (format!("{name}.weight"), *rows)).collect();
+        let weight = loader.fused_weight(&weights, cols)?;
+        let bias = match bias {
+            Bias::No => None,
+            Bias::Yes => {
+                let biases: Result<Vec<_>, _> =
+                    parts.iter().map(|(name, rows)| loader.vector(&format!("{name}.bias"), *rows)).collect();
+                Some(Tensor::cat(&biases?, 0)?)
+            }
+        };
+        Ok(Self { weight, bias })
+    }
+
+    /// `[num_tokens, cols]` to `[num_tokens, rows]`.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor, EngineError> {
+        Ok(kernels::linear(x, &self.weight, self.bias.as_ref())?)
+    }
+}
+
+/// Whether a linear map has a bias vector in the checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bias {
+    Yes,
+    No,
+}
+
+impl From<bool> for Bias {
+    fn from(present: bool) -> Self {
+        if present { Self::Yes } else { Self::No }
+    }
+}

@@ -1,0 +1,10 @@
+//! What decoders are made of. Each layer holds its weights and maps rows to rows.
+
+pub mod attention;
+pub mod decoder;
+pub mod linear;
+pub mod mla;
+pub mod mlp;
+pub mod moe;
+pub mod norm;
+pub mod rope;

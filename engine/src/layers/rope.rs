@@ -1,0 +1,166 @@
+//! Rotary position embedding: the published ways to stretch it, as tables of cosines and sines.
+
+use std::f64::consts::PI;
+use std::sync::Arc;
+
+use kernels::RopeTable;
+
+use crate::error::EngineError;
+use crate::weights::model_config::ModelConfig;
+
+/// The rotary settings of a model and what follows from them.
+#[derive(Clone, Debug)]
+pub struct Rope {
+    theta: f64,
+    scaling: Scaling,
+}
+
+#[derive(Clone, Debug)]
+enum Scaling {
+    None,
+    Linear { factor: f64 },
+    Llama3 { factor: f64, low_freq_factor: f64, high_freq_factor: f64, original_len: f64 },
+    Yarn(Yarn),
+}
+
+/// YaRN (arXiv 2309.00071) with DeepSeek's `mscale` keys.
+#[derive(Clone, Debug)]
+struct Yarn {
+    factor: f64,
+    original_len: f64,
+    beta_fast: f64,
+    beta_slow: f64,
+    truncate: bool,
+    mscale: f64,
+    mscale_all_dim: f64,
+    attention_factor: Option<f64>,
+}
+
+impl Rope {
+    /// Reads `rope_theta` and `rope_scaling`, or the `rope_parameters` that newer configs hold.
+    pub fn from_config(config: &ModelConfig) -> Result<Self, EngineError> {
+        let parameters = config.section("rope_parameters");
+        let theta = match parameters.as_ref().map(|section| section.opt_float("rope_theta")).transpose()?.flatten() {
+            Some(theta) => theta,
+            None => config.float_or("rope_theta", 10_000.0)?,
+        };
+        let section = config.section("rope_scaling").or(parameters);
+        let scaling = section.map(|section| Scaling::from_config(&section, config)).transpose()?;
+        Ok(Self { theta, scaling: scaling.unwrap_or(Scaling::None) })
+    }
+
+    /// Cosines and sines for positions `0..max_len` and a rotary width of `dim`.
+    pub fn table(&self, dim: usize, max_len: usize) -> Result<Arc<RopeTable>, EngineError> {
+        let (frequencies, amplitude) = self.frequencies(dim);
+        // f32 throughout, as the reference computes angles.
+        let angles = (0..max_len).flat_map(|position| frequencies.iter().map(move |&f| position as f32 * f));
+        let (cos, sin) = angles
+            .map(|angle| {
+                let (sin, cos) = f64::from(angle).sin_cos();
+                ((cos * amplitude) as f32, (sin * amplitude) as f32)
+            })
+            .unzip();
+        Ok(Arc::new(RopeTable::new(cos, sin, dim)?))
+    }
+
+    /// DeepSeek's factor on the softmax scale: `m(factor, mscale_all_dim)²` under YaRN, else 1.
+    pub fn softmax_factor(&self) -> f64 {
+        match &self.scaling {
+            Scaling::Yarn(yarn) if yarn.mscale_all_dim != 0.0 => yarn_mscale(yarn.factor, yarn.mscale_all_dim).powi(2),
+            _ => 1.0,
+        }
+    }
+
+    /// Angular frequencies per pair and the factor on cosines and sines.
+    fn frequencies(&self, dim: usize) -> (Vec<f32>, f64) {
+        let plain = (0..dim / 2).map(|i| self.theta.powf(-2.0 * i as f64 / dim as f64));
+        match &self.scaling {
+            Scaling::None => (plain.map(|f| f as f32).collect(), 1.0),
+            Scaling::Linear { factor } => (plain.map(|f| (f / factor) as f32).collect(), 1.0),
+            Scaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_len } => {
+                let stretch = |f: f64| {
+                    let wavelength = 2.0 * PI / f;
+                    if wavelength > original_len / low_freq_factor {
+                        f / factor
+                    } else if wavelength < original_len / high_freq_factor {
+                        f
+                    } else {
+                        let smooth =
+                            (original_len / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                        (1.0 - smooth) * f / factor + smooth * f
+                    }
+                };
+                (plain.map(|f| stretch(f) as f32).collect(), 1.0)
+            }
+            Scaling::Yarn(yarn) => {
+                let ramp = yarn.ramp(dim, self.theta);
+                let mix = |(i, f): (usize, f64)| (ramp[i] * f / yarn.factor + (1.0 - ramp[i]) * f) as f32;
+                (plain.enumerate().map(mix).collect(), yarn.amplitude())
+            }
+        }
+    }
+}
+
+impl Scaling {
+    fn from_config(section: &ModelConfig, config: &ModelConfig) -> Result<Self, EngineError> {
+        let kind = section.text_or("rope_type", section.text_or("type", "default")?)?;
+        let max_len = config.count_or("max_position_embeddings", 0)? as f64;
+        let original_len = section.float_or("original_max_position_embeddings", max_len)?;
+        match kind {
+            "default" => Ok(Self::None),
+            "linear" => Ok(Self::Linear { factor: section.float_or("factor", 1.0)? }),
+            "llama3" => Ok(Self::Llama3 {
+                factor: section.float_or("factor", 1.0)?,
+                low_freq_factor: section.float_or("low_freq_factor", 1.0)?,
+                high_freq_factor: section.float_or("high_freq_factor", 4.0)?,
+                original_len,
+            }),
+            "yarn" => Ok(Self::Yarn(Yarn {
+                factor: section.float_or("factor", max_len / original_len)?,
+                original_len,
+                beta_fast: section.float_or("beta_fast", 32.0)?,
+                beta_slow: section.float_or("beta_slow", 1.0)?,
+                truncate: section.flag_or("truncate", true)?,
+                mscale: section.float_or("mscale", 0.0)?,
+                mscale_all_dim: section.float_or("mscale_all_dim", 0.0)?,
+                attention_factor: section.opt_float("attention_factor")?,
+            })),
+            other => {
+                let reason = format!("has type `{other}`, supported are default, linear, llama3, yarn");
+                Err(EngineError::Config { key: "rope_scaling", reason })
+            }
+        }
+    }
+}
+
+impl Yarn {
+    /// Share of interpolation per frequency: 0 keeps it, 1 divides it by the factor.
+    fn ramp(&self, dim: usize, theta: f64) -> Vec<f64> {
+        let correction =
+            |rotations: f64| dim as f64 * (self.original_len / (rotations * 2.0 * PI)).ln() / (2.0 * theta.ln());
+        let (mut low, mut high) = (correction(self.beta_fast), correction(self.beta_slow));
+        if self.truncate {
+            (low, high) = (low.floor(), high.ceil());
+        }
+        (low, high) = (low.max(0.0), high.min(dim as f64 - 1.0));
+        if low == high {
+            high += 0.001; // the published guard against a division by zero
+        }
+        (0..dim / 2).map(|i| ((i as f64 - low) / (high - low)).clamp(0.0, 1.0)).collect()
+    }
+
+    /// The factor on cosines and sines.
+    fn amplitude(&self) -> f64 {
+        match self.attention_factor {
+            Some(factor) => factor,
+            None if self.mscale != 0.0 && self.mscale_all_dim != 0.0 => {
+                yarn_mscale(self.factor, self.mscale) / yarn_mscale(self.factor, self.mscale_all_dim)
+            }
+            None => yarn_mscale(self.factor, 1.0),
+        }
+    }
+}
+
+fn yarn_mscale(factor: f64, coefficient: f64) -> f64 {
+    if factor <= 1.0 { 1.0 } else { 0.1 * coefficient * factor.ln() + 1.0 }
+}

@@ -1,0 +1,42 @@
+//! The engine drives: the step loop, models, weights, sampling and the bytes of the KV cache.
+//!
+//! | room | what is in it |
+//! |---|---|
+//! | `handle`, `shared` | the door: submit, events, counters |
+//! | `step_loop`, `runner`, `forward_input` | one thread: schedule, compute, sample, deliver |
+//! | `models`, `layers` | one file per family over shared layers |
+//! | `weights` | checkpoints in, GGUF in, upcycling out |
+//! | `memory` | the KV cache's size and bytes |
+//! | `experts` | what the routers chose |
+//! | `sampling` | a row of logits to a token |
+
+#![forbid(unsafe_code)]
+
+mod config;
+mod error;
+mod experts;
+mod forward_input;
+mod handle;
+mod layers;
+mod load;
+mod memory;
+mod models;
+mod runner;
+pub mod sampling;
+mod shared;
+mod step_loop;
+pub mod weights;
+
+pub use config::{EngineConfig, KvDtype, WeightDtype};
+pub use error::{EngineError, GenerationError, SubmitError};
+pub use handle::{
+    EngineHandle, EngineStats, Event, FinishReason, GenerateRequest, Generation, GenerationDefaults, ModelSummary,
+    PromptLogprob, SampledToken, StopCriteria, Timings,
+};
+pub use experts::RoutingStats;
+pub use load::{LoadedModel, load, load_model};
+pub use runner::{ChunkOutput, RowRequest, Runner};
+pub use weights::gguf::GgufFile;
+pub use weights::inspect::{Inspection, inspect};
+pub use weights::loader::LoadProgress;
+pub use weights::upcycle::{UpcycleDtype, UpcycleOptions, UpcycleReport, upcycle};

@@ -1,0 +1,162 @@
+//! From a folder to a running engine.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
+
+use kernels::KvFormat;
+use scheduler::{Scheduler, SchedulerConfig};
+
+use crate::config::{EngineConfig, KvDtype, WeightDtype};
+use crate::error::EngineError;
+use crate::handle::{EngineHandle, ModelSummary};
+use crate::memory::{KvArena, budget};
+use crate::models::{self, Model, ModelSource};
+use crate::runner::Runner;
+use crate::shared::{Front, Shared};
+use crate::step_loop::StepLoop;
+use crate::weights::checkpoint::Checkpoint;
+use crate::weights::inspect::{Inspection, inspect};
+use crate::weights::loader::{LoadProgress, Loader};
+use crate::weights::model_config::{ModelConfig, generation_defaults};
+
+/// A model in memory with the pieces that make an engine of it.
+pub struct LoadedModel {
+    pub summary: ModelSummary,
+    pub scheduler: Scheduler,
+    pub runner: Runner,
+}
+
+/// Loads the model of `config.model_dir` and starts its step loop.
+///
+/// # Errors
+/// Whatever is wrong with the folder, the settings, or their fit to each other; see [`EngineError`].
+pub fn load(config: EngineConfig, progress: &mut dyn FnMut(LoadProgress)) -> Result<EngineHandle, EngineError> {
+    let LoadedModel { summary, scheduler, runner } = load_model(&config, progress)?;
+    let shared = Arc::new(Shared::new(summary, config.max_queue));
+    // The queue's limit counts requests; one more place is for the word that wakes the loop.
+    let (commands, receiver) = sync_channel(config.max_queue + 1);
+    let step_loop = StepLoop::new(scheduler, runner, shared.clone());
+    let thread = std::thread::Builder::new()
+        .name("step-loop".into())
+        .spawn(move || step_loop.run(&receiver))
+        .map_err(EngineError::Thread)?;
+    Ok(EngineHandle { front: Arc::new(Front::new(shared, commands, thread)) })
+}
+
+/// Loads a model without starting a thread: the caller drives scheduler and runner.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_model(config: &EngineConfig, progress: &mut dyn FnMut(LoadProgress)) -> Result<LoadedModel, EngineError> {
+    check_limits(config)?;
+    let threads = kernels::pool::init(config.threads);
+    let inspection = inspect(&config.model_dir)?;
+    let model_config = ModelConfig::load(&config.model_dir)?;
+    let max_position_embeddings = model_config.size("max_position_embeddings")?;
+    let max_len = config.max_model_len.unwrap_or(max_position_embeddings);
+    let (model, weight_bytes) = load_weights(config, &model_config, max_len, progress)?;
+    let kv_dtype = resolve_kv_dtype(config, &model_config);
+    let demand =
+        budget::KvDemand { sites: &model.shape().cache_sites, dtype: kv_dtype, weight_bytes, max_position_embeddings };
+    let kv = budget::plan(config, &demand)?;
+    let scheduler = Scheduler::new(SchedulerConfig {
+        block_size: config.block_size,
+        num_blocks: kv.num_blocks,
+        max_num_seqs: config.max_num_seqs,
+        max_num_batched_tokens: config.max_num_batched_tokens,
+        max_model_len: kv.max_model_len,
+        // The handle bounds the queue; the scheduler's own bound must only never be the tighter one.
+        max_queue: config.max_queue.saturating_add(config.max_num_seqs),
+        batch_timeout: config.batch_timeout,
+    })?;
+    let format = if kv_dtype == KvDtype::F32 { KvFormat::F32 } else { KvFormat::Bf16 };
+    let arena = KvArena::new(&model.shape().cache_sites, format, config.block_size, kv.num_blocks)?;
+    let summary = summarize(&config.model_dir, &model_config, model.as_ref(), &inspection)?;
+    let summary = ModelSummary {
+        weight_bytes,
+        kv_bytes_per_token: kv.bytes_per_token,
+        max_model_len: kv.max_model_len,
+        block_size: config.block_size,
+        num_blocks: kv.num_blocks,
+        kv_dtype: if kv_dtype == KvDtype::F32 { "f32" } else { "bf16" },
+        threads,
+        ..summary
+    };
+    Ok(LoadedModel { summary, scheduler, runner: Runner::new(model, arena, config.block_size) })
+}
+
+fn load_weights(
+    config: &EngineConfig,
+    model_config: &ModelConfig,
+    max_model_len: usize,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<(Box<dyn Model>, u64), EngineError> {
+    let architecture = models::architecture(model_config.model_type()?)?;
+    let checkpoint = Checkpoint::open(&config.model_dir)?;
+    let loader = Loader::new(&checkpoint, config.dtype, progress);
+    let source = ModelSource { config: model_config, loader: &loader, max_model_len };
+    let model = (architecture.load)(&source)?;
+    let weight_bytes = loader.weight_bytes();
+    loader.finish(|name| {
+        models::is_ignored_everywhere(model_config, name) || (architecture.ignored)(model_config, name)
+    })?;
+    Ok((model, weight_bytes))
+}
+
+/// f32 weights keep f32 keys and values; everything narrower loses nothing that its weights had.
+fn resolve_kv_dtype(config: &EngineConfig, model_config: &ModelConfig) -> KvDtype {
+    let stored = model_config.text_or("torch_dtype", model_config.text_or("dtype", "bfloat16").unwrap_or("bfloat16"));
+    match (config.kv_dtype, config.dtype) {
+        (KvDtype::Auto, WeightDtype::F32) => KvDtype::F32,
+        (KvDtype::Auto, WeightDtype::Auto) if matches!(stored, Ok("float32")) => KvDtype::F32,
+        (KvDtype::Auto, _) => KvDtype::Bf16,
+        (chosen, _) => chosen,
+    }
+}
+
+fn summarize(
+    model_dir: &Path,
+    config: &ModelConfig,
+    model: &dyn Model,
+    inspection: &Inspection,
+) -> Result<ModelSummary, EngineError> {
+    let shape = model.shape();
+    Ok(ModelSummary {
+        architecture: config.model_type()?.to_owned(),
+        vocab_size: shape.vocab_size,
+        num_layers: shape.num_layers,
+        num_experts: shape.experts_per_moe_layer.iter().copied().max().unwrap_or(0),
+        num_experts_per_tok: config.count_or("num_experts_per_tok", 0)?,
+        num_parameters: inspection.num_parameters,
+        num_active_parameters: inspection.num_active_parameters,
+        weight_bytes: 0,
+        kv_bytes_per_token: 0,
+        max_model_len: 0,
+        block_size: 0,
+        num_blocks: 0,
+        kv_dtype: "",
+        threads: 0,
+        generation_defaults: generation_defaults(model_dir, config)?,
+    })
+}
+
+fn check_limits(config: &EngineConfig) -> Result<(), EngineError> {
+    let check = |what, value: usize, range: std::ops::RangeInclusive<usize>| match range.contains(&value) {
+        true => Ok(()),
+        false => {
+            let allowed = format!("{} to {}", range.start(), range.end());
+            Err(EngineError::Limit { what, value: value as u64, allowed })
+        }
+    };
+    check("block_size", config.block_size, 1..=256)?;
+    check("max_num_seqs", config.max_num_seqs, 1..=1 << 16)?;
+    check("max_num_batched_tokens", config.max_num_batched_tokens, 1..=1 << 20)?;
+    check("max_queue", config.max_queue, 1..=1 << 20)?;
+    check("max_model_len", config.max_model_len.unwrap_or(1), 1..=1 << 24)?;
+    if !config.block_size.is_power_of_two() {
+        let value = config.block_size as u64;
+        return Err(EngineError::Limit { what: "block_size", value, allowed: "powers of two from 1 to 256".into() });
+    }
+    Ok(())
+}

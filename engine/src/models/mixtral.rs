@@ -1,0 +1,46 @@
+//! Mixtral (arXiv 2401.04088): grouped-query attention, softmax router with renormalised top-k weights.
+
+use kernels::{RouterSpec, Scoring};
+
+use super::{Model, ModelSource};
+use crate::error::EngineError;
+use crate::layers::attention::{Attention, AttentionConfig};
+use crate::layers::decoder::{Decoder, DecoderConfig, FeedForwardParts, LayerParts, Mixer};
+use crate::layers::moe::{self, ExpertShape, MoeParts};
+
+pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
+    let ModelSource { config, loader, max_model_len } = *source;
+    config.expect_silu()?;
+    let decoder = DecoderConfig::from_config(config, 1e-5)?;
+    let shape = ExpertShape {
+        num_experts: config.size("num_local_experts")?,
+        hidden_size: decoder.hidden_size,
+        width: config.size("intermediate_size")?,
+    };
+    let attention = AttentionConfig {
+        window: config.opt_count("sliding_window")?,
+        ..AttentionConfig::from_config(config, max_model_len)?
+    };
+    let spec = RouterSpec {
+        top_k: config.size("num_experts_per_tok")?,
+        scoring: Scoring::Softmax,
+        bias: None,
+        groups: None,
+        renormalize: Some(0.0),
+        scale: 1.0,
+    };
+    let mixer = |prefix: &str, idx: usize| {
+        Ok(Mixer::Gqa(Attention::load(loader, &format!("{prefix}.self_attn"), attention.clone(), idx)?))
+    };
+    let feed_forward = |prefix: &str, _: usize| {
+        let block = format!("{prefix}.block_sparse_moe");
+        Ok(FeedForwardParts::Moe(MoeParts {
+            gate: moe::load_gate(loader, &format!("{block}.gate"), shape)?,
+            spec: spec.clone(),
+            experts: moe::load_experts(loader, &format!("{block}.experts"), ["w1", "w3", "w2"], shape)?,
+            shared: None,
+        }))
+    };
+    let parts = LayerParts { mixer: &mixer, feed_forward: &feed_forward };
+    Ok(Box::new(Decoder::load(source, decoder, parts)?))
+}

@@ -1,0 +1,49 @@
+//! OLMoE (arXiv 2409.02060): norms over whole query and key projections, optional clamp, softmax router.
+
+use kernels::{RouterSpec, Scoring};
+
+use super::{Model, ModelSource};
+use crate::error::EngineError;
+use crate::layers::attention::{Attention, AttentionConfig, QkNorm};
+use crate::layers::decoder::{Decoder, DecoderConfig, FeedForwardParts, LayerParts, Mixer};
+use crate::layers::moe::{self, ExpertShape, MoeParts};
+
+pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
+    let ModelSource { config, loader, max_model_len } = *source;
+    config.expect_silu()?;
+    let decoder = DecoderConfig::from_config(config, 1e-5)?;
+    let shape = ExpertShape {
+        num_experts: config.size("num_experts")?,
+        hidden_size: decoder.hidden_size,
+        width: config.size("intermediate_size")?,
+    };
+    let bias = config.flag_or("attention_bias", false)?.into();
+    let attention = AttentionConfig {
+        qkv_bias: bias,
+        out_bias: bias,
+        qk_norm: Some(QkNorm::Whole { eps: decoder.rms_norm_eps }),
+        clip: config.opt_float("clip_qkv")?,
+        ..AttentionConfig::from_config(config, max_model_len)?
+    };
+    let spec = RouterSpec {
+        top_k: config.size("num_experts_per_tok")?,
+        scoring: Scoring::Softmax,
+        bias: None,
+        groups: None,
+        renormalize: config.flag_or("norm_topk_prob", false)?.then_some(0.0),
+        scale: 1.0,
+    };
+    let mixer = |prefix: &str, idx: usize| {
+        Ok(Mixer::Gqa(Attention::load(loader, &format!("{prefix}.self_attn"), attention.clone(), idx)?))
+    };
+    let feed_forward = |prefix: &str, _: usize| {
+        Ok(FeedForwardParts::Moe(MoeParts {
+            gate: moe::load_gate(loader, &format!("{prefix}.mlp.gate"), shape)?,
+            spec: spec.clone(),
+            experts: moe::load_experts(loader, &format!("{prefix}.mlp.experts"), moe::PROJECTIONS, shape)?,
+            shared: None,
+        }))
+    };
+    let parts = LayerParts { mixer: &mixer, feed_forward: &feed_forward };
+    Ok(Box::new(Decoder::load(source, decoder, parts)?))
+}

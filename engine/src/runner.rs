@@ -1,0 +1,154 @@
+//! Runs one batch through the model and samples it: the part of a step that computes.
+
+use candle_core::Tensor;
+use scheduler::{Batch, BlockId, RequestId, Scheduler};
+
+use crate::error::EngineError;
+use crate::experts::RoutingStats;
+use crate::forward_input::{ChunkRows, ForwardInput};
+use crate::handle::{PromptLogprob, SampledToken};
+use crate::layers::decoder::gather_rows;
+use crate::memory::KvArena;
+use crate::models::{ForwardContext, Model};
+use crate::sampling::params::SamplingParams;
+use crate::sampling::prompt_logprob;
+use crate::sampling::sampler::{SampleRow, sample};
+
+/// Rows of logits held at a time: a long prompt's log-probs would otherwise need `prompt × vocabulary` floats.
+const LOGIT_ROWS: usize = 64;
+
+/// The model with its memory.
+pub struct Runner {
+    model: Box<dyn Model>,
+    arena: KvArena,
+    routing: RoutingStats,
+    input: ForwardInput,
+    block_size: usize,
+}
+
+/// How a sequence wants its rows read.
+pub struct RowRequest<'a> {
+    pub sampling: &'a SamplingParams,
+    /// Tokens that may not be sampled now.
+    pub forbidden: &'a [u32],
+    /// Prompt log-probs already delivered.
+    pub num_prompt_logprobs: usize,
+}
+
+/// What a chunk gave.
+#[derive(Debug, Default)]
+pub struct ChunkOutput {
+    /// Of prompt positions `num_prompt_logprobs + 1..`, as far as the chunk reaches.
+    pub prompt_logprobs: Vec<PromptLogprob>,
+    /// For chunks that sample: the token, or `None` if the row held no usable number.
+    pub sampled: Option<Option<SampledToken>>,
+}
+
+/// A row of hidden states whose logits somebody wants.
+struct WantedRow {
+    row: u32,
+    chunk_idx: usize,
+    /// Position of the token that the row predicts.
+    predicts: usize,
+}
+
+impl Runner {
+    pub fn new(model: Box<dyn Model>, arena: KvArena, block_size: usize) -> Self {
+        let routing = RoutingStats::new(&model.shape().experts_per_moe_layer);
+        Self { model, arena, routing, input: ForwardInput::default(), block_size }
+    }
+
+    pub fn routing(&mut self) -> &mut RoutingStats {
+        &mut self.routing
+    }
+
+    /// Computes every chunk of `batch`; the result has one entry per chunk.
+    pub fn run<'a>(
+        &mut self,
+        scheduler: &Scheduler,
+        batch: &Batch,
+        request_of: impl Fn(RequestId) -> RowRequest<'a>,
+    ) -> Result<Vec<ChunkOutput>, EngineError> {
+        let hidden = self.forward(scheduler, batch)?;
+        let requests: Vec<RowRequest> = batch.chunks.iter().map(|chunk| request_of(chunk.id)).collect();
+        let wanted = wanted_rows(scheduler, batch, &requests);
+        let mut outputs: Vec<ChunkOutput> = batch.chunks.iter().map(|_| ChunkOutput::default()).collect();
+        for rows in wanted.chunks(LOGIT_ROWS) {
+            let indices: Vec<u32> = rows.iter().map(|wanted| wanted.row).collect();
+            let logits = self.model.logits(&gather_rows(&hidden, &indices)?)?.to_vec2::<f32>()?;
+            for (wanted, logits) in rows.iter().zip(&logits) {
+                let chunk = &batch.chunks[wanted.chunk_idx];
+                let (request, output) = (&requests[wanted.chunk_idx], &mut outputs[wanted.chunk_idx]);
+                let sequence = scheduler.sequence(chunk.id).expect("a scheduled sequence is known");
+                let tokens = sequence.tokens();
+                if let Some(&known) = tokens.get(wanted.predicts) {
+                    let num_top = request.sampling.prompt_logprobs.unwrap_or(0) as usize;
+                    output.prompt_logprobs.push(prompt_logprob(logits, known, num_top));
+                } else {
+                    output.sampled = Some(sample(&SampleRow {
+                        logits,
+                        params: request.sampling,
+                        tokens,
+                        prompt_len: sequence.prompt_len(),
+                        forbidden: request.forbidden,
+                    }));
+                }
+            }
+        }
+        Ok(outputs)
+    }
+
+    /// Logits at every position of one sequence, `[tokens.len()][vocab_size]`, computed in one pass outside any schedule.
+    /// It writes over the first blocks of the arena: for measuring a model, not while requests run.
+    pub fn logits_of(&mut self, tokens: &[u32]) -> Result<Vec<Vec<f32>>, EngineError> {
+        let blocks: Vec<BlockId> = (0..tokens.len().div_ceil(self.block_size) as u32).map(BlockId).collect();
+        self.input.clear();
+        self.input.push(ChunkRows { start: 0, tokens, blocks: &blocks }, self.block_size);
+        let hidden = self.hidden()?;
+        Ok(self.model.logits(&hidden)?.to_vec2::<f32>()?)
+    }
+
+    /// Hidden states of all rows, `[num_tokens, hidden_size]`.
+    fn forward(&mut self, scheduler: &Scheduler, batch: &Batch) -> Result<Tensor, EngineError> {
+        self.input.clear();
+        for chunk in &batch.chunks {
+            let sequence = scheduler.sequence(chunk.id).expect("a scheduled sequence is known");
+            let rows = ChunkRows {
+                start: chunk.start,
+                tokens: &sequence.tokens()[chunk.start..chunk.start + chunk.len],
+                blocks: sequence.block_table().blocks(),
+            };
+            self.input.push(rows, self.block_size);
+        }
+        self.hidden()
+    }
+
+    fn hidden(&mut self) -> Result<Tensor, EngineError> {
+        let context = &mut ForwardContext { input: &self.input, arena: &mut self.arena, routing: &mut self.routing };
+        let hidden = self.model.hidden(context)?;
+        self.routing.finish_step();
+        Ok(hidden)
+    }
+}
+
+/// The last row of every sampling chunk, and all rows that predict prompt tokens whose log-probs are still owed.
+fn wanted_rows(scheduler: &Scheduler, batch: &Batch, requests: &[RowRequest]) -> Vec<WantedRow> {
+    let mut wanted = Vec::new();
+    let mut first_row = 0;
+    for (chunk_idx, (chunk, request)) in batch.chunks.iter().zip(requests).enumerate() {
+        let prompt_len = scheduler.sequence(chunk.id).expect("a scheduled sequence is known").prompt_len();
+        let end = chunk.start + chunk.len;
+        let owed = match request.sampling.prompt_logprobs {
+            Some(_) => request.num_prompt_logprobs.max(chunk.start)..end.min(prompt_len - 1),
+            None => 0..0,
+        };
+        let sampled = chunk.samples.then_some(end - 1);
+        wanted.extend(owed.chain(sampled).map(|position| WantedRow {
+            row: (first_row + position - chunk.start) as u32,
+            chunk_idx,
+            predicts: position + 1,
+        }));
+        first_row += chunk.len;
+    }
+    wanted
+}

@@ -1,0 +1,211 @@
+//! What the handle and the step loop share: the door, the flags and the counters.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use scheduler::SchedulerStats;
+use tokio::sync::mpsc;
+
+use crate::error::{GenerationError, SubmitError};
+use crate::handle::{EngineStats, Event, GenerateRequest, Generation, ModelSummary};
+
+/// A loop that has work and finishes no step for this long is reported unhealthy.
+const STALL_LIMIT: Duration = Duration::from_secs(60);
+
+pub(crate) enum Command {
+    Submit(Submission),
+    /// Nothing but a reason to look at the flags.
+    Wake,
+}
+
+/// An accepted request on its way to the loop.
+pub(crate) struct Submission {
+    pub(crate) request: GenerateRequest,
+    pub(crate) events: mpsc::Sender<Event>,
+    pub(crate) submitted: Instant,
+}
+
+/// The loop's side: flags and counters.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) model: ModelSummary,
+    max_queue: usize,
+    num_queued: AtomicUsize,
+    door: Mutex<Door>,
+    shutting_down: AtomicBool,
+    idle: AtomicBool,
+    started: Instant,
+    /// Milliseconds from `started` to the end of the last step.
+    last_step_ms: AtomicU64,
+    stats: Mutex<EngineStats>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Door {
+    Open,
+    /// No new requests; open ones go on.
+    Closing,
+    Dead,
+}
+
+impl Shared {
+    pub(crate) fn new(model: ModelSummary, max_queue: usize) -> Self {
+        Self {
+            model,
+            max_queue,
+            num_queued: AtomicUsize::new(0),
+            door: Mutex::new(Door::Open),
+            shutting_down: AtomicBool::new(false),
+            idle: AtomicBool::new(true),
+            started: Instant::now(),
+            last_step_ms: AtomicU64::new(0),
+            stats: Mutex::new(EngineStats::default()),
+        }
+    }
+
+    /// A request was scheduled for the first time, or left before that.
+    pub(crate) fn leave_queue(&self) {
+        self.num_queued.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_shutting_down(&self) -> bool {
+        self.shutting_down.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_idle(&self, idle: bool) {
+        self.touch();
+        self.idle.store(idle, Ordering::Relaxed);
+    }
+
+    /// No request gets in after this.
+    pub(crate) fn close(&self, error: &GenerationError) {
+        let state = if *error == GenerationError::ShuttingDown { Door::Closing } else { Door::Dead };
+        *self.lock_door() = state;
+    }
+
+    pub(crate) fn count_step(&self, num_prompt: usize, num_generated: usize, num_corrupted: usize) {
+        let mut stats = self.lock_stats();
+        stats.num_prompt_tokens += num_prompt as u64;
+        stats.num_generation_tokens += num_generated as u64;
+        stats.num_corrupted += num_corrupted as u64;
+        stats.num_steps += 1;
+    }
+
+    pub(crate) fn publish(&self, scheduler: &SchedulerStats) {
+        self.touch();
+        let mut stats = self.lock_stats();
+        stats.num_running = scheduler.num_running;
+        stats.num_waiting = scheduler.num_waiting;
+        stats.num_used_blocks = scheduler.num_used_blocks;
+        stats.num_total_blocks = scheduler.num_total_blocks;
+        stats.num_preemptions = scheduler.num_preemptions;
+    }
+
+    fn touch(&self) {
+        self.last_step_ms.store(self.started.elapsed().as_millis() as u64, Ordering::Relaxed);
+    }
+
+    fn lock_door(&self) -> std::sync::MutexGuard<'_, Door> {
+        self.door.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_stats(&self) -> std::sync::MutexGuard<'_, EngineStats> {
+        self.stats.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn stats(&self) -> EngineStats {
+        *self.lock_stats()
+    }
+
+    fn check(&self, request: &GenerateRequest) -> Result<(), SubmitError> {
+        let model = &self.model;
+        let (prompt_len, max_tokens) = (request.prompt.len(), request.stop.max_tokens);
+        if prompt_len == 0 {
+            return Err(SubmitError::EmptyPrompt);
+        }
+        if prompt_len.saturating_add(max_tokens) > model.max_model_len {
+            return Err(SubmitError::TooLong { prompt_len, max_tokens, limit: model.max_model_len });
+        }
+        let needed = (prompt_len + max_tokens).div_ceil(model.block_size);
+        if needed > model.num_blocks {
+            return Err(SubmitError::NeverFits { needed, total: model.num_blocks });
+        }
+        match request.prompt.iter().find(|&&token| token as usize >= model.vocab_size) {
+            Some(&token) => Err(SubmitError::TokenOutOfRange { token, vocab_size: model.vocab_size }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The caller's side: owns the way in and the thread.
+#[derive(Debug)]
+pub(crate) struct Front {
+    pub(crate) shared: Arc<Shared>,
+    commands: SyncSender<Command>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Front {
+    pub(crate) fn new(shared: Arc<Shared>, commands: SyncSender<Command>, thread: JoinHandle<()>) -> Self {
+        Self { shared, commands, thread: Mutex::new(Some(thread)) }
+    }
+
+    pub(crate) fn submit(&self, request: GenerateRequest) -> Result<Generation, SubmitError> {
+        let shared = &self.shared;
+        shared.check(&request)?;
+        // Held until the command is in the channel, so that a closing loop finds it there.
+        let door = shared.lock_door();
+        match *door {
+            Door::Open => {}
+            Door::Closing => return Err(SubmitError::ShuttingDown),
+            Door::Dead => return Err(SubmitError::Dead),
+        }
+        let limit = shared.max_queue;
+        let enter = |queued: usize| (queued < limit).then_some(queued + 1);
+        if shared.num_queued.fetch_update(Ordering::Relaxed, Ordering::Relaxed, enter).is_err() {
+            return Err(SubmitError::QueueFull { limit });
+        }
+        // Prompt log-probs, the tokens and the end: the loop never waits for a slow reader.
+        let (sender, events) = mpsc::channel(request.stop.max_tokens.max(1) + 2);
+        let submission = Submission { request, events: sender, submitted: Instant::now() };
+        if self.commands.try_send(Command::Submit(submission)).is_err() {
+            shared.leave_queue();
+            return Err(SubmitError::QueueFull { limit });
+        }
+        Ok(Generation { events })
+    }
+
+    pub(crate) fn is_healthy(&self) -> bool {
+        let shared = &self.shared;
+        let last_step = Duration::from_millis(shared.last_step_ms.load(Ordering::Relaxed));
+        let moving = shared.idle.load(Ordering::Relaxed) || shared.started.elapsed() < last_step + STALL_LIMIT;
+        moving && *shared.lock_door() != Door::Dead
+    }
+
+    pub(crate) fn stop_accepting(&self) {
+        let mut door = self.shared.lock_door();
+        if *door == Door::Open {
+            *door = Door::Closing;
+        }
+    }
+
+    pub(crate) fn shutdown(&self) {
+        self.stop_accepting();
+        self.shared.shutting_down.store(true, Ordering::Relaxed);
+        // A full channel wakes the loop just as well.
+        let _ = self.commands.try_send(Command::Wake);
+        if let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            // The loop catches its panics, so joining cannot fail.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Front {
+    fn drop(&mut self) {
+        self.shutdown();
+    }
+}

@@ -1,0 +1,271 @@
+//! The engine's one thread: takes commands, asks the scheduler what to compute, has it computed, tells the callers.
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use scheduler::{Batch, Outcome, Progress, Request, RequestId, Scheduler, Update};
+use tokio::sync::mpsc;
+
+use crate::error::{EngineError, GenerationError};
+use crate::handle::{Event, GenerateRequest, PromptLogprob, SampledToken, Timings};
+use crate::runner::{ChunkOutput, RowRequest, Runner};
+use crate::shared::{Command, Shared};
+
+/// How often the routing gauges move.
+const ROUTING_PERIOD: Duration = Duration::from_secs(1);
+
+pub(crate) struct StepLoop {
+    scheduler: Scheduler,
+    runner: Runner,
+    entries: HashMap<RequestId, Entry>,
+    shared: Arc<Shared>,
+    next_id: u64,
+    started: Instant,
+    routing_published: Instant,
+}
+
+/// What the loop keeps of an open request beside the scheduler's sequence.
+struct Entry {
+    events: mpsc::Sender<Event>,
+    request: GenerateRequest,
+    prompt_logprobs: Vec<PromptLogprob>,
+    num_prompt_counted: usize,
+    submitted: Instant,
+    first_scheduled: Option<Instant>,
+    first_token: Option<Instant>,
+}
+
+impl StepLoop {
+    pub(crate) fn new(scheduler: Scheduler, runner: Runner, shared: Arc<Shared>) -> Self {
+        let now = Instant::now();
+        let entries = HashMap::new();
+        Self { scheduler, runner, entries, shared, next_id: 0, started: now, routing_published: now }
+    }
+
+    /// Runs until the handle is shut down or dropped, or the device fails. Every open request has its last event when
+    /// this returns.
+    pub(crate) fn run(mut self, commands: &Receiver<Command>) {
+        let end = catch_unwind(AssertUnwindSafe(|| self.serve(commands)));
+        let error = match end {
+            Ok(Ok(())) => GenerationError::ShuttingDown,
+            Ok(Err(error)) => {
+                tracing::error!(%error, "the engine stops after a device error");
+                GenerationError::Device(error.to_string())
+            }
+            Err(_) => GenerationError::Device("a broken invariant stopped the engine".into()),
+        };
+        // First closed to new requests, then emptied: nothing can slip in between and wait for ever.
+        self.shared.close(&error);
+        for command in commands.try_iter() {
+            if let Command::Submit(submission) = command {
+                let _ = submission.events.try_send(Event::Failed(error.clone()));
+            }
+        }
+        for (_, entry) in self.entries.drain() {
+            entry.fail(error.clone());
+        }
+        self.shared.publish(&self.scheduler.stats());
+    }
+
+    fn serve(&mut self, commands: &Receiver<Command>) -> Result<(), EngineError> {
+        while !self.shared.is_shutting_down() {
+            self.take_commands(commands);
+            self.drop_abandoned();
+            let scheduling = Instant::now();
+            let batch = self.scheduler.schedule(self.started.elapsed());
+            if batch.chunks.is_empty() {
+                self.shared.publish(&self.scheduler.stats());
+                if !self.wait(commands, batch.wake_at) {
+                    return Ok(());
+                }
+                continue;
+            }
+            metrics::histogram!("moesaic_step_seconds", "phase" => "schedule").record(scheduling.elapsed());
+            self.step(&batch)?;
+        }
+        Ok(())
+    }
+
+    /// Everything that arrived, without waiting.
+    fn take_commands(&mut self, commands: &Receiver<Command>) {
+        for command in commands.try_iter() {
+            self.accept(command);
+        }
+    }
+
+    /// Sleeps until a command comes or the batch window closes; false if no command can come any more.
+    fn wait(&mut self, commands: &Receiver<Command>, wake_at: Option<Duration>) -> bool {
+        self.shared.set_idle(true);
+        let command = match wake_at {
+            None => commands.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            Some(at) => commands.recv_timeout(at.saturating_sub(self.started.elapsed())),
+        };
+        self.shared.set_idle(false);
+        match command {
+            Ok(command) => self.accept(command),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return false,
+        }
+        true
+    }
+
+    fn accept(&mut self, command: Command) {
+        let Command::Submit(submission) = command else { return };
+        let id = RequestId(self.next_id);
+        self.next_id += 1;
+        let request = Request { id, prompt: submission.request.prompt.clone(), stop: submission.request.stop.clone() };
+        self.scheduler.add(request, self.started.elapsed()).expect("the handle checked what the scheduler checks");
+        let entry = Entry {
+            events: submission.events,
+            request: submission.request,
+            prompt_logprobs: Vec::new(),
+            num_prompt_counted: 0,
+            submitted: submission.submitted,
+            first_scheduled: None,
+            first_token: None,
+        };
+        self.entries.insert(id, entry);
+    }
+
+    /// Frees what nobody listens to any more.
+    fn drop_abandoned(&mut self) {
+        let scheduler = &mut self.scheduler;
+        let shared = &self.shared;
+        self.entries.retain(|id, entry| {
+            let wanted = !entry.events.is_closed();
+            if !wanted {
+                assert!(scheduler.abort(*id), "an open request is known to the scheduler");
+                if entry.first_scheduled.is_none() {
+                    shared.leave_queue();
+                }
+            }
+            wanted
+        });
+    }
+
+    fn step(&mut self, batch: &Batch) -> Result<(), EngineError> {
+        let computing = Instant::now();
+        for chunk in &batch.chunks {
+            let entry = self.entries.get_mut(&chunk.id).expect("a scheduled sequence is open");
+            if entry.first_scheduled.is_none() {
+                entry.first_scheduled = Some(computing);
+                self.shared.leave_queue();
+            }
+        }
+        let entries = &self.entries;
+        let scheduler = &self.scheduler;
+        let request_of = |id| entries[&id].row_request(scheduler, id);
+        let mut outputs = self.runner.run(scheduler, batch, request_of)?;
+        let outcomes: Vec<Outcome> = outputs.iter().filter_map(ChunkOutput::outcome).collect();
+        let num_preemptions = |id| scheduler.sequence(id).map_or(0, |sequence| sequence.num_preemptions());
+        let preemptions: Vec<u32> = batch.chunks.iter().map(|chunk| num_preemptions(chunk.id)).collect();
+        let progress = self.scheduler.complete(batch, &outcomes);
+        self.count(batch, &progress);
+        self.deliver_prompt_logprobs(batch, &mut outputs);
+        let sampled = batch.chunks.iter().zip(outputs).zip(preemptions).filter(|((chunk, _), _)| chunk.samples);
+        for (progress, ((_, output), preemptions)) in progress.iter().zip(sampled) {
+            self.deliver(progress, output.sampled.flatten(), preemptions);
+        }
+        metrics::histogram!("vllm:iteration_tokens_total").record(batch.num_rows() as f64);
+        metrics::histogram!("moesaic_step_seconds", "phase" => "compute").record(computing.elapsed());
+        if self.routing_published.elapsed() >= ROUTING_PERIOD {
+            self.runner.routing().publish();
+            self.routing_published = Instant::now();
+        }
+        self.shared.publish(&self.scheduler.stats());
+        Ok(())
+    }
+
+    fn count(&mut self, batch: &Batch, progress: &[Progress]) {
+        let mut num_prompt = 0;
+        for chunk in &batch.chunks {
+            let entry = self.entries.get_mut(&chunk.id).expect("a scheduled sequence is open");
+            // Rows computed again after a preemption count once.
+            let reached = (chunk.start + chunk.len).min(entry.request.prompt.len()).max(entry.num_prompt_counted);
+            num_prompt += reached - entry.num_prompt_counted;
+            entry.num_prompt_counted = reached;
+        }
+        let failed = progress.iter().filter(|progress| progress.update == Update::Failed).count();
+        self.shared.count_step(num_prompt, progress.len() - failed, failed);
+    }
+
+    fn deliver_prompt_logprobs(&mut self, batch: &Batch, outputs: &mut [ChunkOutput]) {
+        for (chunk, output) in batch.chunks.iter().zip(outputs) {
+            let entry = self.entries.get_mut(&chunk.id).expect("a scheduled sequence is open");
+            if output.prompt_logprobs.is_empty() {
+                continue;
+            }
+            entry.prompt_logprobs.append(&mut output.prompt_logprobs);
+            if entry.prompt_logprobs.len() + 1 == entry.request.prompt.len() {
+                let logprobs = entry.prompt_logprobs.clone();
+                entry.send(Event::PromptLogprobs(logprobs));
+            }
+        }
+    }
+
+    fn deliver(&mut self, progress: &Progress, sampled: Option<SampledToken>, num_preemptions: u32) {
+        let now = Instant::now();
+        let entry = self.entries.get_mut(&progress.id).expect("a sampled sequence is open");
+        match progress.update {
+            Update::Failed => {
+                let entry = self.entries.remove(&progress.id).expect("it was there a line ago");
+                entry.fail(GenerationError::CorruptedLogits);
+            }
+            Update::Token { is_stop, finished, .. } => {
+                entry.first_token.get_or_insert(now);
+                let sampled = sampled.expect("a token outcome has a sampled token");
+                entry.send(Event::Token(SampledToken { is_stop, ..sampled }));
+                if let Some(reason) = finished {
+                    let timings = entry.timings(now, num_preemptions);
+                    entry.send(Event::Finished { reason, timings });
+                    self.entries.remove(&progress.id);
+                }
+            }
+        }
+    }
+}
+
+impl ChunkOutput {
+    fn outcome(&self) -> Option<Outcome> {
+        self.sampled.as_ref().map(|sampled| match sampled {
+            Some(sampled) => Outcome::Token(sampled.token),
+            None => Outcome::Failed,
+        })
+    }
+}
+
+impl Entry {
+    fn row_request(&self, scheduler: &Scheduler, id: RequestId) -> RowRequest<'_> {
+        let sequence = scheduler.sequence(id).expect("a scheduled sequence is known");
+        let stop = &self.request.stop;
+        let too_early = sequence.num_generated() < stop.min_tokens;
+        RowRequest {
+            sampling: &self.request.sampling,
+            forbidden: if too_early { &stop.stop_token_ids } else { &[] },
+            num_prompt_logprobs: self.prompt_logprobs.len(),
+        }
+    }
+
+    /// The channel has room for every event of the request; a receiver that is gone is noticed before the next step.
+    fn send(&self, event: Event) {
+        let _ = self.events.try_send(event);
+    }
+
+    fn fail(self, error: GenerationError) {
+        self.send(Event::Failed(error));
+    }
+
+    fn timings(&self, now: Instant, num_preemptions: u32) -> Timings {
+        let scheduled = self.first_scheduled.unwrap_or(now);
+        let first_token = self.first_token.unwrap_or(now);
+        Timings {
+            queue: scheduled - self.submitted,
+            prefill: first_token - scheduled,
+            decode: now - first_token,
+            num_preemptions,
+        }
+    }
+}

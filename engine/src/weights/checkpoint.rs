@@ -1,0 +1,116 @@
+//! The safetensors files of a Hugging Face folder as one table of named tensors.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use kernels::MappedFile;
+use safetensors::{Dtype, SafeTensors};
+use serde::Deserialize;
+
+use crate::error::EngineError;
+
+/// Where one tensor lies.
+#[derive(Clone, Debug)]
+pub struct TensorEntry {
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    pub num_bytes: usize,
+    file_idx: usize,
+    offset: usize,
+}
+
+/// All tensors of a checkpoint, mapped and not yet read.
+#[derive(Debug)]
+pub struct Checkpoint {
+    files: Vec<Arc<MappedFile>>,
+    tensors: BTreeMap<String, TensorEntry>,
+}
+
+/// `model.safetensors.index.json`: which shard holds which tensor.
+#[derive(Deserialize)]
+struct ShardIndex {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Checkpoint {
+    /// Maps `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+    ///
+    /// # Errors
+    /// A missing, unreadable or malformed file, and a shard that lacks a tensor the index promises.
+    pub fn open(model_dir: &Path) -> Result<Self, EngineError> {
+        let index_path = model_dir.join("model.safetensors.index.json");
+        if !index_path.exists() {
+            let mut checkpoint = Self { files: Vec::new(), tensors: BTreeMap::new() };
+            checkpoint.add_file(&model_dir.join("model.safetensors"))?;
+            return Ok(checkpoint);
+        }
+        let index: ShardIndex = read_json(&index_path)?;
+        let mut shards: Vec<&String> = index.weight_map.values().collect();
+        shards.sort();
+        shards.dedup();
+        let mut checkpoint = Self { files: Vec::new(), tensors: BTreeMap::new() };
+        for shard in shards {
+            checkpoint.add_file(&shard_path(model_dir, shard, &index_path)?)?;
+        }
+        match index.weight_map.keys().find(|name| !checkpoint.tensors.contains_key(*name)) {
+            Some(name) => Err(EngineError::MissingTensor { name: name.clone() }),
+            None => Ok(checkpoint),
+        }
+    }
+
+    fn add_file(&mut self, path: &Path) -> Result<(), EngineError> {
+        let file = MappedFile::open(path).map_err(|source| EngineError::Read { path: path.into(), source })?;
+        let invalid = |reason: String| EngineError::Invalid { path: path.into(), reason };
+        let (header_len, metadata) = SafeTensors::read_metadata(&file).map_err(|e| invalid(e.to_string()))?;
+        let data_start = header_len + size_of::<u64>();
+        let file_idx = self.files.len();
+        for (name, info) in metadata.tensors() {
+            let (start, end) = info.data_offsets;
+            let (offset, last) = (data_start + start, data_start + end);
+            if end < start || last > file.len() {
+                return Err(invalid(format!("tensor `{name}` lies outside the file")));
+            }
+            let entry =
+                TensorEntry { dtype: info.dtype, shape: info.shape.clone(), num_bytes: end - start, file_idx, offset };
+            if self.tensors.insert(name.clone(), entry).is_some() {
+                return Err(invalid(format!("tensor `{name}` is in two files")));
+            }
+        }
+        self.files.push(Arc::new(file));
+        Ok(())
+    }
+
+    pub fn get(&self, name: &str) -> Option<&TensorEntry> {
+        self.tensors.get(name)
+    }
+
+    /// The stored bytes, little endian, row-major.
+    pub fn bytes(&self, entry: &TensorEntry) -> &[u8] {
+        &self.files[entry.file_idx][entry.offset..entry.offset + entry.num_bytes]
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &TensorEntry)> {
+        self.tensors.iter().map(|(name, entry)| (name.as_str(), entry))
+    }
+
+    /// Bytes of all tensors.
+    pub fn total_bytes(&self) -> u64 {
+        self.tensors.values().map(|entry| entry.num_bytes as u64).sum()
+    }
+}
+
+/// A shard name may not lead out of the model's folder: checkpoints come from strangers.
+fn shard_path(model_dir: &Path, shard: &str, index_path: &Path) -> Result<PathBuf, EngineError> {
+    if Path::new(shard).file_name().is_none_or(|name| name != shard) {
+        let reason = format!("shard `{shard}` is not a plain file name");
+        return Err(EngineError::Invalid { path: index_path.into(), reason });
+    }
+    Ok(model_dir.join(shard))
+}
+
+/// Reads one JSON file.
+pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, EngineError> {
+    let text = std::fs::read(path).map_err(|source| EngineError::Read { path: path.into(), source })?;
+    serde_json::from_slice(&text).map_err(|e| EngineError::Invalid { path: path.into(), reason: e.to_string() })
+}

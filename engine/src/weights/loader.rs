@@ -1,0 +1,175 @@
+//! Hands out the checkpoint's tensors by name in the form the layers want, and notices what nobody asked for.
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+
+use candle_core::{Device, Tensor};
+use kernels::{PackedWeight, WeightFormat};
+use safetensors::Dtype;
+
+use super::checkpoint::{Checkpoint, TensorEntry};
+use super::fp8;
+use crate::config::WeightDtype;
+use crate::error::EngineError;
+
+/// Bytes read so far and in all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoadProgress {
+    pub done_bytes: u64,
+    pub total_bytes: u64,
+}
+
+/// One pass over a checkpoint: every tensor is taken by name, once.
+pub struct Loader<'a> {
+    checkpoint: &'a Checkpoint,
+    dtype: WeightDtype,
+    state: RefCell<LoadState<'a>>,
+}
+
+struct LoadState<'a> {
+    taken: BTreeSet<String>,
+    done_bytes: u64,
+    weight_bytes: u64,
+    progress: &'a mut dyn FnMut(LoadProgress),
+}
+
+impl<'a> Loader<'a> {
+    pub fn new(checkpoint: &'a Checkpoint, dtype: WeightDtype, progress: &'a mut dyn FnMut(LoadProgress)) -> Self {
+        let state = LoadState { taken: BTreeSet::new(), done_bytes: 0, weight_bytes: 0, progress };
+        Self { checkpoint, dtype, state: RefCell::new(state) }
+    }
+
+    pub fn has(&self, name: &str) -> bool {
+        self.checkpoint.get(name).is_some()
+    }
+
+    /// A matrix `[rows, cols]` for [`kernels::linear`].
+    pub fn weight(&self, name: &str, rows: usize, cols: usize) -> Result<PackedWeight, EngineError> {
+        let entry = self.take(name, &[rows, cols])?;
+        let packed = self.pack(name, entry, rows, cols, self.checkpoint.bytes(entry))?;
+        Ok(self.count(packed))
+    }
+
+    /// Several matrices over the same input, one below the other: `[Σ rows, cols]`.
+    pub fn fused_weight(&self, parts: &[(String, usize)], cols: usize) -> Result<PackedWeight, EngineError> {
+        let parts = parts
+            .iter()
+            .map(|(name, rows)| {
+                let entry = self.take(name, &[*rows, cols])?;
+                self.pack(name, entry, *rows, cols, self.checkpoint.bytes(entry))
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        // Parts of unlike formats are stored in the wider one, which holds both exactly.
+        let same = parts.windows(2).all(|pair| pair[0].format() == pair[1].format());
+        let parts = match same {
+            true => parts,
+            false => parts.into_iter().map(|part| part.convert(WeightFormat::F32)).collect(),
+        };
+        Ok(self.count(PackedWeight::concat_rows(&parts.iter().collect::<Vec<_>>())?))
+    }
+
+    /// The matrices of a stacked tensor `[count, rows, cols]`, apart.
+    pub fn stacked_weights(&self, name: &str, shape: [usize; 3]) -> Result<Vec<PackedWeight>, EngineError> {
+        let [count, rows, cols] = shape;
+        let entry = self.take(name, &shape)?;
+        let bytes = self.checkpoint.bytes(entry);
+        bytes
+            .chunks_exact(bytes.len() / count)
+            .map(|part| Ok(self.count(self.pack(name, entry, rows, cols, part)?)))
+            .collect()
+    }
+
+    /// A vector in f32: norm weights, biases.
+    pub fn vector(&self, name: &str, len: usize) -> Result<Tensor, EngineError> {
+        Ok(Tensor::from_vec(self.floats(name, &[len])?, len, &Device::Cpu)?)
+    }
+
+    /// A small tensor in f32, row-major.
+    pub fn floats(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, EngineError> {
+        let entry = self.take(name, shape)?;
+        let count = entry.shape.iter().product();
+        let format = weight_format(name, entry)?;
+        let packed = PackedWeight::from_bytes(format, 1, count, self.checkpoint.bytes(entry))?;
+        self.state.borrow_mut().weight_bytes += (count * size_of::<f32>()) as u64;
+        Ok(packed.to_f32())
+    }
+
+    /// Bytes the loaded weights take in memory.
+    pub fn weight_bytes(&self) -> u64 {
+        self.state.borrow().weight_bytes
+    }
+
+    /// Every tensor was used, or is one that `ignored` knows to be of no use here.
+    pub fn finish(self, ignored: impl Fn(&str) -> bool) -> Result<(), EngineError> {
+        let taken = self.state.into_inner().taken;
+        let extra: Vec<&str> = self
+            .checkpoint
+            .iter()
+            .map(|(name, _)| name)
+            .filter(|name| !taken.contains(*name) && !ignored(name))
+            .collect();
+        if extra.is_empty() {
+            return Ok(());
+        }
+        let names = extra.iter().take(5).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+        Err(EngineError::ExtraTensors { count: extra.len(), names })
+    }
+
+    fn take(&self, name: &str, shape: &[usize]) -> Result<&'a TensorEntry, EngineError> {
+        let entry = self.checkpoint.get(name).ok_or_else(|| EngineError::MissingTensor { name: name.into() })?;
+        if entry.shape != shape {
+            let (found, expected) = (entry.shape.clone(), shape.to_vec());
+            return Err(EngineError::TensorShape { name: name.into(), found, expected });
+        }
+        let mut state = self.state.borrow_mut();
+        state.taken.insert(name.to_owned());
+        state.done_bytes += entry.num_bytes as u64;
+        let progress = LoadProgress { done_bytes: state.done_bytes, total_bytes: self.checkpoint.total_bytes() };
+        (state.progress)(progress);
+        Ok(entry)
+    }
+
+    fn pack(
+        &self,
+        name: &str,
+        entry: &TensorEntry,
+        rows: usize,
+        cols: usize,
+        bytes: &[u8],
+    ) -> Result<PackedWeight, EngineError> {
+        let stored = match entry.dtype {
+            Dtype::F8_E4M3 => self.expand_fp8(name, [rows, cols], bytes)?,
+            _ => PackedWeight::from_bytes(weight_format(name, entry)?, rows, cols, bytes)?,
+        };
+        Ok(match self.dtype {
+            WeightDtype::Auto => stored,
+            WeightDtype::F32 => stored.convert(WeightFormat::F32),
+            WeightDtype::Bf16 => stored.convert(WeightFormat::Bf16),
+            WeightDtype::F16 => stored.convert(WeightFormat::F16),
+        })
+    }
+
+    /// Block-scaled FP8 has no kernel of its own yet: it is expanded, to bf16 unless f32 is asked for.
+    fn expand_fp8(&self, name: &str, shape: [usize; 2], bytes: &[u8]) -> Result<PackedWeight, EngineError> {
+        let [rows, cols] = shape;
+        let scale_name = format!("{name}_scale_inv");
+        let scale_shape = fp8::scale_shape(rows, cols);
+        let scales = self.floats(&scale_name, &scale_shape)?;
+        let packed = PackedWeight::from_f32(WeightFormat::F32, rows, cols, &fp8::expand(bytes, shape, &scales))?;
+        Ok(if self.dtype == WeightDtype::Auto { packed.convert(WeightFormat::Bf16) } else { packed })
+    }
+
+    fn count(&self, packed: PackedWeight) -> PackedWeight {
+        self.state.borrow_mut().weight_bytes += packed.num_bytes() as u64;
+        packed
+    }
+}
+
+fn weight_format(name: &str, entry: &TensorEntry) -> Result<WeightFormat, EngineError> {
+    match entry.dtype {
+        Dtype::F32 => Ok(WeightFormat::F32),
+        Dtype::F16 => Ok(WeightFormat::F16),
+        Dtype::BF16 => Ok(WeightFormat::Bf16),
+        other => Err(EngineError::TensorDtype { name: name.into(), dtype: format!("{other:?}") }),
+    }
+}

@@ -1,0 +1,14 @@
+//! Reading checkpoints: files to named tensors ([`checkpoint`]), tensors to what layers take ([`loader`]).
+//!
+//! [`gguf`] reads GGUF files, [`upcycle`] turns a dense one into an MoE folder, [`inspect`] sizes a folder up.
+
+pub mod checkpoint;
+mod fp8;
+pub mod gguf;
+#[cfg(test)]
+mod gguf_fixture;
+mod gguf_types;
+pub mod inspect;
+pub mod loader;
+pub mod model_config;
+pub mod upcycle;

@@ -1,0 +1,168 @@
+//! `config.json` with typed access that names the key in every error.
+
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::checkpoint::read_json;
+use crate::error::EngineError;
+use crate::handle::GenerationDefaults;
+
+/// The model's own configuration, with the Hugging Face keys.
+#[derive(Clone, Debug)]
+pub struct ModelConfig {
+    keys: Map<String, Value>,
+}
+
+impl ModelConfig {
+    /// Reads `config.json` of a model folder.
+    pub fn load(model_dir: &Path) -> Result<Self, EngineError> {
+        let path = model_dir.join("config.json");
+        match read_json(&path)? {
+            Value::Object(keys) => Ok(Self { keys }),
+            _ => Err(EngineError::Invalid { path, reason: "it is not a JSON object".into() }),
+        }
+    }
+
+    /// The value, where the key is present and not null.
+    pub fn get(&self, key: &str) -> Option<&Value> {
+        self.keys.get(key).filter(|value| !value.is_null())
+    }
+
+    pub fn model_type(&self) -> Result<&str, EngineError> {
+        self.get("model_type").and_then(Value::as_str).ok_or_else(|| missing("model_type"))
+    }
+
+    /// A count.
+    pub fn count(&self, key: &'static str) -> Result<usize, EngineError> {
+        self.opt_count(key)?.ok_or_else(|| missing(key))
+    }
+
+    pub fn count_or(&self, key: &'static str, default: usize) -> Result<usize, EngineError> {
+        Ok(self.opt_count(key)?.unwrap_or(default))
+    }
+
+    pub fn opt_count(&self, key: &'static str) -> Result<Option<usize>, EngineError> {
+        // 2^32 bounds every size below any product that could overflow a usize.
+        self.get(key)
+            .map(|value| {
+                value.as_u64().filter(|&count| count < 1 << 32).map(|count| count as usize).ok_or_else(|| {
+                    EngineError::Config { key, reason: format!("is {value}, expected a count below 2^32") }
+                })
+            })
+            .transpose()
+    }
+
+    /// A count that must not be zero.
+    pub fn size(&self, key: &'static str) -> Result<usize, EngineError> {
+        match self.count(key)? {
+            0 => Err(EngineError::Config { key, reason: "is 0, expected at least 1".into() }),
+            size => Ok(size),
+        }
+    }
+
+    pub fn float_or(&self, key: &'static str, default: f64) -> Result<f64, EngineError> {
+        Ok(self.opt_float(key)?.unwrap_or(default))
+    }
+
+    pub fn opt_float(&self, key: &'static str) -> Result<Option<f64>, EngineError> {
+        self.get(key)
+            .map(|value| {
+                value
+                    .as_f64()
+                    .ok_or_else(|| EngineError::Config { key, reason: format!("is {value}, expected a number") })
+            })
+            .transpose()
+    }
+
+    pub fn flag_or(&self, key: &'static str, default: bool) -> Result<bool, EngineError> {
+        match self.get(key) {
+            None => Ok(default),
+            Some(value) => value
+                .as_bool()
+                .ok_or_else(|| EngineError::Config { key, reason: format!("is {value}, expected true or false") }),
+        }
+    }
+
+    pub fn text_or<'a>(&'a self, key: &'static str, default: &'a str) -> Result<&'a str, EngineError> {
+        match self.get(key) {
+            None => Ok(default),
+            Some(value) => value
+                .as_str()
+                .ok_or_else(|| EngineError::Config { key, reason: format!("is {value}, expected a string") }),
+        }
+    }
+
+    /// A list of counts; absent is empty.
+    pub fn counts(&self, key: &'static str) -> Result<Vec<usize>, EngineError> {
+        let Some(value) = self.get(key) else { return Ok(Vec::new()) };
+        let error = || EngineError::Config { key, reason: format!("is {value}, expected a list of counts") };
+        let list = value.as_array().ok_or_else(error)?;
+        list.iter().map(|item| item.as_u64().map(|count| count as usize).ok_or_else(error)).collect()
+    }
+
+    /// Width of one attention head: `head_dim`, else `hidden_size / num_attention_heads`.
+    pub fn head_dim(&self) -> Result<usize, EngineError> {
+        match self.opt_count("head_dim")? {
+            Some(head_dim) => Ok(head_dim),
+            None => Ok(self.size("hidden_size")? / self.size("num_attention_heads")?),
+        }
+    }
+
+    /// A nested object, such as `rope_scaling`.
+    pub fn section(&self, key: &str) -> Option<ModelConfig> {
+        self.get(key).and_then(Value::as_object).map(|keys| Self { keys: keys.clone() })
+    }
+
+    /// Refuses an activation function other than the SwiGLU's SiLU.
+    pub fn expect_silu(&self) -> Result<(), EngineError> {
+        match self.text_or("hidden_act", "silu")? {
+            "silu" | "swish" => Ok(()),
+            other => {
+                Err(EngineError::Config { key: "hidden_act", reason: format!("is `{other}`, supported is `silu`") })
+            }
+        }
+    }
+}
+
+fn missing(key: &'static str) -> EngineError {
+    EngineError::Config { key, reason: "is missing".into() }
+}
+
+/// Sampling defaults and stop tokens of `generation_config.json`; the stop tokens fall back to config.json.
+pub fn generation_defaults(model_dir: &Path, config: &ModelConfig) -> Result<GenerationDefaults, EngineError> {
+    let path = model_dir.join("generation_config.json");
+    let generation = if path.exists() {
+        match read_json(&path)? {
+            Value::Object(keys) => ModelConfig { keys },
+            _ => return Err(EngineError::Invalid { path, reason: "it is not a JSON object".into() }),
+        }
+    } else {
+        ModelConfig { keys: Map::new() }
+    };
+    let eos = generation.get("eos_token_id").or_else(|| config.get("eos_token_id"));
+    let positive = |value: Option<f64>| value.map(|number| number as f32);
+    Ok(GenerationDefaults {
+        eos_token_ids: token_ids(eos),
+        temperature: match generation.flag_or("do_sample", true)? {
+            true => positive(generation.opt_float("temperature")?),
+            // transformers ignores the other sampling fields when do_sample is false, and so did whoever wrote them;
+            // OpenAI clients still expect sampling unless they ask for temperature 0.
+            false => None,
+        },
+        top_k: generation.opt_count("top_k")?.map(|count| count as u32),
+        top_p: positive(generation.opt_float("top_p")?),
+        min_p: positive(generation.opt_float("min_p")?),
+        repetition_penalty: positive(generation.opt_float("repetition_penalty")?),
+    })
+}
+
+/// One id or a list of ids.
+fn token_ids(value: Option<&Value>) -> Vec<u32> {
+    let ids = match value {
+        Some(Value::Array(list)) => list.iter().collect(),
+        Some(single) => vec![single],
+        None => Vec::new(),
+    };
+    ids.into_iter().filter_map(Value::as_u64).filter_map(|id| u32::try_from(id).ok()).collect()
+}

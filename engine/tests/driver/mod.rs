@@ -1,0 +1,69 @@
+//! Drives a loaded model step by step, without the step loop's thread, so that a test can intervene between any two steps.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use engine::sampling::params::SamplingParams;
+use engine::{EngineConfig, LoadedModel, RowRequest, SampledToken, StopCriteria, load_model};
+use scheduler::{Outcome, Request, RequestId, Update};
+
+/// A folder of `tests/golden`.
+pub fn golden_dir(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(name)
+}
+
+/// One request and what came of it.
+pub struct Job {
+    pub sampling: SamplingParams,
+    pub output: Vec<SampledToken>,
+    pub finished: bool,
+}
+
+pub struct Driver {
+    pub model: LoadedModel,
+    pub jobs: BTreeMap<u64, Job>,
+}
+
+impl Driver {
+    pub fn new(config: &EngineConfig) -> Self {
+        let model = load_model(config, &mut |_| {}).expect("a golden model loads");
+        Self { model, jobs: BTreeMap::new() }
+    }
+
+    pub fn add(&mut self, id: u64, prompt: &[u32], sampling: SamplingParams, stop: StopCriteria) {
+        let request = Request { id: RequestId(id), prompt: prompt.into(), stop: stop.clone() };
+        self.model.scheduler.add(request, Duration::ZERO).expect("the request fits");
+        self.jobs.insert(id, Job { sampling, output: Vec::new(), finished: false });
+    }
+
+    /// Runs one step; false when there was nothing to do.
+    pub fn step(&mut self) -> bool {
+        let LoadedModel { scheduler, runner, .. } = &mut self.model;
+        let batch = scheduler.schedule(Duration::ZERO);
+        scheduler.assert_invariants();
+        if batch.chunks.is_empty() {
+            return false;
+        }
+        let jobs = &self.jobs;
+        let request_of =
+            |id: RequestId| RowRequest { sampling: &jobs[&id.0].sampling, forbidden: &[], num_prompt_logprobs: 0 };
+        let outputs = runner.run(scheduler, &batch, request_of).expect("the step runs");
+        let sampled: Vec<SampledToken> =
+            outputs.into_iter().filter_map(|output| output.sampled).map(|row| row.expect("finite logits")).collect();
+        let outcomes: Vec<Outcome> = sampled.iter().map(|sampled| Outcome::Token(sampled.token)).collect();
+        for (progress, sampled) in scheduler.complete(&batch, &outcomes).into_iter().zip(sampled) {
+            let job = self.jobs.get_mut(&progress.id.0).expect("a known job");
+            job.output.push(sampled);
+            job.finished = matches!(progress.update, Update::Token { finished: Some(_), .. });
+        }
+        true
+    }
+
+    /// Runs until nothing is left to do.
+    pub fn run(&mut self) {
+        while self.step() {}
+        assert!(self.jobs.values().all(|job| job.finished), "every request ends");
+        assert_eq!(self.model.scheduler.stats().num_used_blocks, 0, "every block is free when idle");
+    }
+}

@@ -1,0 +1,136 @@
+//! Every golden checkpoint against the outputs that transformers gave for it, in f32.
+
+#![forbid(unsafe_code)]
+
+mod driver;
+
+use driver::{Driver, golden_dir};
+use engine::sampling::params::SamplingParams;
+use engine::{EngineConfig, StopCriteria, WeightDtype};
+use serde_json::Value;
+
+/// Largest allowed difference of a logit, as a share of the largest logit.
+const TOLERANCE: f32 = 1e-3;
+
+fn numbers(value: &Value) -> Vec<f32> {
+    value.as_array().expect("a list").iter().map(|number| number.as_f64().expect("a number") as f32).collect()
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().expect("a list").iter().map(|id| id.as_u64().expect("an id") as u32).collect()
+}
+
+fn assert_close(name: &str, found: &[f32], expected: &[f32]) {
+    assert_eq!(found.len(), expected.len(), "{name}");
+    let largest = expected.iter().fold(0f32, |max, value| max.max(value.abs()));
+    let worst = found.iter().zip(expected).fold(0f32, |max, (a, b)| max.max((a - b).abs()));
+    assert!(worst <= TOLERANCE * largest, "{name}: off by {worst}, the largest logit is {largest}");
+}
+
+/// `(expert, weight)` pairs by descending weight, as the reference lists them.
+fn by_weight(experts: &[u32], weights: &[f32]) -> Vec<(u32, f32)> {
+    let mut pairs: Vec<(u32, f32)> = experts.iter().copied().zip(weights.iter().copied()).collect();
+    pairs.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    pairs
+}
+
+fn check_logits(name: &str, driver: &mut Driver, reference: &Value) {
+    for prompt in reference["prompts"].as_array().expect("prompts") {
+        let logits = driver.model.runner.logits_of(&ids(&prompt["ids"])).expect("logits");
+        let last = logits.last().expect("a position");
+        assert_close(&format!("{name} {} last", prompt["name"]), last, &numbers(&prompt["last_logits"]));
+    }
+    let full = &reference["full_logits"];
+    let logits = driver.model.runner.logits_of(&ids(&full["ids"])).expect("logits");
+    for (position, expected) in full["logits"].as_array().expect("rows").iter().enumerate() {
+        assert_close(&format!("{name} position {position}"), &logits[position], &numbers(expected));
+    }
+}
+
+fn check_routing(name: &str, driver: &mut Driver, reference: &Value) {
+    driver.model.runner.routing().start_capture();
+    driver.model.runner.logits_of(&ids(&reference["routing"]["ids"])).expect("logits");
+    let calls = driver.model.runner.routing().take_capture();
+    let expected = reference["routing"]["calls"].as_array().expect("calls");
+    assert_eq!(calls.len(), expected.len(), "{name}: router calls");
+    for (found, call) in calls.iter().zip(expected) {
+        let rows = call["experts"].as_array().expect("rows").iter().zip(call["weights"].as_array().expect("rows"));
+        for (token, (experts, weights)) in rows.enumerate() {
+            let slots = token * found.k..(token + 1) * found.k;
+            let found = by_weight(&found.experts[slots.clone()], &found.weights[slots]);
+            let expected = by_weight(&ids(experts), &numbers(weights));
+            let close =
+                |(a, b): (&(u32, f32), &(u32, f32))| a.0 == b.0 && (a.1 - b.1).abs() <= 1e-4 * b.1.abs().max(1.0);
+            assert!(
+                found.len() == expected.len() && found.iter().zip(&expected).all(close),
+                "{name} {} token {token}: {found:?}, expected {expected:?}",
+                call["name"]
+            );
+        }
+    }
+}
+
+fn check_greedy(name: &str, driver: &mut Driver, reference: &Value) {
+    let prompts = reference["prompts"].as_array().expect("prompts");
+    let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+    for (id, prompt) in prompts.iter().enumerate() {
+        let max_tokens = prompt["greedy_ids"].as_array().expect("ids").len();
+        let stop = StopCriteria { max_tokens, ..StopCriteria::default() };
+        driver.add(id as u64, &ids(&prompt["ids"]), greedy.clone(), stop);
+    }
+    driver.run();
+    for (id, prompt) in prompts.iter().enumerate() {
+        let found: Vec<u32> = driver.jobs[&(id as u64)].output.iter().map(|sampled| sampled.token).collect();
+        assert_eq!(found, ids(&prompt["greedy_ids"]), "{name} {}", prompt["name"]);
+    }
+}
+
+fn check(name: &str) {
+    let dir = golden_dir(name);
+    let text = std::fs::read_to_string(dir.join("reference.json")).expect("reference.json");
+    let reference: Value = serde_json::from_str(&text).expect("JSON");
+    let config = EngineConfig { dtype: WeightDtype::F32, kv_cache_memory: Some(16 << 20), ..EngineConfig::new(dir) };
+    let mut driver = Driver::new(&config);
+    check_logits(name, &mut driver, &reference);
+    check_routing(name, &mut driver, &reference);
+    check_greedy(name, &mut driver, &reference);
+}
+
+macro_rules! golden {
+    ($($test:ident $folder:literal)*) => { $(#[test] fn $test() { check($folder); })* };
+}
+
+golden! {
+    mixtral_base "mixtral-base"
+    mixtral_window "mixtral-window"
+    qwen2_moe_base "qwen2_moe-base"
+    qwen2_moe_mixed "qwen2_moe-mixed"
+    qwen3_moe_base "qwen3_moe-base"
+    qwen3_moe_v5config "qwen3_moe-v5config"
+    qwen3_moe_yarn "qwen3_moe-yarn"
+    olmoe_base "olmoe-base"
+    olmoe_clip "olmoe-clip"
+    granitemoe_base "granitemoe-base"
+    granitemoe_bias "granitemoe-bias"
+    deepseek_v2_grouped "deepseek_v2-grouped"
+    deepseek_v2_lite "deepseek_v2-lite"
+    deepseek_v3_base "deepseek_v3-base"
+    deepseek_v3_fp8 "deepseek_v3-fp8"
+    deepseek_v3_mtp "deepseek_v3-mtp"
+    deepseek_v3_noq "deepseek_v3-noq"
+    kimi_k2_base "kimi_k2-base"
+    kimi_k2_tiktoken "kimi_k2-tiktoken"
+}
+
+/// A folder that nobody tests is a promise that nobody keeps.
+#[test]
+fn every_golden_folder_is_tested() {
+    let source = include_str!("golden.rs");
+    for entry in std::fs::read_dir(golden_dir("")).expect("tests/golden") {
+        let entry = entry.expect("a readable entry");
+        if entry.path().is_dir() {
+            let name = entry.file_name().into_string().expect("a UTF-8 name");
+            assert!(source.contains(&format!("\"{name}\"")), "{name} has no test");
+        }
+    }
+}
