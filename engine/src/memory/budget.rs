@@ -73,7 +73,7 @@ mod tests {
         let found = plan(&config, &demand).map(|budget| (budget.num_blocks, budget.max_model_len));
         assert_eq!(
             found.as_ref().map_err(ToString::to_string),
-            expect.as_ref().map_err(ToString::to_string).map(|ok| ok)
+            expect.as_ref().map_err(ToString::to_string)
         );
     }
 

@@ -1,0 +1,175 @@
+//! The engine as a caller meets it: submit, events, refusal, abort, shutdown.
+
+#![forbid(unsafe_code)]
+
+mod driver;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use driver::golden_dir;
+use engine::sampling::params::SamplingParams;
+use engine::{
+    EngineConfig, EngineHandle, Event, FinishReason, GenerateRequest, Generation, GenerationError, StopCriteria,
+    SubmitError, load,
+};
+
+fn config(dir: &Path) -> EngineConfig {
+    EngineConfig { kv_cache_memory: Some(4 << 20), max_model_len: Some(2048), ..EngineConfig::new(dir) }
+}
+
+fn start(config: EngineConfig) -> EngineHandle {
+    load(config, &mut |_| {}).expect("a golden model loads")
+}
+
+fn request(prompt: &[u32], max_tokens: usize) -> GenerateRequest {
+    GenerateRequest {
+        prompt: prompt.into(),
+        sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+        stop: StopCriteria { max_tokens, ..StopCriteria::default() },
+    }
+}
+
+fn events(mut generation: Generation) -> Vec<Event> {
+    std::iter::from_fn(|| generation.next_blocking()).collect()
+}
+
+fn tokens(events: &[Event]) -> Vec<u32> {
+    let token = |event: &Event| match event {
+        Event::Token(sampled) => Some(sampled.token),
+        _ => None,
+    };
+    events.iter().filter_map(token).collect()
+}
+
+/// Waits for a condition of the engine's counters.
+fn eventually(what: &str, condition: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !condition() {
+        assert!(Instant::now() < deadline, "{what} did not come about");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn every_event_comes_once_and_in_order() {
+    let engine = start(config(&golden_dir("mixtral-base")));
+    let sampling =
+        SamplingParams { temperature: 0.0, logprobs: Some(2), prompt_logprobs: Some(1), ..SamplingParams::default() };
+    let generation = engine.submit(GenerateRequest { sampling, ..request(&[1, 54, 70, 99], 5) }).expect("accepted");
+    let events = events(generation);
+    let Event::PromptLogprobs(prompt) = &events[0] else { panic!("prompt log-probs come first: {events:?}") };
+    assert_eq!(prompt.iter().map(|entry| entry.token).collect::<Vec<_>>(), [54, 70, 99]);
+    assert!(prompt.iter().all(|entry| entry.logprob <= entry.top[0].1 && entry.top.len() == 1));
+    assert_eq!(tokens(&events).len(), 5);
+    for event in &events[1..6] {
+        let Event::Token(sampled) = event else { panic!("tokens follow: {events:?}") };
+        assert_eq!(sampled.top[0], (sampled.token, sampled.logprob.expect("asked for")), "greedy takes the best");
+    }
+    assert!(matches!(events[6], Event::Finished { reason: FinishReason::Length, .. }));
+    assert_eq!(events.len(), 7);
+    let stats = engine.stats();
+    assert_eq!((stats.num_prompt_tokens, stats.num_generation_tokens, stats.num_used_blocks), (4, 5, 0));
+}
+
+#[test]
+fn stop_tokens_end_a_sequence_and_min_tokens_holds_them_off() {
+    let engine = start(config(&golden_dir("mixtral-base")));
+    let free = tokens(&events(engine.submit(request(&[1, 54], 8)).expect("accepted")));
+    let with_stop = |min_tokens| {
+        let stop = StopCriteria { max_tokens: 8, min_tokens, stop_token_ids: vec![free[2]] };
+        events(engine.submit(GenerateRequest { stop, ..request(&[1, 54], 8) }).expect("accepted"))
+    };
+    let stopped = with_stop(0);
+    assert_eq!(tokens(&stopped), free[..3]);
+    assert!(matches!(&stopped[2], Event::Token(sampled) if sampled.is_stop));
+    assert!(matches!(stopped[3], Event::Finished { reason: FinishReason::Stop(token), .. } if token == free[2]));
+    let held = tokens(&with_stop(5));
+    assert!(held.len() >= 5 && !held[..5].contains(&free[2]), "{held:?}");
+}
+
+#[test]
+fn a_dropped_generation_frees_its_blocks() {
+    let engine = start(config(&golden_dir("mixtral-base")));
+    let mut long = engine.submit(request(&[1, 54, 70], 2000)).expect("accepted");
+    assert!(matches!(long.next_blocking(), Some(Event::Token(_))));
+    assert!(engine.stats().num_total_blocks > 0);
+    drop(long);
+    eventually("an idle engine", || {
+        let stats = engine.stats();
+        stats.num_running == 0 && stats.num_used_blocks == 0
+    });
+    assert!(engine.stats().num_generation_tokens < 2000, "it was aborted, not finished");
+}
+
+#[test]
+fn what_can_never_run_is_refused_at_the_door() {
+    let check = |engine: &EngineHandle, request, expect: &str| {
+        assert_eq!(engine.submit(request).map(drop).expect_err("refused").to_string(), expect);
+    };
+    let engine = start(config(&golden_dir("mixtral-base")));
+    check(&engine, request(&[], 4), "the prompt is empty");
+    check(&engine, request(&[384], 4), "token id 384 is out of range, the vocabulary has 384 entries");
+    let too_long = "prompt has 2 tokens and 2047 are to be generated, the limit is 2048 in all";
+    check(&engine, request(&[1, 2], 2047), too_long);
+}
+
+#[test]
+fn a_full_queue_refuses_and_loses_nothing() {
+    let engine = start(EngineConfig { max_num_seqs: 1, max_queue: 2, ..config(&golden_dir("mixtral-base")) });
+    let mut running = engine.submit(request(&[1, 54], 1500)).expect("accepted");
+    assert!(matches!(running.next_blocking(), Some(Event::Token(_))), "it runs, so it waits no more");
+    let waiting: Vec<Generation> = (0..2).map(|_| engine.submit(request(&[1, 54], 3)).expect("accepted")).collect();
+    assert_eq!(engine.submit(request(&[1], 3)).expect_err("refused"), SubmitError::QueueFull { limit: 2 });
+    drop(running);
+    for generation in waiting {
+        assert_eq!(tokens(&events(generation)).len(), 3);
+    }
+    assert_eq!(tokens(&events(engine.submit(request(&[1], 3)).expect("room again"))).len(), 3);
+}
+
+#[test]
+fn shutdown_ends_every_request_exactly_once() {
+    let engine = start(EngineConfig { max_num_seqs: 2, ..config(&golden_dir("mixtral-base")) });
+    let generations: Vec<Generation> =
+        (0..5).map(|_| engine.submit(request(&[1, 54], 2000)).expect("accepted")).collect();
+    engine.shutdown();
+    for generation in generations {
+        assert_eq!(events(generation).last(), Some(&Event::Failed(GenerationError::ShuttingDown)));
+    }
+    assert_eq!(engine.submit(request(&[1], 3)).expect_err("closed"), SubmitError::ShuttingDown);
+    assert_eq!(engine.stats().num_used_blocks, 0);
+}
+
+/// A copy of a golden model whose embedding of `token` is not a number.
+fn with_nan_embedding(token: usize) -> std::path::PathBuf {
+    let source = golden_dir("mixtral-base");
+    let dir = std::env::temp_dir().join(format!("moesaic-nan-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).expect("a temporary folder");
+    for name in ["config.json", "generation_config.json"] {
+        std::fs::copy(source.join(name), dir.join(name)).expect("a copy");
+    }
+    let mut bytes = std::fs::read(source.join("model.safetensors")).expect("the checkpoint");
+    let header_len = u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes")) as usize;
+    let header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + header_len]).expect("a header");
+    let info = &header["model.embed_tokens.weight"];
+    let width = info["shape"][1].as_u64().expect("a width") as usize;
+    let start = 8 + header_len + info["data_offsets"][0].as_u64().expect("an offset") as usize + token * width * 2;
+    bytes[start..start + 2].copy_from_slice(&0x7fc0u16.to_le_bytes()); // bf16 NaN
+    std::fs::write(dir.join("model.safetensors"), bytes).expect("a checkpoint");
+    dir
+}
+
+#[test]
+fn a_row_of_nan_ends_its_own_request_only() {
+    let dir = with_nan_embedding(77);
+    let engine = start(config(&dir));
+    let healthy = engine.submit(request(&[1, 54, 70], 200)).expect("accepted");
+    let corrupted = engine.submit(request(&[1, 77, 70], 200)).expect("accepted");
+    assert_eq!(events(corrupted), [Event::Failed(GenerationError::CorruptedLogits)]);
+    let intact = start(config(&golden_dir("mixtral-base")));
+    let expected = intact.submit(request(&[1, 54, 70], 200)).expect("accepted");
+    assert_eq!(tokens(&events(healthy)), tokens(&events(expected)));
+    assert_eq!(engine.stats().num_corrupted, 1);
+    std::fs::remove_dir_all(dir).expect("the temporary folder goes");
+}
