@@ -37,6 +37,6 @@ pub use experts::RoutingStats;
 pub use load::{LoadedModel, load, load_model};
 pub use runner::{ChunkOutput, RowRequest, Runner};
 pub use weights::gguf::GgufFile;
-pub use weights::inspect::{Inspection, inspect};
+pub use weights::inspect::{ClassSize, Inspection, TensorClass, inspect};
 pub use weights::loader::LoadProgress;
 pub use weights::upcycle::{UpcycleDtype, UpcycleOptions, UpcycleReport, upcycle};

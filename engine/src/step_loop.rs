@@ -163,7 +163,9 @@ impl StepLoop {
         let num_preemptions = |id| scheduler.sequence(id).map_or(0, |sequence| sequence.num_preemptions());
         let preemptions: Vec<u32> = batch.chunks.iter().map(|chunk| num_preemptions(chunk.id)).collect();
         let progress = self.scheduler.complete(batch, &outcomes);
+        // Counters first: whoever has seen a request's last event finds it counted and its blocks free.
         self.count(batch, &progress);
+        self.shared.publish(&self.scheduler.stats());
         self.deliver_prompt_logprobs(batch, &mut outputs);
         let sampled = batch.chunks.iter().zip(outputs).zip(preemptions).filter(|((chunk, _), _)| chunk.samples);
         for (progress, ((_, output), preemptions)) in progress.iter().zip(sampled) {
@@ -175,7 +177,6 @@ impl StepLoop {
             self.runner.routing().publish();
             self.routing_published = Instant::now();
         }
-        self.shared.publish(&self.scheduler.stats());
         Ok(())
     }
 

@@ -1,13 +1,9 @@
 //! The engine as a caller meets it: submit, events, refusal, abort, shutdown.
 
-#![forbid(unsafe_code)]
-
-mod driver;
-
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use driver::golden_dir;
+use crate::driver::golden_dir;
 use engine::sampling::params::SamplingParams;
 use engine::{
     EngineConfig, EngineHandle, Event, FinishReason, GenerateRequest, Generation, GenerationError, StopCriteria,

@@ -1,10 +1,6 @@
 //! The same bytes out, whatever else is in the batch, however the prompt is chunked, whenever a sequence is preempted.
 
-#![forbid(unsafe_code)]
-
-mod driver;
-
-use driver::{Driver, golden_dir};
+use crate::driver::{Driver, golden_dir};
 use engine::sampling::params::SamplingParams;
 use engine::{EngineConfig, KvDtype, SampledToken, StopCriteria, WeightDtype};
 use scheduler::RequestId;

@@ -1,10 +1,6 @@
 //! Every golden checkpoint against the outputs that transformers gave for it, in f32.
 
-#![forbid(unsafe_code)]
-
-mod driver;
-
-use driver::{Driver, golden_dir};
+use crate::driver::{Driver, golden_dir};
 use engine::sampling::params::SamplingParams;
 use engine::{EngineConfig, StopCriteria, WeightDtype};
 use serde_json::Value;

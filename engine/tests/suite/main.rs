@@ -1,0 +1,8 @@
+//! The engine's tests against real checkpoints: parity, invariance, and its life as callers see it.
+
+#![forbid(unsafe_code)]
+
+mod driver;
+mod golden;
+mod invariance;
+mod step_loop;
