@@ -1,7 +1,9 @@
 //! Runs one batch through the model and samples it: the part of a step that computes.
 
+use std::sync::OnceLock;
+
 use candle_core::Tensor;
-use scheduler::{Batch, BlockId, RequestId, Scheduler};
+use scheduler::{Batch, BlockId, RequestId, Scheduler, Sequence};
 
 use crate::error::EngineError;
 use crate::experts::RoutingStats;
@@ -76,22 +78,18 @@ impl Runner {
         for rows in wanted.chunks(LOGIT_ROWS) {
             let indices: Vec<u32> = rows.iter().map(|wanted| wanted.row).collect();
             let logits = self.model.logits(&gather_rows(&hidden, &indices)?)?.to_vec2::<f32>()?;
-            for (wanted, logits) in rows.iter().zip(&logits) {
-                let chunk = &batch.chunks[wanted.chunk_idx];
-                let (request, output) = (&requests[wanted.chunk_idx], &mut outputs[wanted.chunk_idx]);
-                let sequence = scheduler.sequence(chunk.id).expect("a scheduled sequence is known");
-                let tokens = sequence.tokens();
-                if let Some(&known) = tokens.get(wanted.predicts) {
-                    let num_top = request.sampling.prompt_logprobs.unwrap_or(0) as usize;
-                    output.prompt_logprobs.push(prompt_logprob(logits, known, num_top));
-                } else {
-                    output.sampled = Some(sample(&SampleRow {
-                        logits,
-                        params: request.sampling,
-                        tokens,
-                        prompt_len: sequence.prompt_len(),
-                        forbidden: request.forbidden,
-                    }));
+            // Rows are read side by side: a draw over a large vocabulary costs as much as a layer.
+            let reads: Vec<OnceLock<RowRead>> = rows.iter().map(|_| OnceLock::new()).collect();
+            kernels::pool::parallel_for(rows.len(), |idx| {
+                let chunk_idx = rows[idx].chunk_idx;
+                let sequence = scheduler.sequence(batch.chunks[chunk_idx].id).expect("a scheduled sequence is known");
+                let read = read_row(&logits[idx], rows[idx].predicts, sequence, &requests[chunk_idx]);
+                assert!(reads[idx].set(read).is_ok(), "every row is read once");
+            });
+            for (wanted, read) in rows.iter().zip(reads) {
+                match read.into_inner().expect("every row was read") {
+                    RowRead::Prompt(logprob) => outputs[wanted.chunk_idx].prompt_logprobs.push(logprob),
+                    RowRead::Next(sampled) => outputs[wanted.chunk_idx].sampled = Some(sampled),
                 }
             }
         }
@@ -128,6 +126,28 @@ impl Runner {
         let hidden = self.model.hidden(context)?;
         self.routing.finish_step();
         Ok(hidden)
+    }
+}
+
+/// What a row of logits was wanted for.
+enum RowRead {
+    Prompt(PromptLogprob),
+    Next(Option<SampledToken>),
+}
+
+fn read_row(logits: &[f32], predicts: usize, sequence: &Sequence, request: &RowRequest) -> RowRead {
+    match sequence.tokens().get(predicts) {
+        Some(&known) => {
+            let num_top = request.sampling.prompt_logprobs.unwrap_or(0) as usize;
+            RowRead::Prompt(prompt_logprob(logits, known, num_top))
+        }
+        None => RowRead::Next(sample(&SampleRow {
+            logits,
+            params: request.sampling,
+            tokens: sequence.tokens(),
+            prompt_len: sequence.prompt_len(),
+            forbidden: request.forbidden,
+        })),
     }
 }
 
