@@ -12,14 +12,20 @@ compile_error!("weights are little-endian bytes that are read in place");
 
 pub mod block_format;
 mod check;
+mod dispatch;
 mod error;
+mod lanes;
 mod mapped_file;
+mod matmul;
 mod memory;
 mod ops;
 mod paged_cache;
 pub mod pool;
+#[cfg(test)]
+mod testing;
 mod weight;
 
+pub use dispatch::isa;
 pub use error::{KernelError, Result};
 pub use mapped_file::MappedFile;
 pub use ops::embedding::embedding;
@@ -34,8 +40,3 @@ pub use ops::route::{GroupScore, Groups, RouterSpec, Scoring, TopK, route};
 pub use ops::swiglu::swiglu;
 pub use paged_cache::{KvFormat, PagedBatch, PagedCache};
 pub use weight::{PackedWeight, WeightFormat};
-
-/// The instruction set in use: `avx512`, `avx2` or `portable`.
-pub fn isa() -> &'static str {
-    "portable"
-}

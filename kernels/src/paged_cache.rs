@@ -7,7 +7,7 @@ use memmap2::MmapMut;
 
 use crate::check::{self, Input};
 use crate::error::{KernelError, Result};
-use crate::memory::{view, view_mut};
+use crate::memory::{Plain, view, view_mut};
 
 const OP: &str = "paged cache";
 
@@ -138,6 +138,14 @@ impl PagedCache {
         let row_bytes = self.width * self.format.element_bytes();
         let start = slot % self.slab_slots() * row_bytes;
         &self.slabs[slot / self.slab_slots()][start..start + row_bytes]
+    }
+
+    /// The rows of a block that exists. Panics unless `T` is the type of the format.
+    pub(crate) fn block<T: Plain>(&self, block: usize) -> &[T] {
+        assert!(size_of::<T>() == self.format.element_bytes(), "rows are read in their own format");
+        let block_bytes = self.block_size * self.width * self.format.element_bytes();
+        let start = block % self.blocks_per_slab * block_bytes;
+        view(&self.slabs[block / self.blocks_per_slab][start..start + block_bytes])
     }
 
     fn row_bytes_mut(&mut self, slot: usize) -> &mut [u8] {

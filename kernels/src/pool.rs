@@ -16,6 +16,9 @@ const SPIN_LIMIT: Duration = Duration::from_micros(50);
 /// Spins between two looks at the clock.
 const SPINS_PER_CLOCK: usize = 64;
 
+/// Work (multiplications, or as long) below which waking the pool costs more than it saves.
+const MIN_PARALLEL_WORK: usize = 1 << 16;
+
 /// `state` of the pool: number of the job, whether it takes no more workers, and how many joined it.
 const JOINED_MASK: u64 = 0xffff;
 const CLOSED: u64 = 1 << 16;
@@ -58,6 +61,11 @@ pub fn parallel_for(num_tasks: usize, task: impl Fn(usize) + Sync) {
     if let Some(payload) = job.take_panic() {
         resume_unwind(payload);
     }
+}
+
+/// [`parallel_for`] if there is enough work in all, else a plain loop.
+pub(crate) fn parallel_if(work: usize, num_tasks: usize, task: impl Fn(usize) + Sync) {
+    if work >= MIN_PARALLEL_WORK { parallel_for(num_tasks, task) } else { (0..num_tasks).for_each(task) }
 }
 
 fn default_threads() -> usize {
@@ -244,7 +252,7 @@ mod tests {
                 sum.fetch_add(outer * 8 + inner, Ordering::Relaxed);
             });
         });
-        assert_eq!(sum.into_inner(), (0..64).sum());
+        assert_eq!(sum.into_inner(), (0..64).sum::<usize>());
     }
 
     #[test]

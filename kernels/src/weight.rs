@@ -234,3 +234,79 @@ fn num_bytes(format: WeightFormat, rows: usize, cols: usize) -> Result<usize> {
         None => Err(KernelError::Invalid { op: OP, reason: format!("shape [{rows}, {cols}] is too large") }),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::path::PathBuf;
+
+    use super::*;
+
+    const FORMATS: [WeightFormat; 3] = [WeightFormat::F32, WeightFormat::F16, WeightFormat::Bf16];
+
+    #[test]
+    fn numbers_survive_every_way_in() {
+        let values: Vec<f32> = (0..12).map(|i| i as f32 * 0.5 - 2.0).collect();
+        for format in FORMATS {
+            let weight = PackedWeight::from_f32(format, 4, 3, &values).unwrap();
+            assert_eq!((weight.rows(), weight.cols(), weight.format()), (4, 3, format));
+            assert_eq!(weight.num_bytes(), format.bytes_for(4, 3));
+            assert_eq!(weight.as_bytes().as_ptr() as usize % 64, 0);
+            assert_eq!(weight.to_f32(), values);
+            let copy = PackedWeight::from_bytes(format, 4, 3, weight.as_bytes()).unwrap();
+            let mut row = [0.0; 3];
+            copy.row_f32(2, &mut row);
+            assert_eq!(row, values[6..9]);
+            let stacked = PackedWeight::concat_rows(&[&weight, &copy]).unwrap();
+            assert_eq!((stacked.rows(), stacked.to_f32()), (8, values.repeat(2)));
+            for other in FORMATS {
+                let converted = weight.clone().convert(other);
+                assert_eq!((converted.format(), converted.to_f32()), (other, values.clone()));
+            }
+        }
+    }
+
+    #[test]
+    fn rounding_is_to_nearest_even() {
+        let ties = [1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0];
+        let weight = PackedWeight::from_f32(WeightFormat::Bf16, 1, 2, &ties).unwrap();
+        assert_eq!(weight.to_f32(), [1.0, 1.0 + 4.0 / 256.0]);
+    }
+
+    fn scratch_file(name: &str, bytes: &[u8]) -> PathBuf {
+        let path = std::env::temp_dir().join(format!("moesaic-{name}-{}", std::process::id()));
+        std::fs::File::create(&path).unwrap().write_all(bytes).unwrap();
+        path
+    }
+
+    #[test]
+    fn mapped_ranges_are_borrowed_or_copied() {
+        let values: Vec<f32> = (0..6).map(|i| i as f32).collect();
+        let mut bytes = vec![0; 8];
+        bytes.extend(PackedWeight::from_f32(WeightFormat::F32, 2, 3, &values).unwrap().as_bytes());
+        bytes.insert(0, 0xff);
+        let shifted = scratch_file("shifted", &bytes);
+        let straight = scratch_file("straight", &bytes[1..]);
+        for (path, offset, place) in [(&shifted, 9, "owned"), (&straight, 8, "mapped")] {
+            let file = Arc::new(MappedFile::open(path).unwrap());
+            let weight = PackedWeight::mapped(file.clone(), offset, WeightFormat::F32, 2, 3).unwrap();
+            assert_eq!(weight.to_f32(), values);
+            assert_eq!(format!("{weight:?}"), format!("PackedWeight(f32 [2, 3], {place})"));
+            assert!(PackedWeight::mapped(file.clone(), offset + 4, WeightFormat::F32, 2, 3).is_err());
+            assert!(PackedWeight::mapped(file.clone(), usize::MAX, WeightFormat::F32, 2, 3).is_err());
+            assert!(PackedWeight::mapped(file, 0, WeightFormat::F32, usize::MAX, 3).is_err());
+            std::fs::remove_file(path).unwrap();
+        }
+    }
+
+    #[test]
+    fn refuses_what_does_not_fit() {
+        let weight = |format, rows, cols| PackedWeight::from_f32(format, rows, cols, &vec![0.0; rows * cols]).unwrap();
+        assert!(PackedWeight::from_f32(WeightFormat::F32, 2, 3, &[0.0; 5]).is_err());
+        assert!(PackedWeight::from_bytes(WeightFormat::Bf16, 2, 3, &[0; 13]).is_err());
+        assert!(PackedWeight::concat_rows(&[]).is_err());
+        let base = weight(WeightFormat::F32, 2, 3);
+        assert!(PackedWeight::concat_rows(&[&base, &weight(WeightFormat::F32, 2, 4)]).is_err());
+        assert!(PackedWeight::concat_rows(&[&base, &weight(WeightFormat::F16, 2, 3)]).is_err());
+    }
+}

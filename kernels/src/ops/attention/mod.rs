@@ -1,6 +1,10 @@
 //! The attention that grouped and latent heads share: scores, softmax and weighted sum over one cache row per position.
 
+mod cpu;
+#[cfg(test)]
 mod reference;
+#[cfg(test)]
+mod tests;
 
 use crate::paged_cache::{PagedBatch, PagedCache};
 
@@ -45,15 +49,9 @@ impl Attention<'_> {
         let start = self.window.map_or(0, |window| (position + 1).saturating_sub(window));
         start..position + 1
     }
-
-    /// The slot of a position of a sequence.
-    fn slot(&self, block_table: &[u32], position: usize) -> usize {
-        let block_size = self.cache.block_size();
-        block_table[position / block_size] as usize * block_size + position % block_size
-    }
 }
 
 /// `[num_tokens, num_heads, value_dim]`
 pub(crate) fn forward(op: &Attention<'_>) -> Vec<f32> {
-    reference::forward(op)
+    cpu::forward(op)
 }

@@ -28,7 +28,7 @@ fn attend(op: &Attention<'_>, (seq_idx, row, position): (usize, usize, usize), h
     let mut query = vec![0.0; heads.key_dim];
     op.gather_query(row, head, &mut query);
     let context: Vec<Vec<f64>> =
-        op.visible(position).map(|position| cache_row(op, op.slot(op.batch.block_table(seq_idx), position))).collect();
+        op.visible(position).map(|position| cache_row(op, slot(op, op.batch.block_table(seq_idx), position))).collect();
     let key_start = heads.key_start + kv_head * heads.key_dim;
     let value_start = heads.value_start + kv_head * heads.value_dim;
     let score = |row: &Vec<f64>| {
@@ -43,6 +43,11 @@ fn attend(op: &Attention<'_>, (seq_idx, row, position): (usize, usize, usize), h
         .map(|i| exps.iter().zip(&context).map(|(exp, row)| exp * row[value_start + i]).sum::<f64>() / sum)
         .map(|value| value as f32)
         .collect()
+}
+
+fn slot(op: &Attention<'_>, block_table: &[u32], position: usize) -> usize {
+    let block_size = op.cache.block_size();
+    block_table[position / block_size] as usize * block_size + position % block_size
 }
 
 fn cache_row(op: &Attention<'_>, slot: usize) -> Vec<f64> {

@@ -1,6 +1,10 @@
 //! One small matrix product per head: the absorbed projections of multi-head latent attention.
 
+mod cpu;
+#[cfg(test)]
 mod reference;
+#[cfg(test)]
+mod tests;
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 
@@ -39,7 +43,7 @@ impl CustomOp1 for HeadLinear<'_> {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, x_layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let out = reference::head_linear(f32_slice(x, x_layout)?, self.num_tokens, self.weights);
+        let out = cpu::head_linear(self, f32_slice(x, x_layout)?);
         Ok(f32_output(out, (self.num_tokens, self.weights.len(), self.out_features)))
     }
 }

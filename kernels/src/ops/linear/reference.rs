@@ -4,7 +4,7 @@ use crate::weight::PackedWeight;
 
 pub(crate) fn linear(x: &[f32], weight: &PackedWeight, bias: Option<&[f32]>) -> Vec<f32> {
     let in_features = weight.cols();
-    let num_tokens = if in_features == 0 { 0 } else { x.len() / in_features };
+    let num_tokens = x.len().checked_div(in_features).unwrap_or(0);
     let mut out = vec![0.0; num_tokens * weight.rows()];
     let mut weight_row = vec![0.0; in_features];
     for out_idx in 0..weight.rows() {

@@ -1,6 +1,10 @@
 //! Root-mean-square norm (Zhang and Sennrich, 2019), alone or with the residual addition before it.
 
+mod cpu;
+#[cfg(test)]
 mod reference;
+#[cfg(test)]
+mod tests;
 
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Shape, Tensor};
 
@@ -12,8 +16,8 @@ const OP: &str = "rms_norm";
 /// `x / sqrt(mean(x²) + eps) * weight` over the last dimension. Fails unless both are f32 and contiguous, and the
 /// weight as long as the last dimension.
 pub fn rms_norm(x: &Tensor /* [.., D] */, weight: &Tensor /* [D] */, eps: f32) -> Result<Tensor> {
-    let dim = check(x, weight)?;
-    Ok(x.apply_op2_no_bwd(weight, &RmsNorm { dim, eps })?)
+    check(x, weight)?;
+    Ok(x.apply_op2_no_bwd(weight, &RmsNorm { eps })?)
 }
 
 /// The norm of `x + residual`, and `x + residual`, which is the residual of the next layer. Fails as [`rms_norm`], or
@@ -24,25 +28,22 @@ pub fn rms_norm_residual(
     weight: &Tensor,   /* [D] */
     eps: f32,
 ) -> Result<(Tensor, Tensor)> {
-    let dim = check(x, weight)?;
+    check(x, weight)?;
     Input { op: OP, what: "residual", tensor: residual }.has_dims(x.dims())?;
-    let both = x.apply_op3_no_bwd(residual, weight, &RmsNorm { dim, eps })?;
+    let both = x.apply_op3_no_bwd(residual, weight, &RmsNorm { eps })?;
     Ok((both.get(0)?, both.get(1)?))
 }
 
-/// The last dimension of checked inputs.
-fn check(x: &Tensor, weight: &Tensor) -> Result<usize> {
+fn check(x: &Tensor, weight: &Tensor) -> Result<()> {
     let input = Input { op: OP, what: "x", tensor: x };
     input.check()?;
     let Some(&dim) = x.dims().last() else {
         return Err(input.shape_error("[.., D]".to_owned()));
     };
-    Input { op: OP, what: "weight", tensor: weight }.has_dims(&[dim])?;
-    Ok(dim)
+    Input { op: OP, what: "weight", tensor: weight }.has_dims(&[dim])
 }
 
 struct RmsNorm {
-    dim: usize,
     eps: f32,
 }
 
@@ -60,7 +61,7 @@ impl CustomOp2 for RmsNorm {
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let (x, weight) = (f32_slice(x, x_layout)?, f32_slice(weight, weight_layout)?);
         let mut out = vec![0.0; x.len()];
-        reference::rms_norm(x, weight, self.eps, &mut out);
+        cpu::rms_norm(x, weight, self.eps, &mut out);
         Ok(f32_output(out, x_layout.shape().clone()))
     }
 }
@@ -87,7 +88,7 @@ impl CustomOp3 for RmsNorm {
         for (sum, (x, residual)) in sum.iter_mut().zip(x.iter().zip(residual)) {
             *sum = x + residual;
         }
-        reference::rms_norm(sum, weight, self.eps, norm);
+        cpu::rms_norm(sum, weight, self.eps, norm);
         let mut dims = vec![2];
         dims.extend_from_slice(x_layout.dims());
         Ok(f32_output(out, dims))

@@ -1,6 +1,10 @@
 //! Rotary position embedding (Su et al., 2021) from a table of angles.
 
+mod cpu;
+#[cfg(test)]
 mod reference;
+#[cfg(test)]
+mod tests;
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 
@@ -92,7 +96,7 @@ impl CustomOp1 for Rope<'_> {
 
     fn cpu_fwd(&self, x: &CpuStorage, x_layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         let mut out = f32_slice(x, x_layout)?.to_vec();
-        reference::rope(self, &mut out);
+        cpu::rope(self, &mut out);
         Ok(f32_output(out, x_layout.shape().clone()))
     }
 }

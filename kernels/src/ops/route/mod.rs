@@ -1,6 +1,10 @@
 //! Router: from logits to the experts of each token and their weights.
 
+mod cpu;
+#[cfg(test)]
 mod reference;
+#[cfg(test)]
+mod tests;
 
 use candle_core::{Storage, Tensor};
 
@@ -78,12 +82,7 @@ pub fn route(logits: &Tensor /* [num_tokens, num_experts] */, spec: &RouterSpec)
     };
     let logits = f32_slice(storage, layout)?;
     let (mut experts, mut weights) = (vec![0; num_tokens * spec.top_k], vec![0.0; num_tokens * spec.top_k]);
-    for (row, (experts, weights)) in logits
-        .chunks_exact(num_experts)
-        .zip(experts.chunks_exact_mut(spec.top_k).zip(weights.chunks_exact_mut(spec.top_k)))
-    {
-        reference::route_row(row, spec, experts, weights);
-    }
+    cpu::route(logits, num_experts, spec, (&mut experts, &mut weights));
     Ok(TopK { experts, weights, k: spec.top_k })
 }
 

@@ -1,7 +1,13 @@
 //! `silu(gate) * up` (Shazeer, 2020) over fused gate and up activations.
 
+mod cpu;
+#[cfg(test)]
 mod reference;
+#[cfg(test)]
+mod tests;
 
+pub(crate) use cpu::SiluMul;
+#[cfg(test)]
 pub(crate) use reference::swiglu as reference;
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
@@ -35,7 +41,7 @@ impl CustomOp1 for Swiglu {
     }
 
     fn cpu_fwd(&self, gate_up: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let out = reference(f32_slice(gate_up, layout)?, self.intermediate);
+        let out = cpu::swiglu(f32_slice(gate_up, layout)?, self.intermediate);
         Ok(f32_output(out, (self.num_tokens, self.intermediate)))
     }
 }

@@ -1,0 +1,125 @@
+//! Lanes as one AVX-512 register.
+
+use std::arch::x86_64::*;
+
+use half::{bf16, f16};
+
+use super::avx2::sum_halves;
+use super::{Lanes, WIDTH};
+
+/// Proof that the machine has AVX-512F (with AVX2, FMA and F16C).
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512(());
+
+impl Avx512 {
+    pub(crate) fn detect() -> Option<Self> {
+        (is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c"))
+        .then_some(Self(()))
+    }
+}
+
+/// One instruction of the set.
+macro_rules! op {
+    ($call:expr) => {{
+        // SAFETY: `self` proves the features (`Avx512::detect`); memory operands are references to 16 elements, and
+        // the unaligned forms are used.
+        unsafe { $call }
+    }};
+}
+
+impl Lanes for Avx512 {
+    type V = __m512;
+
+    const NUM_VECTORS: usize = 32;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> __m512 {
+        op!(_mm512_set1_ps(value))
+    }
+
+    #[inline(always)]
+    fn load(self, from: &[f32; WIDTH]) -> __m512 {
+        op!(_mm512_loadu_ps(from.as_ptr()))
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, from: &[bf16; WIDTH]) -> __m512 {
+        let halves = op!(_mm256_loadu_si256(from.as_ptr().cast()));
+        let words = op!(_mm512_cvtepu16_epi32(halves));
+        let bits = op!(_mm512_slli_epi32::<16>(words));
+        op!(_mm512_castsi512_ps(bits))
+    }
+
+    #[inline(always)]
+    fn load_f16(self, from: &[f16; WIDTH]) -> __m512 {
+        let halves = op!(_mm256_loadu_si256(from.as_ptr().cast()));
+        op!(_mm512_cvtph_ps(halves))
+    }
+
+    #[inline(always)]
+    fn store(self, v: __m512, to: &mut [f32; WIDTH]) {
+        op!(_mm512_storeu_ps(to.as_mut_ptr(), v));
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        op!(_mm512_add_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn sub(self, a: __m512, b: __m512) -> __m512 {
+        op!(_mm512_sub_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        op!(_mm512_mul_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn div(self, a: __m512, b: __m512) -> __m512 {
+        op!(_mm512_div_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        op!(_mm512_fmadd_ps(a, b, c))
+    }
+
+    #[inline(always)]
+    fn max(self, a: __m512, b: __m512) -> __m512 {
+        op!(_mm512_max_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn min(self, a: __m512, b: __m512) -> __m512 {
+        op!(_mm512_min_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn round(self, v: __m512) -> __m512 {
+        op!(_mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v))
+    }
+
+    #[inline(always)]
+    fn scale_by_power(self, v: __m512, n: __m512) -> __m512 {
+        let exponent = op!(_mm512_cvtps_epi32(n));
+        let bias = op!(_mm512_set1_epi32(127));
+        let biased = op!(_mm512_add_epi32(exponent, bias));
+        let bits = op!(_mm512_slli_epi32::<23>(biased));
+        let power = op!(_mm512_castsi512_ps(bits));
+        op!(_mm512_mul_ps(v, power))
+    }
+
+    #[inline(always)]
+    fn sum(self, v: __m512) -> f32 {
+        let low = op!(_mm512_castps512_ps256(v));
+        let wide = op!(_mm512_castps_pd(v));
+        let high = op!(_mm512_extractf64x4_pd::<1>(wide));
+        let high = op!(_mm256_castpd_ps(high));
+        op!(sum_halves(low, high))
+    }
+}

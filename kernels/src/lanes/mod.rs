@@ -1,0 +1,106 @@
+//! Sixteen f32 lanes: one source of arithmetic that gives the same bits on every instruction set.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod dot;
+mod math;
+mod portable;
+#[cfg(test)]
+mod tests;
+
+use half::{bf16, f16};
+
+use crate::memory::Plain;
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx512::Avx512;
+pub(crate) use dot::dot_tile;
+pub(crate) use math::{exp_sum, max, silu_mul, softmax, sum_of_squares};
+pub(crate) use portable::Portable;
+
+/// Lanes of a vector on every instruction set; what makes reduction orders equal everywhere.
+pub(crate) const WIDTH: usize = 16;
+
+/// Arithmetic on 16 lanes. A value of the type proves that the machine has the instructions.
+pub(crate) trait Lanes: Copy {
+    type V: Copy;
+
+    /// Vectors that fit the register file; tiles are sized by it.
+    const NUM_VECTORS: usize;
+
+    fn splat(self, value: f32) -> Self::V;
+    fn load(self, from: &[f32; WIDTH]) -> Self::V;
+    fn load_bf16(self, from: &[bf16; WIDTH]) -> Self::V;
+    fn load_f16(self, from: &[f16; WIDTH]) -> Self::V;
+    fn store(self, v: Self::V, to: &mut [f32; WIDTH]);
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`, rounded once.
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// The larger; `b` if either is NaN.
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The smaller; `b` if either is NaN.
+    fn min(self, a: Self::V, b: Self::V) -> Self::V;
+    /// To the nearest integer, ties to even.
+    fn round(self, v: Self::V) -> Self::V;
+    /// `v * 2^n` for integers `n` in -126..=127.
+    fn scale_by_power(self, v: Self::V, n: Self::V) -> Self::V;
+    /// Adds lanes 8 apart, then 4, 2 and 1 apart.
+    fn sum(self, v: Self::V) -> f32;
+}
+
+/// A number that is widened to f32 when loaded.
+pub(crate) trait Element: Plain {
+    const ZERO: Self;
+
+    fn load<L: Lanes>(lanes: L, from: &[Self; WIDTH]) -> L::V;
+}
+
+impl Element for f32 {
+    const ZERO: Self = 0.0;
+
+    #[inline(always)]
+    fn load<L: Lanes>(lanes: L, from: &[Self; WIDTH]) -> L::V {
+        lanes.load(from)
+    }
+}
+
+impl Element for bf16 {
+    const ZERO: Self = Self::ZERO;
+
+    #[inline(always)]
+    fn load<L: Lanes>(lanes: L, from: &[Self; WIDTH]) -> L::V {
+        lanes.load_bf16(from)
+    }
+}
+
+impl Element for f16 {
+    const ZERO: Self = Self::ZERO;
+
+    #[inline(always)]
+    fn load<L: Lanes>(lanes: L, from: &[Self; WIDTH]) -> L::V {
+        lanes.load_f16(from)
+    }
+}
+
+/// Loads fewer than 16 elements, zeros behind them.
+#[inline(always)]
+pub(crate) fn load_tail<L: Lanes, E: Element>(lanes: L, from: &[E]) -> L::V {
+    let mut padded = [E::ZERO; WIDTH];
+    padded[..from.len()].copy_from_slice(from);
+    E::load(lanes, &padded)
+}
+
+/// Stores as many lanes as the target is long, at most 16.
+#[inline(always)]
+pub(crate) fn store_tail<L: Lanes>(lanes: L, v: L::V, to: &mut [f32]) {
+    let mut padded = [0.0; WIDTH];
+    lanes.store(v, &mut padded);
+    to.copy_from_slice(&padded[..to.len()]);
+}

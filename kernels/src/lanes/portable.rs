@@ -1,0 +1,101 @@
+//! Lanes as an array: the path of last resort, and of other architectures.
+
+use half::{bf16, f16};
+
+use super::{Lanes, WIDTH};
+
+/// Needs nothing of the machine.
+#[derive(Clone, Copy)]
+pub(crate) struct Portable;
+
+#[inline(always)]
+fn zip(a: [f32; WIDTH], b: [f32; WIDTH], op: impl Fn(f32, f32) -> f32) -> [f32; WIDTH] {
+    std::array::from_fn(|i| op(a[i], b[i]))
+}
+
+impl Lanes for Portable {
+    type V = [f32; WIDTH];
+
+    const NUM_VECTORS: usize = 8;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Self::V {
+        [value; WIDTH]
+    }
+
+    #[inline(always)]
+    fn load(self, from: &[f32; WIDTH]) -> Self::V {
+        *from
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, from: &[bf16; WIDTH]) -> Self::V {
+        from.map(|value| f32::from_bits(u32::from(value.to_bits()) << 16))
+    }
+
+    #[inline(always)]
+    fn load_f16(self, from: &[f16; WIDTH]) -> Self::V {
+        from.map(f16::to_f32)
+    }
+
+    #[inline(always)]
+    fn store(self, v: Self::V, to: &mut [f32; WIDTH]) {
+        *to = v;
+    }
+
+    #[inline(always)]
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| a + b)
+    }
+
+    #[inline(always)]
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| a - b)
+    }
+
+    #[inline(always)]
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| a * b)
+    }
+
+    #[inline(always)]
+    fn div(self, a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| a / b)
+    }
+
+    #[inline(always)]
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
+
+    #[inline(always)]
+    fn max(self, a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| if a > b { a } else { b })
+    }
+
+    #[inline(always)]
+    fn min(self, a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| if a < b { a } else { b })
+    }
+
+    #[inline(always)]
+    fn round(self, v: Self::V) -> Self::V {
+        v.map(f32::round_ties_even)
+    }
+
+    #[inline(always)]
+    fn scale_by_power(self, v: Self::V, n: Self::V) -> Self::V {
+        zip(v, n, |v, n| v * f32::from_bits(((n as i32 + 127) as u32) << 23))
+    }
+
+    #[inline(always)]
+    fn sum(self, v: Self::V) -> f32 {
+        let mut lanes = v;
+        for half in [8, 4, 2, 1] {
+            for i in 0..half {
+                lanes[i] += lanes[i + half];
+            }
+        }
+        lanes[0]
+    }
+}

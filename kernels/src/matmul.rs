@@ -1,0 +1,121 @@
+//! The matrix product that linear, per-head and expert ops share: a few input rows against a few weight rows.
+
+use half::{bf16, f16};
+
+use crate::dispatch::{self, Kernel};
+use crate::lanes::{Element, Lanes, dot_tile};
+use crate::weight::{PackedWeight, WeightView};
+
+/// Input rows of a block: with 1000 inputs they fill a fifth of a second-level cache.
+pub(crate) const BLOCK_ROWS: usize = 48;
+/// Weight rows of a block: enough work to hide taking a task, few enough to share 576 outputs among two threads.
+pub(crate) const BLOCK_OUTS: usize = 32;
+
+/// Results of one block, row-major with the number of weight rows as stride.
+pub(crate) type BlockOut = [f32; BLOCK_ROWS * BLOCK_OUTS];
+
+/// At most [`BLOCK_ROWS`] input rows, without allocation.
+pub(crate) struct BlockInput<'a> {
+    rows: [&'a [f32]; BLOCK_ROWS],
+    len: usize,
+}
+
+impl<'a> BlockInput<'a> {
+    /// Takes the first [`BLOCK_ROWS`] rows.
+    pub(crate) fn new(rows: impl Iterator<Item = &'a [f32]>) -> Self {
+        let mut block: Self = Self { rows: [&[]; BLOCK_ROWS], len: 0 };
+        for (slot, row) in block.rows.iter_mut().zip(rows) {
+            *slot = row;
+            block.len += 1;
+        }
+        block
+    }
+
+    /// `out[row][i] = rows[row] · weight[outs.start + i]`. At most [`BLOCK_OUTS`] weight rows; input rows are
+    /// `weight.cols()` long.
+    pub(crate) fn multiply(&self, weight: &PackedWeight, outs: std::ops::Range<usize>, out: &mut BlockOut) {
+        let (cols, rows) = (weight.cols(), &self.rows[..self.len]);
+        debug_assert!(rows.iter().all(|row| row.len() == cols) && outs.len() <= BLOCK_OUTS);
+        if cols == 0 {
+            return out.fill(0.0);
+        }
+        let elements = outs.start * cols..outs.end * cols;
+        match weight.view() {
+            WeightView::F32(values) => dispatch::run(Block::<f32> { rows, weight: &values[elements], out }),
+            WeightView::F16(values) => dispatch::run(Block::<f16> { rows, weight: &values[elements], out }),
+            WeightView::Bf16(values) => dispatch::run(Block::<bf16> { rows, weight: &values[elements], out }),
+        }
+    }
+}
+
+struct Block<'a, E> {
+    rows: &'a [&'a [f32]],
+    weight: &'a [E],
+    out: &'a mut [f32],
+}
+
+impl<E: Element> Kernel for Block<'_, E> {
+    type Output = ();
+
+    /// Bands of rows as equal as can be, in tiles that fill the register file.
+    #[inline(always)]
+    fn run<L: Lanes>(mut self, lanes: L) {
+        let max_rows = if L::NUM_VECTORS >= 32 { 6 } else { 2 };
+        let mut first = 0;
+        while first < self.rows.len() {
+            let left = self.rows.len() - first;
+            let num_rows = left.div_ceil(left.div_ceil(max_rows));
+            if L::NUM_VECTORS >= 32 {
+                match num_rows {
+                    1 => self.band::<L, 1, 8>(lanes, first),
+                    2 => self.band::<L, 2, 8>(lanes, first),
+                    3 => self.band::<L, 3, 8>(lanes, first),
+                    4 => self.band::<L, 4, 4>(lanes, first),
+                    5 => self.band::<L, 5, 4>(lanes, first),
+                    _ => self.band::<L, 6, 4>(lanes, first),
+                }
+            } else {
+                match num_rows {
+                    1 => self.band::<L, 1, 4>(lanes, first),
+                    _ => self.band::<L, 2, 2>(lanes, first),
+                }
+            }
+            first += num_rows;
+        }
+    }
+}
+
+impl<E: Element> Block<'_, E> {
+    /// `M` input rows against all weight rows, `N` at a time.
+    #[inline(always)]
+    fn band<L: Lanes, const M: usize, const N: usize>(&mut self, lanes: L, first: usize) {
+        let mut x: [&[f32]; M] = [&[]; M];
+        x.copy_from_slice(&self.rows[first..first + M]);
+        let cols = x[0].len();
+        let num_outs = self.weight.len() / cols;
+        let mut out_idx = 0;
+        while out_idx + N <= num_outs {
+            let mut w: [&[E]; N] = [&[]; N];
+            for (n, w) in w.iter_mut().enumerate() {
+                *w = &self.weight[(out_idx + n) * cols..(out_idx + n + 1) * cols];
+            }
+            let tile = dot_tile(lanes, x, w);
+            for (m, tile_row) in tile.iter().enumerate() {
+                let start = (first + m) * num_outs + out_idx;
+                self.out[start..start + N].copy_from_slice(tile_row);
+            }
+            out_idx += N;
+        }
+        for out_idx in out_idx..num_outs {
+            let tile = dot_tile(lanes, x, [&self.weight[out_idx * cols..(out_idx + 1) * cols]]);
+            for (m, [entry]) in tile.into_iter().enumerate() {
+                self.out[(first + m) * num_outs + out_idx] = entry;
+            }
+        }
+    }
+}
+
+/// The `idx`-th part of `0..len` in parts of `size`.
+pub(crate) fn part(idx: usize, size: usize, len: usize) -> std::ops::Range<usize> {
+    idx * size..len.min((idx + 1) * size)
+}

@@ -1,0 +1,257 @@
+//! Parity with the oracle, chunking, batch and block invariance to the bit, and refused batches.
+
+use candle_core::Tensor;
+
+use super::{Attention, HeadLayout, reference};
+use crate::ops::mla_attention::{MlaSpec, mla_attention};
+use crate::ops::paged_attention::{GqaSpec, paged_attention};
+use crate::paged_cache::{KvFormat, PagedBatch, PagedCache};
+use crate::testing::{Numbers, assert_close, bits, values};
+
+/// Sequences over a cache whose blocks are handed out in a scattered order.
+struct World {
+    cache: PagedCache,
+    /// Blocks of each sequence.
+    tables: Vec<Vec<u32>>,
+}
+
+/// The rows `first..end` of sequence `seq`.
+#[derive(Clone, Copy)]
+struct Chunk {
+    seq: usize,
+    first: usize,
+    end: usize,
+}
+
+impl World {
+    fn new(format: KvFormat, block_size: usize, rows: &[Tensor]) -> Self {
+        let width = rows[0].dims()[1];
+        let mut cache = PagedCache::new(format, block_size, width, 4).unwrap();
+        let lens: Vec<usize> = rows.iter().map(|rows| rows.dims()[0].div_ceil(block_size)).collect();
+        while cache.num_blocks() < lens.iter().sum() {
+            cache.add_slab().unwrap();
+        }
+        let mut free: Vec<u32> = (0..cache.num_blocks() as u32).collect();
+        free.sort_by_key(|block| block.wrapping_mul(2_654_435_761));
+        let tables: Vec<Vec<u32>> = lens.iter().map(|&len| free.drain(..len).collect()).collect();
+        for (rows, table) in rows.iter().zip(&tables) {
+            let slot = |i: usize| table[i / block_size] * block_size as u32 + (i % block_size) as u32;
+            cache.write(rows, &(0..rows.dims()[0]).map(slot).collect::<Vec<_>>()).unwrap();
+        }
+        Self { cache, tables }
+    }
+
+    fn batch(&self, chunks: &[Chunk]) -> PagedBatch {
+        let mut batch = PagedBatch { cu_seqlens: vec![0], block_offsets: vec![0], ..PagedBatch::default() };
+        for chunk in chunks {
+            batch.cu_seqlens.push(batch.cu_seqlens.last().unwrap() + (chunk.end - chunk.first) as u32);
+            batch.context_lens.push(chunk.end as u32);
+            batch.block_tables.extend(&self.tables[chunk.seq]);
+            batch.block_offsets.push(batch.block_tables.len() as u32);
+        }
+        batch
+    }
+}
+
+/// The rows of the chunks, one after the other.
+fn gather(rows: &[Tensor], chunks: &[Chunk]) -> Tensor {
+    let parts: Vec<_> =
+        chunks.iter().map(|chunk| rows[chunk.seq].narrow(0, chunk.first, chunk.end - chunk.first).unwrap()).collect();
+    Tensor::cat(&parts, 0).unwrap()
+}
+
+fn whole(lens: &[usize]) -> Vec<Chunk> {
+    lens.iter().enumerate().map(|(seq, &end)| Chunk { seq, first: 0, end }).collect()
+}
+
+const LENS: [usize; 4] = [1, 37, 70, 16];
+
+fn gqa_specs() -> Vec<GqaSpec> {
+    let spec = |num_heads, num_kv_heads, head_dim, window| GqaSpec {
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        scale: 1.0 / (head_dim as f32).sqrt(),
+        window,
+    };
+    vec![
+        spec(4, 4, 16, None),
+        spec(9, 3, 64, None),
+        spec(6, 2, 24, Some(7)),
+        spec(20, 1, 112, Some(33)),
+        spec(2, 1, 5, Some(1)),
+    ]
+}
+
+fn gqa_rows(numbers: &mut Numbers, spec: &GqaSpec) -> (Vec<Tensor>, Vec<Tensor>) {
+    let q = LENS.iter().map(|&len| numbers.tensor(&[len, spec.num_heads, spec.head_dim])).collect();
+    let kv = LENS.iter().map(|&len| numbers.tensor(&[len, 2 * spec.num_kv_heads * spec.head_dim])).collect();
+    (q, kv)
+}
+
+#[test]
+fn grouped_heads_agree_with_the_reference() {
+    let mut numbers = Numbers::new(1);
+    for spec in gqa_specs() {
+        let (q, kv) = gqa_rows(&mut numbers, &spec);
+        for format in [KvFormat::F32, KvFormat::Bf16] {
+            let world = World::new(format, 16, &kv);
+            let chunks = [
+                Chunk { seq: 2, first: 30, end: 70 },
+                Chunk { seq: 0, first: 0, end: 1 },
+                Chunk { seq: 1, first: 36, end: 37 },
+            ];
+            let (q, batch) = (gather(&q, &chunks), world.batch(&chunks));
+            let GqaSpec { num_heads, num_kv_heads, head_dim, scale, window } = spec;
+            let heads = HeadLayout {
+                num_heads,
+                group_size: num_heads / num_kv_heads,
+                key_start: 0,
+                key_dim: head_dim,
+                value_start: num_kv_heads * head_dim,
+                value_dim: head_dim,
+            };
+            let q_values = values(&q);
+            let parts = [(q_values.as_slice(), head_dim)];
+            let op = Attention { q: &parts, cache: &world.cache, batch: &batch, heads, scale, window };
+            let y = paged_attention(&q, &world.cache, &batch, &spec).unwrap();
+            assert_eq!(y.dims(), [42, num_heads * head_dim]);
+            assert_close(&values(&y), &reference::forward(&op), 2e-6);
+        }
+    }
+}
+
+/// Runs the sequences whole and together, then in chunks of many sizes and alone, over blocks of another size.
+fn check_chunking(worlds: [&World; 2], attend: impl Fn(&World, &[Chunk]) -> Vec<u32>) {
+    let together = attend(worlds[0], &whole(&LENS));
+    let row_len = together.len() / LENS.iter().sum::<usize>();
+    for chunk_len in [1, 2, 3, 5, 8, 13, 40, 70] {
+        let mut pieces = Vec::new();
+        for (seq, &len) in LENS.iter().enumerate() {
+            for first in (0..len).step_by(chunk_len) {
+                let piece = attend(worlds[1], &[Chunk { seq, first, end: len.min(first + chunk_len) }]);
+                assert_eq!(piece.len(), chunk_len.min(len - first) * row_len);
+                pieces.extend(piece);
+            }
+        }
+        assert!(pieces == together, "chunks of {chunk_len}");
+    }
+}
+
+#[test]
+fn grouped_heads_do_not_depend_on_chunks_batches_or_blocks() {
+    let mut numbers = Numbers::new(2);
+    for spec in gqa_specs() {
+        let (q, kv) = gqa_rows(&mut numbers, &spec);
+        for format in [KvFormat::F32, KvFormat::Bf16] {
+            check_chunking([&World::new(format, 16, &kv), &World::new(format, 5, &kv)], |world, chunks| {
+                let batch = world.batch(chunks);
+                bits(&paged_attention(&gather(&q, chunks), &world.cache, &batch, &spec).unwrap())
+            });
+        }
+    }
+}
+
+fn mla_rows(numbers: &mut Numbers, spec: &MlaSpec) -> [Vec<Tensor>; 3] {
+    let mut query = |dim| LENS.iter().map(|&len| numbers.tensor(&[len, spec.num_heads, dim])).collect();
+    let (latent, rope) = (query(spec.latent_dim), query(spec.rope_dim));
+    [latent, rope, LENS.iter().map(|&len| numbers.tensor(&[len, spec.latent_dim + spec.rope_dim])).collect()]
+}
+
+fn mla_specs() -> Vec<MlaSpec> {
+    let spec = |num_heads, latent_dim, rope_dim| MlaSpec { num_heads, latent_dim, rope_dim, scale: 0.1 };
+    vec![spec(16, 512, 64), spec(3, 20, 6), spec(1, 16, 8)]
+}
+
+#[test]
+fn latent_heads_agree_with_the_reference() {
+    let mut numbers = Numbers::new(3);
+    for spec in mla_specs() {
+        let [latent, rope, rows] = mla_rows(&mut numbers, &spec);
+        for format in [KvFormat::F32, KvFormat::Bf16] {
+            let world = World::new(format, 16, &rows);
+            let chunks = [Chunk { seq: 1, first: 5, end: 9 }, Chunk { seq: 2, first: 69, end: 70 }];
+            let (latent, rope, batch) = (gather(&latent, &chunks), gather(&rope, &chunks), world.batch(&chunks));
+            let MlaSpec { num_heads, latent_dim, rope_dim, scale } = spec;
+            let heads = HeadLayout {
+                num_heads,
+                group_size: num_heads,
+                key_start: 0,
+                key_dim: latent_dim + rope_dim,
+                value_start: 0,
+                value_dim: latent_dim,
+            };
+            let (latent_values, rope_values) = (values(&latent), values(&rope));
+            let parts = [(latent_values.as_slice(), latent_dim), (rope_values.as_slice(), rope_dim)];
+            let op = Attention { q: &parts, cache: &world.cache, batch: &batch, heads, scale, window: None };
+            let y = mla_attention(&latent, &rope, &world.cache, &batch, &spec).unwrap();
+            assert_eq!(y.dims(), [5, num_heads, latent_dim]);
+            assert_close(&values(&y), &reference::forward(&op), 2e-6);
+        }
+    }
+}
+
+#[test]
+fn latent_heads_do_not_depend_on_chunks_batches_or_blocks() {
+    let mut numbers = Numbers::new(4);
+    for spec in mla_specs() {
+        let [latent, rope, rows] = mla_rows(&mut numbers, &spec);
+        for format in [KvFormat::F32, KvFormat::Bf16] {
+            check_chunking([&World::new(format, 16, &rows), &World::new(format, 7, &rows)], |world, chunks| {
+                let batch = world.batch(chunks);
+                let (latent, rope) = (gather(&latent, chunks), gather(&rope, chunks));
+                bits(&mla_attention(&latent, &rope, &world.cache, &batch, &spec).unwrap())
+            });
+        }
+    }
+}
+
+#[test]
+fn a_nan_in_the_cache_spoils_no_row_that_cannot_see_it() {
+    let spec = GqaSpec { num_heads: 2, num_kv_heads: 1, head_dim: 16, scale: 0.25, window: Some(4) };
+    let mut numbers = Numbers::new(5);
+    let mut kv = numbers.normal(12 * 32);
+    kv[6 * 32..7 * 32].fill(f32::NAN);
+    let world = World::new(KvFormat::F32, 4, &[crate::testing::tensor(&kv, &[12, 32])]);
+    let batch = world.batch(&[Chunk { seq: 0, first: 0, end: 12 }]);
+    let y = paged_attention(&numbers.tensor(&[12, 2, 16]), &world.cache, &batch, &spec).unwrap();
+    for (row, y) in values(&y).chunks(32).enumerate() {
+        assert_eq!(y.iter().any(|value| value.is_nan()), (6..10).contains(&row), "row {row}");
+    }
+}
+
+#[test]
+fn no_rows_are_no_output() {
+    let spec = GqaSpec { num_heads: 2, num_kv_heads: 1, head_dim: 16, scale: 0.25, window: None };
+    let cache = PagedCache::new(KvFormat::F32, 4, 32, 1).unwrap();
+    let batch = PagedBatch { cu_seqlens: vec![0], block_offsets: vec![0], ..PagedBatch::default() };
+    let y = paged_attention(&Numbers::new(6).tensor(&[0, 2, 16]), &cache, &batch, &spec).unwrap();
+    assert_eq!(y.dims(), [0, 32]);
+}
+
+#[test]
+fn refuses_what_does_not_fit() {
+    let spec = GqaSpec { num_heads: 4, num_kv_heads: 2, head_dim: 8, scale: 0.25, window: None };
+    let mut numbers = Numbers::new(7);
+    let world = World::new(KvFormat::F32, 4, &[numbers.tensor(&[10, 32])]);
+    let good = world.batch(&[Chunk { seq: 0, first: 8, end: 10 }]);
+    let q = numbers.tensor(&[2, 4, 8]);
+    let attend = |q: &Tensor, batch: &PagedBatch, spec: &GqaSpec| paged_attention(q, &world.cache, batch, spec);
+    assert!(attend(&q, &good, &spec).is_ok());
+    assert!(attend(&numbers.tensor(&[3, 4, 8]), &good, &spec).is_err());
+    assert!(attend(&q, &good, &GqaSpec { num_kv_heads: 3, ..spec }).is_err());
+    assert!(attend(&q, &good, &GqaSpec { num_kv_heads: 4, ..spec }).is_err());
+    assert!(attend(&q, &good, &GqaSpec { window: Some(0), ..spec }).is_err());
+    let refused = [
+        PagedBatch { cu_seqlens: vec![0, 3], ..good.clone() },
+        PagedBatch { cu_seqlens: vec![0], ..good.clone() },
+        PagedBatch { context_lens: vec![1], ..good.clone() },
+        PagedBatch { context_lens: vec![13], ..good.clone() },
+        PagedBatch { block_tables: vec![0, 1, 4], ..good.clone() },
+        PagedBatch { block_offsets: vec![0, 2], ..good.clone() },
+        PagedBatch { block_offsets: vec![1, 3], ..good.clone() },
+    ];
+    for batch in refused {
+        assert!(attend(&q, &batch, &spec).is_err(), "{batch:?}");
+    }
+}
