@@ -1,0 +1,129 @@
+//! `moesaic inspect`: architecture and sizes of a model, from its configuration and tensor headers.
+
+use std::fmt::Write as _;
+
+use engine::{Inspection, TensorClass};
+use indicatif::{HumanBytes, HumanCount, MultiProgress};
+
+use crate::hub::{self, HubOptions};
+
+/// Print architecture, parameters, experts and memory of a model
+#[derive(clap::Args, Debug)]
+pub struct InspectArgs {
+    /// Hugging Face folder or hub id
+    pub model: String,
+    /// Branch, tag or commit of a hub id
+    #[arg(long)]
+    pub revision: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Prints the inspection on stdout.
+///
+/// # Errors
+/// A model that cannot be found, read or served.
+pub fn run(args: InspectArgs) -> anyhow::Result<()> {
+    let model_dir = hub::resolve(&args.model, &HubOptions::from_env(args.revision), &MultiProgress::new())?;
+    let inspection = engine::inspect(&model_dir)?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&inspection)?);
+    } else {
+        print!("{}", table(&inspection));
+    }
+    Ok(())
+}
+
+/// The inspection as aligned lines.
+fn table(inspection: &Inspection) -> String {
+    let max_model_len = inspection.max_model_len.map_or("unknown".to_owned(), |len| HumanCount(len as u64).to_string());
+    let rows = [
+        ("architecture", inspection.architecture.clone()),
+        ("layers", format!("{}, {} of them with experts", inspection.num_layers, inspection.num_moe_layers)),
+        ("experts per layer", format!("{}, {} per token", inspection.num_experts, inspection.num_experts_per_tok)),
+        ("hidden size", inspection.hidden_size.to_string()),
+        ("vocabulary", HumanCount(inspection.vocab_size as u64).to_string()),
+        ("context", format!("{max_model_len} tokens")),
+        ("parameters", count(inspection.num_parameters)),
+        ("active parameters", count(inspection.num_active_parameters)),
+        ("weights", format!("{} ({})", HumanBytes(inspection.weight_bytes), inspection.dtypes.join(", "))),
+        ("KV per token", format!("{} ({})", HumanBytes(inspection.kv_bytes_per_token), inspection.kv_dtype)),
+    ];
+    let mut text = String::new();
+    for (name, value) in rows {
+        writeln!(text, "{name:<18} {value}").expect("writing to a string cannot fail");
+    }
+    writeln!(text, "\n{:<18} {:>8} {:>17} {:>12}", "tensors", "number", "parameters", "bytes")
+        .expect("writing to a string cannot fail");
+    for size in &inspection.classes {
+        let (name, parameters) = (class_name(size.class), HumanCount(size.num_parameters).to_string());
+        let num_bytes = HumanBytes(size.num_bytes).to_string();
+        writeln!(text, "{name:<18} {:>8} {parameters:>17} {num_bytes:>12}", size.num_tensors)
+            .expect("writing to a string cannot fail");
+    }
+    text
+}
+
+/// `1.62 B (1,617,309,696)`.
+fn count(num_parameters: u64) -> String {
+    let (scaled, unit) = match num_parameters {
+        0..1_000_000 => return HumanCount(num_parameters).to_string(),
+        1_000_000..1_000_000_000 => (num_parameters as f64 / 1e6, "M"),
+        _ => (num_parameters as f64 / 1e9, "B"),
+    };
+    format!("{scaled:.2} {unit} ({})", HumanCount(num_parameters))
+}
+
+fn class_name(class: TensorClass) -> &'static str {
+    match class {
+        TensorClass::Embedding => "embedding",
+        TensorClass::Attention => "attention",
+        TensorClass::Router => "router",
+        TensorClass::Experts => "experts",
+        TensorClass::SharedExperts => "shared experts",
+        TensorClass::DenseFfn => "dense ffn",
+        TensorClass::Norms => "norms",
+        TensorClass::LmHead => "lm_head",
+        TensorClass::Other => "other",
+        TensorClass::Ignored => "not served",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use engine::ClassSize;
+
+    use super::*;
+
+    #[test]
+    fn the_table_is_aligned() {
+        let inspection = Inspection {
+            architecture: "mixtral".into(),
+            num_layers: 30,
+            num_moe_layers: 30,
+            num_experts: 8,
+            num_experts_per_tok: 2,
+            hidden_size: 576,
+            vocab_size: 49_152,
+            max_model_len: Some(8192),
+            num_parameters: 1_234_567_890,
+            num_active_parameters: 2_500_000,
+            weight_bytes: 1 << 30,
+            kv_dtype: "bf16",
+            kv_bytes_per_token: 2048,
+            dtypes: vec!["bf16".into()],
+            classes: vec![
+                ClassSize { class: TensorClass::Router, num_tensors: 1, num_parameters: 5, num_bytes: 10 },
+                ClassSize { class: TensorClass::Experts, num_tensors: 720, num_parameters: 999_999, num_bytes: 4096 },
+            ],
+        };
+        let text = table(&inspection);
+        assert!(text.contains("parameters         1.23 B (1,234,567,890)\n"), "{text}");
+        assert!(text.contains("active parameters  2.50 M (2,500,000)\n"), "{text}");
+        assert!(text.contains("experts per layer  8, 2 per token\n"), "{text}");
+        let ends: Vec<usize> = text.lines().skip_while(|line| !line.starts_with("tensors")).map(str::len).collect();
+        assert_eq!(ends.len(), 3);
+        assert!(ends.iter().all(|end| *end == ends[0]), "{text}");
+    }
+}
