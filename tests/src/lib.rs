@@ -1,1 +1,47 @@
-//! x
+//! The harness of the integration suites: a real server process, and a client that sees the bytes on the wire.
+//!
+//! | room | what is in it |
+//! |---|---|
+//! | `process` | a child process with captured output, killed when dropped |
+//! | `server` | a server on a free port over a golden checkpoint |
+//! | `http` | requests and responses over a plain socket |
+//! | `sse` | server-sent events, byte for byte |
+//! | `golden` | the golden checkpoints and what they must compute |
+//! | `metrics` | samples of `/metrics` |
+//! | `checkpoint` | broken copies of checkpoints |
+#![forbid(unsafe_code)]
+
+pub mod checkpoint;
+pub mod golden;
+pub mod http;
+pub mod metrics;
+pub mod process;
+pub mod server;
+pub mod sse;
+
+use std::time::{Duration, Instant};
+
+pub use http::{Exchange, Request, Response};
+pub use server::Server;
+pub use sse::{Event, EventStream};
+
+/// Longest time that anything here may take before a test fails.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Time between two looks at something that is expected to change.
+const POLL_INTERVAL: Duration = Duration::from_millis(2);
+
+/// Looks until `probe` yields a value.
+///
+/// # Panics
+/// It yields none within `within`.
+pub fn poll<T>(what: &str, within: Duration, mut probe: impl FnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(value) = probe() {
+            return value;
+        }
+        assert!(start.elapsed() < within, "{what}: not within {within:?}");
+        std::thread::sleep(POLL_INTERVAL);
+    }
+}

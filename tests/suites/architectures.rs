@@ -1,0 +1,56 @@
+//! Every architecture through HTTP: greedy tokens, tokenizer and chat template equal to transformers'.
+
+use harness::{Server, golden};
+use serde_json::{Value, json};
+
+const SERVER: &str = env!("CARGO_BIN_EXE_moesaic-under-test");
+
+fn check(name: &str) {
+    let server = Server::start(SERVER, name, &[]);
+    let reference = golden::reference(name);
+    let prompts: Vec<&Value> = reference["prompts"].as_array().unwrap().iter().collect();
+    let request = |ids: Value| json!({"prompt": ids, "temperature": 0, "max_tokens": 32, "ignore_eos": true, "return_token_ids": true});
+    let together =
+        server.ask("/v1/completions", &request(prompts.iter().map(|prompt| prompt["ids"].clone()).collect()));
+    for (position, prompt) in prompts.iter().enumerate() {
+        assert_eq!(together["choices"][position]["token_ids"], prompt["greedy_ids"], "{name}: {}", prompt["name"]);
+    }
+    let chunks = server.stream("/v1/completions", &request(prompts[1]["ids"].clone())).chunks();
+    let ids = chunks.iter().filter_map(|chunk| chunk["choices"][0]["token_ids"].as_array()).flatten();
+    assert_eq!(ids.cloned().collect::<Value>(), prompts[1]["greedy_ids"], "{name}: streamed");
+
+    let tokenizer = &reference["tokenizer"];
+    for sample in tokenizer["samples"].as_array().unwrap() {
+        let answer = server.ask("/tokenize", &json!({"prompt": sample["text"]}));
+        assert_eq!(answer["tokens"], sample["ids_with_special"], "{name}: {}", sample["text"]);
+    }
+    let messages = &tokenizer["chat"]["messages"];
+    let rendered = server.ask("/tokenize", &json!({"messages": messages}));
+    assert_eq!(rendered["tokens"], tokenizer["chat"]["ids"], "{name}: the rendered chat");
+    let chat =
+        json!({"messages": messages, "temperature": 0, "max_tokens": 8, "ignore_eos": true, "return_token_ids": true});
+    let answer = server.ask("/v1/chat/completions", &chat);
+    assert_eq!(answer["prompt_token_ids"], tokenizer["chat"]["ids"], "{name}: the chat's prompt");
+    assert_eq!(answer["usage"]["completion_tokens"], 8);
+}
+
+macro_rules! served {
+    ($($test:ident: $name:literal;)*) => {
+        $(#[test]
+        fn $test() {
+            check($name);
+        })*
+    };
+}
+
+served! {
+    mixtral: "mixtral-base";
+    qwen2_moe: "qwen2_moe-base";
+    qwen3_moe: "qwen3_moe-base";
+    olmoe: "olmoe-base";
+    granitemoe: "granitemoe-base";
+    deepseek_v2: "deepseek_v2-lite";
+    deepseek_v3: "deepseek_v3-base";
+    kimi_k2: "kimi_k2-base";
+    kimi_k2_with_tiktoken: "kimi_k2-tiktoken";
+}
