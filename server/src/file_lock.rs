@@ -43,3 +43,20 @@ impl FileLock {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_holder_waits_and_gives_up_until_the_first_is_gone() {
+        let path = std::env::temp_dir().join(format!("moesaic-lock-{}/x.lock", std::process::id()));
+        let first = FileLock::acquire(&path, Duration::ZERO, || panic!("nobody else holds it")).unwrap();
+        let mut num_waits = 0;
+        let error = FileLock::acquire(&path, Duration::from_millis(1), || num_waits += 1).unwrap_err();
+        assert_eq!((error.kind(), num_waits), (io::ErrorKind::TimedOut, 1));
+        drop(first);
+        FileLock::acquire(&path, Duration::ZERO, || panic!("the holder is gone")).unwrap();
+        std::fs::remove_dir_all(path.parent().unwrap()).unwrap();
+    }
+}

@@ -187,6 +187,10 @@ impl Fetch<'_> {
         let tell = || tracing::info!(file, "waiting for another process that downloads this file");
         let lock = FileLock::acquire(&lock_path, LOCK_TIMEOUT, tell).map_err(HubError::io(&lock_path))?;
         if !blob.is_file() {
+            if self.progress.is_hidden() {
+                // No terminal, no bars: say in the log what takes so long.
+                tracing::info!(file, num_bytes = info.num_bytes, "downloading");
+            }
             let bar = self.progress.add(download_bar(file, info.num_bytes));
             let download = Download { client: self.client, repo: self.repo.id, file, url: &url, info: &info };
             let result = download.run(cache.incomplete_blob(&info.etag), &blob, self.retry, &bar);
