@@ -7,13 +7,15 @@ use half::{bf16, f16};
 use super::avx2::sum_halves;
 use super::{Lanes, WIDTH};
 
-/// Proof that the machine has AVX-512F (with AVX2, FMA and F16C).
+/// Proof that the machine has AVX-512F and VL (with AVX2, FMA and F16C). Without VL the compiler keeps vectors whose
+/// halves are used in the lower 16 registers, and large tiles spill.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512(());
 
 impl Avx512 {
     pub(crate) fn detect() -> Option<Self> {
         (is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c"))
@@ -112,6 +114,11 @@ impl Lanes for Avx512 {
         let bits = op!(_mm512_slli_epi32::<23>(biased));
         let power = op!(_mm512_castsi512_ps(bits));
         op!(_mm512_mul_ps(v, power))
+    }
+
+    #[inline(always)]
+    fn prefetch<T>(self, address: *const T) {
+        op!(_mm_prefetch::<_MM_HINT_T0>(address.cast()));
     }
 
     #[inline(always)]

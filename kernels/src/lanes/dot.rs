@@ -2,10 +2,32 @@
 
 use super::{Element, Lanes, WIDTH, load_tail};
 
+const LINE_BYTES: usize = 64;
+
 /// `out[m][n] = x[m] · w[n]`. The bits of an entry depend on its two rows alone; the tile only shares loads.
 /// Panics if a row is shorter than `x[0]`.
 #[inline(always)]
 pub(crate) fn dot_tile<L: Lanes, E: Element, const M: usize, const N: usize>(
+    lanes: L,
+    x: [&[f32]; M],
+    w: [&[E]; N],
+) -> [[f32; N]; M] {
+    dot::<L, E, M, N, false>(lanes, x, w)
+}
+
+/// [`dot_tile`] for rows `w` that follow each other in memory and are read once: fetches the rows behind them meanwhile.
+/// Short rows end before the processor's own prefetcher has learned their streams.
+#[inline(always)]
+pub(crate) fn dot_tile_streamed<L: Lanes, E: Element, const M: usize, const N: usize>(
+    lanes: L,
+    x: [&[f32]; M],
+    w: [&[E]; N],
+) -> [[f32; N]; M] {
+    dot::<L, E, M, N, true>(lanes, x, w)
+}
+
+#[inline(always)]
+fn dot<L: Lanes, E: Element, const M: usize, const N: usize, const STREAMED: bool>(
     lanes: L,
     x: [&[f32]; M],
     w: [&[E]; N],
@@ -18,6 +40,13 @@ pub(crate) fn dot_tile<L: Lanes, E: Element, const M: usize, const N: usize>(
         let mut w_v = [lanes.splat(0.0); N];
         for n in 0..N {
             w_v[n] = E::load(lanes, &w_chunks[n][chunk]);
+        }
+        if STREAMED {
+            // In the order of the addresses, which memory likes better than the order of use.
+            let behind = w[0].as_ptr().wrapping_add(N * len + N * WIDTH * chunk);
+            for line in 0..(N * WIDTH * size_of::<E>()).div_ceil(LINE_BYTES) {
+                lanes.prefetch(behind.wrapping_byte_add(line * LINE_BYTES));
+            }
         }
         for m in 0..M {
             let x_v = lanes.load(&x_chunks[m][chunk]);

@@ -18,7 +18,7 @@ use crate::memory::Plain;
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
-pub(crate) use dot::dot_tile;
+pub(crate) use dot::{dot_tile, dot_tile_streamed};
 pub(crate) use math::{exp_sum, max, silu_mul, softmax, sum_of_squares};
 pub(crate) use portable::Portable;
 
@@ -51,6 +51,8 @@ pub(crate) trait Lanes: Copy {
     fn round(self, v: Self::V) -> Self::V;
     /// `v * 2^n` for integers `n` in -126..=127.
     fn scale_by_power(self, v: Self::V, n: Self::V) -> Self::V;
+    /// Asks for the cache line of an address, which need not be mapped.
+    fn prefetch<T>(self, address: *const T);
     /// Adds lanes 8 apart, then 4, 2 and 1 apart.
     fn sum(self, v: Self::V) -> f32;
 }

@@ -89,6 +89,9 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    fn prefetch<T>(self, _address: *const T) {}
+
+    #[inline(always)]
     fn sum(self, v: Self::V) -> f32 {
         let mut lanes = v;
         for half in [8, 4, 2, 1] {
