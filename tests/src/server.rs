@@ -25,32 +25,39 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts `binary` on the golden checkpoint `model` and waits until it is ready. `args` come last, so they win.
+    /// Starts `binary` on the golden checkpoint `model` and waits until it is ready. `args` win over the harness's own.
     ///
     /// # Panics
     /// The server ends, or is not ready in time.
     pub fn start(binary: &str, model: &str, args: &[&str]) -> Self {
-        let server = Self::launch(binary, &golden::folder(model), args);
-        let what = format!("a server of {model} that is ready");
-        poll(&what, PATIENCE, || {
-            assert!(!server.process.has_ended(), "the server ended before it was ready");
-            (server.get("/ready").status == 200).then_some(())
-        });
-        server
+        Self::start_folder(binary, &golden::folder(model), args)
     }
 
-    /// Starts `binary` on `folder` and waits until it listens; the model may still be loading.
+    /// The same for any checkpoint.
     ///
     /// # Panics
-    /// The server ends, or does not listen in time.
-    pub fn launch(binary: &str, folder: &Path, args: &[&str]) -> Self {
-        let process = Process::spawn(&mut command(binary, folder, args));
+    /// The server ends, or is not ready in time.
+    pub fn start_folder(binary: &str, folder: &Path, args: &[&str]) -> Self {
+        Self::run(&mut command(binary, folder, args), folder)
+    }
+
+    /// Runs a command made by [`command`] and waits until the server is ready.
+    ///
+    /// # Panics
+    /// The server ends, or is not ready in time.
+    pub fn run(command: &mut Command, folder: &Path) -> Self {
+        let process = Process::spawn(command);
         let address = poll("a server that prints its address", PATIENCE, || {
             assert!(!process.has_ended(), "the server ended before it printed its address");
             printed_address(&process.output())
         });
         let model = folder.file_name().expect("a checkpoint folder has a name").to_string_lossy().into_owned();
-        Self { process, address, model }
+        let server = Self { process, address, model };
+        poll("a server that is ready", PATIENCE, || {
+            assert!(!server.process.has_ended(), "the server ended before it was ready");
+            (server.get("/ready").status == 200).then_some(())
+        });
+        server
     }
 
     /// Starts a server that is expected to give up, and waits for its end.
@@ -119,10 +126,11 @@ impl Server {
     }
 }
 
-fn command(binary: &str, folder: &Path, args: &[&str]) -> Command {
+/// The command that serves `folder`, with the harness's options where `args` do not set them.
+pub fn command(binary: &str, folder: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(binary);
     command.arg("serve").arg(folder);
-    // A flag may be given once only, so a default gives way to a flag of the test.
+    // A flag may be given only once.
     for default in SMALL.chunks(2) {
         if !args.contains(&default[0]) {
             command.args(default);

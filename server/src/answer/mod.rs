@@ -1,0 +1,162 @@
+//! Deltas to the objects that clients read, whole or as the chunks of a stream. Pure: no engine, no connection.
+
+pub mod chat;
+pub mod completions;
+pub mod logprobs;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+use futures::stream::{self, Stream, StreamExt as _};
+
+use crate::error::ApiError;
+use crate::generate::{Batch, Delta, Finish, Indexed, Output, TokenRecord};
+use crate::openai::FinishReason;
+use crate::openai::usage::Usage;
+use crate::text::Tokenizer;
+use crate::validate::{OutputOptions, StreamPlan};
+
+/// Changes when the same seed may give another output.
+pub const FINGERPRINT: &str = concat!("moesaic-", env!("CARGO_PKG_VERSION"));
+
+/// The bytes that tokens stand for.
+pub trait Vocabulary: Send + Sync {
+    fn token_bytes(&self, token: u32) -> Vec<u8>;
+
+    /// Whether the token is left out of text where special tokens are.
+    fn is_special(&self, token: u32) -> bool;
+}
+
+impl Vocabulary for Tokenizer {
+    fn token_bytes(&self, token: u32) -> Vec<u8> {
+        Self::token_bytes(self, token)
+    }
+
+    fn is_special(&self, token: u32) -> bool {
+        Self::is_special(self, token)
+    }
+}
+
+/// What every object of one answer repeats.
+#[derive(Clone)]
+pub struct Envelope {
+    pub id: String,
+    /// Seconds since the epoch.
+    pub created: u64,
+    pub model: String,
+    pub output: OutputOptions,
+    /// Whether log-probs of generated tokens were asked for.
+    pub wants_logprobs: bool,
+    pub vocabulary: Arc<dyn Vocabulary>,
+}
+
+/// All deltas of one choice put together.
+#[derive(Debug, Default)]
+pub struct Collected {
+    pub text: String,
+    pub token_ids: Vec<u32>,
+    pub logprobs: Vec<TokenRecord>,
+    pub prompt_logprobs: Option<Vec<engine::PromptLogprob>>,
+    pub finish: Option<Finish>,
+}
+
+impl Collected {
+    fn add(&mut self, delta: Delta) {
+        self.text.push_str(&delta.text);
+        self.token_ids.extend(delta.token_ids);
+        self.logprobs.extend(delta.logprobs);
+        self.finish = self.finish.take().or(delta.finish);
+    }
+
+    /// The end, which every choice has when its stream is over.
+    fn end(&self) -> Finish {
+        self.finish.clone().unwrap_or(Finish { reason: FinishReason::Length, stop_reason: None })
+    }
+}
+
+/// Puts outputs together by choice.
+#[derive(Debug)]
+pub struct Collector {
+    choices: Vec<Collected>,
+}
+
+impl Collector {
+    pub fn new(num_choices: usize) -> Self {
+        Self { choices: std::iter::repeat_with(Collected::default).take(num_choices).collect() }
+    }
+
+    pub fn add(&mut self, indexed: Indexed) {
+        let choice = &mut self.choices[indexed.index as usize];
+        match indexed.output {
+            Output::Prompt(logprobs) => choice.prompt_logprobs = Some(logprobs),
+            Output::Delta(delta) => choice.add(delta),
+        }
+    }
+
+    pub fn into_choices(self) -> Vec<Collected> {
+        self.choices
+    }
+}
+
+/// Turns outputs into the chunks of a stream.
+pub trait ChunkWriter: Send + 'static {
+    type Chunk: serde::Serialize + Send + 'static;
+
+    /// The chunks of one output; none where it shows nothing.
+    fn write(&mut self, indexed: Indexed) -> Vec<Self::Chunk>;
+
+    /// The usage chunk, where one is wanted.
+    fn closing(&self) -> Option<Self::Chunk>;
+}
+
+/// The chunks of a batch to its end or first error. The batch goes as soon as either came out.
+pub fn chunks<W: ChunkWriter>(
+    batch: Batch,
+    writer: W,
+) -> impl Stream<Item = Result<W::Chunk, ApiError>> + Send + 'static {
+    stream::unfold(Some((batch, writer)), |state| async {
+        let (mut batch, mut writer) = state?;
+        match batch.next().await {
+            Some(Ok(output)) => {
+                let chunks: Vec<_> = writer.write(output).into_iter().map(Ok).collect();
+                Some((chunks, Some((batch, writer))))
+            }
+            Some(Err(error)) => Some((vec![Err(error)], None)),
+            None => Some((writer.closing().into_iter().map(Ok).collect(), None)),
+        }
+    })
+    .flat_map(stream::iter)
+}
+
+/// Counts the tokens of a stream for its usage fields.
+#[derive(Clone, Copy, Debug)]
+pub struct StreamUsage {
+    plan: StreamPlan,
+    num_prompt_tokens: usize,
+    num_completion_tokens: usize,
+}
+
+impl StreamUsage {
+    pub fn new(plan: StreamPlan, num_prompt_tokens: usize) -> Self {
+        Self { plan, num_prompt_tokens, num_completion_tokens: 0 }
+    }
+
+    fn total(&self) -> Usage {
+        Usage::new(self.num_prompt_tokens, self.num_completion_tokens)
+    }
+
+    /// The `usage` of a chunk with choices: absent, null or the count so far.
+    fn of_chunk(&self) -> Option<Option<Usage>> {
+        match self.plan {
+            StreamPlan { continuous_usage: true, .. } => Some(Some(self.total())),
+            StreamPlan { include_usage: true, .. } => Some(None),
+            StreamPlan { .. } => None,
+        }
+    }
+
+    /// The `usage` of the last chunk, where one is wanted.
+    fn of_end(&self) -> Option<Usage> {
+        self.plan.include_usage.then(|| self.total())
+    }
+}

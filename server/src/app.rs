@@ -1,0 +1,156 @@
+//! The state that every handler shares, and the router over it.
+
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::http::{Method, Uri};
+use axum::middleware::{from_fn, from_fn_with_state};
+use engine::EngineHandle;
+use metrics_exporter_prometheus::PrometheusHandle;
+use tower_http::catch_panic::CatchPanicLayer;
+
+use crate::auth::{Auth, require_key};
+use crate::config::Config;
+use crate::error::ApiError;
+use crate::limits::{Limits, Permit, cors};
+use crate::shutdown::Shutdown;
+use crate::telemetry::metrics::rejected;
+use crate::text::{ChatTemplate, Tokenizer};
+use crate::validate::ModelLimits;
+use crate::{routes, telemetry};
+
+/// One server.
+pub struct App {
+    pub config: Config,
+    pub limits: Limits,
+    pub shutdown: Shutdown,
+    pub metrics: PrometheusHandle,
+    /// Names that requests may use; the first one is the name in answers.
+    pub model_names: Vec<String>,
+    model: OnceLock<Model>,
+}
+
+/// A loaded model with its text side.
+pub struct Model {
+    pub engine: EngineHandle,
+    pub tokenizer: Arc<Tokenizer>,
+    /// Absent where the model brings none and none was configured.
+    pub template: Option<Arc<ChatTemplate>>,
+    pub limits: ModelLimits,
+    /// Seconds since the epoch.
+    pub created: u64,
+}
+
+impl Model {
+    pub fn new(engine: EngineHandle, tokenizer: Tokenizer, template: Option<ChatTemplate>, app: &App) -> Self {
+        let summary = engine.model();
+        let limits = ModelLimits {
+            names: app.model_names.clone(),
+            vocab_size: summary.vocab_size,
+            // A pool smaller than the model's context sets the limit: a longer sequence would never fit.
+            max_tokens: summary.max_model_len.min(summary.num_blocks * summary.block_size),
+            // All choices of a request are queued at once.
+            max_sequences: app.config.max_queue,
+            defaults: summary.generation_defaults.clone(),
+        };
+        Self {
+            limits,
+            tokenizer: Arc::new(tokenizer),
+            template: template.map(Arc::new),
+            created: unix_seconds(),
+            engine,
+        }
+    }
+}
+
+impl App {
+    pub fn new(config: Config, model_names: Vec<String>, metrics: PrometheusHandle) -> Self {
+        Self {
+            limits: Limits::new(&config),
+            shutdown: Shutdown::default(),
+            metrics,
+            model_names,
+            model: OnceLock::new(),
+            config,
+        }
+    }
+
+    /// Opens the API routes: the model is loaded.
+    pub fn set_model(&self, model: Model) {
+        assert!(self.model.set(model).is_ok(), "a server loads one model");
+    }
+
+    /// The model, once it is loaded.
+    pub fn loaded(&self) -> Option<&Model> {
+        self.model.get()
+    }
+
+    /// The model for a request that computes.
+    ///
+    /// # Errors
+    /// The server is loading or shutting down.
+    pub fn model(&self) -> Result<&Model, ApiError> {
+        if self.shutdown.is_draining() {
+            rejected("shutting_down");
+            return Err(ApiError::ShuttingDown);
+        }
+        self.loaded().ok_or_else(|| {
+            rejected("model_loading");
+            ApiError::Loading
+        })
+    }
+
+    /// Takes a place for a request that generates.
+    ///
+    /// # Errors
+    /// All places are taken.
+    pub fn admit(&self) -> Result<Permit, ApiError> {
+        self.limits.admit().inspect_err(|_| rejected("queue_full"))
+    }
+
+    /// True when new requests would be served.
+    pub fn is_ready(&self) -> bool {
+        !self.shutdown.is_draining() && self.loaded().is_some_and(|model| model.engine.is_healthy())
+    }
+
+    /// True unless the process should be restarted.
+    pub fn is_live(&self) -> bool {
+        self.shutdown.is_draining() || self.loaded().is_none_or(|model| model.engine.is_healthy())
+    }
+
+    pub fn keep_alive(&self) -> Duration {
+        self.config.keep_alive_interval.duration()
+    }
+}
+
+/// The whole HTTP interface. Outermost first: request id and metrics, panics, CORS, keys, body limit, routes.
+pub fn router(app: &Arc<App>) -> Router {
+    let auth = Arc::new(Auth::new(&app.config));
+    let max_body_bytes = usize::try_from(app.limits.max_body_bytes).unwrap_or(usize::MAX);
+    let mut router = routes::router()
+        .fallback(no_route)
+        .method_not_allowed_fallback(no_method)
+        .with_state(Arc::clone(app))
+        .layer(DefaultBodyLimit::max(max_body_bytes))
+        .layer(from_fn_with_state(auth, require_key));
+    if let Some(cors) = cors(&app.config.allowed_origins) {
+        router = router.layer(cors);
+    }
+    router
+        .layer(CatchPanicLayer::custom(|_| axum::response::IntoResponse::into_response(ApiError::Internal)))
+        .layer(from_fn(telemetry::http::observe))
+}
+
+async fn no_route(method: Method, uri: Uri) -> ApiError {
+    ApiError::NoRoute { method: method.to_string(), path: uri.path().to_owned() }
+}
+
+async fn no_method(method: Method, uri: Uri) -> ApiError {
+    ApiError::NoMethod { method: method.to_string(), path: uri.path().to_owned() }
+}
+
+pub fn unix_seconds() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}

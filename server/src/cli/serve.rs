@@ -1,0 +1,247 @@
+//! `moesaic serve`: configuration, listening socket, model, and the way out.
+
+use std::io::{IsTerminal as _, Write as _};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow};
+use engine::{EngineConfig, KvDtype, LoadProgress, WeightDtype};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use tokio::sync::oneshot;
+
+use crate::app::{App, Model, router};
+use crate::args::ServeArgs;
+use crate::config::{Config, KvType, WeightType, check_environment};
+use crate::demo::{self, DemoOptions};
+use crate::hub::{self, HubOptions};
+use crate::text::{ChatTemplate, Tokenizer};
+use crate::{listen, shutdown, telemetry};
+
+/// Threads of the async runtime: the edge is light, and the compute pool wants the cores.
+const MAX_RUNTIME_THREADS: usize = 4;
+
+/// How often the metrics recorder folds its samples.
+const METRICS_UPKEEP: Duration = Duration::from_secs(5);
+
+/// Serves until a signal; returns when everything is closed.
+///
+/// # Errors
+/// A wrong configuration, a taken address, a model that cannot be loaded.
+pub fn run(args: ServeArgs) -> anyhow::Result<()> {
+    check_environment(std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()))?;
+    let config = Config::resolve(args.settings, args.config.as_deref())?;
+    telemetry::logging::start(&config).map_err(|reason| anyhow!(reason))?;
+    let names = model_names(&config);
+    let metrics = telemetry::metrics::install(&names[0])?;
+    let app = Arc::new(App::new(config, names, metrics));
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(cores.clamp(1, MAX_RUNTIME_THREADS))
+        // Text jobs are bounded by the cores, but the next one may start before the last one's thread is idle.
+        .max_blocking_threads(cores)
+        .enable_all()
+        .build()?;
+    let result = runtime.block_on(serve(&app));
+    // A model that is still being loaded must not hold up the exit.
+    runtime.shutdown_background();
+    result
+}
+
+async fn serve(app: &Arc<App>) -> anyhow::Result<()> {
+    let address = SocketAddr::new(app.config.host, app.config.port);
+    let listener = listen::bind(address).await.with_context(|| {
+        format!("cannot listen on {address}; hint: choose another --host or --port (0 takes a free one)")
+    })?;
+    announce(app, listener.local_addr()?)?;
+    let mut loading = start_loading(Arc::clone(app))?;
+    tokio::spawn(upkeep(Arc::clone(app)));
+    let stop = &app.shutdown.close_connections;
+    let server = listen::serve(listener, router(app), app.config.max_connections, stop);
+    let life = async {
+        tokio::select! {
+            ended = shutdown::run(app) => return ended.map_err(anyhow::Error::from),
+            loaded = &mut loading => loaded.context("the loading thread panicked")??,
+        }
+        shutdown::run(app).await.map_err(anyhow::Error::from)
+    };
+    let (_, ended) = tokio::join!(server, async {
+        let ended = life.await;
+        stop.cancel();
+        ended
+    });
+    ended
+}
+
+/// Loads on a thread of its own, while probes are answered. The receiver hears how it went.
+fn start_loading(app: Arc<App>) -> anyhow::Result<oneshot::Receiver<anyhow::Result<()>>> {
+    let (sender, receiver) = oneshot::channel();
+    std::thread::Builder::new().name("load".to_owned()).spawn(move || {
+        let result = load(&app).map(|model| {
+            app.set_model(model);
+            tracing::info!(model = %app.model_names[0], "ready");
+        });
+        // Nobody listens any more where the server was told to stop meanwhile.
+        drop(sender.send(result));
+    })?;
+    Ok(receiver)
+}
+
+fn load(app: &App) -> anyhow::Result<Model> {
+    let config = &app.config;
+    let model_dir = find_model(config)?;
+    let tokenizer = Tokenizer::load(&model_dir)?;
+    let template = ChatTemplate::load(&model_dir, config.chat_template.as_deref())?;
+    if template.is_none() {
+        tracing::warn!("the model has no chat template: /v1/chat/completions is not available");
+    }
+    let mut bar = LoadBar::new(&model_dir);
+    let engine =
+        engine::load(engine_config(config, model_dir, available_memory()?), &mut |progress| bar.show(&progress))?;
+    bar.done();
+    Ok(Model::new(engine, tokenizer, template, app))
+}
+
+/// The folder of the model: given, in the hub's cache, or the demo's; downloaded first where it must be.
+fn find_model(config: &Config) -> anyhow::Result<PathBuf> {
+    match &config.model {
+        Some(model) => {
+            let options = HubOptions::from_env(config.revision.clone());
+            Ok(hub::resolve(model, &options, &MultiProgress::new())?)
+        }
+        None => Ok(demo::ensure(&DemoOptions::default())?),
+    }
+}
+
+fn engine_config(config: &Config, model_dir: PathBuf, available_memory: u64) -> EngineConfig {
+    EngineConfig {
+        dtype: match config.dtype {
+            WeightType::Auto => WeightDtype::Auto,
+            WeightType::F32 => WeightDtype::F32,
+            WeightType::Bf16 => WeightDtype::Bf16,
+            WeightType::F16 => WeightDtype::F16,
+        },
+        kv_dtype: match config.kv_cache_dtype {
+            KvType::Auto => KvDtype::Auto,
+            KvType::F32 => KvDtype::F32,
+            KvType::Bf16 => KvDtype::Bf16,
+        },
+        kv_cache_memory: config.kv_cache_memory.map(|bytes| bytes.0),
+        available_memory,
+        block_size: config.block_size,
+        max_model_len: config.max_model_len,
+        max_num_seqs: config.max_num_seqs,
+        max_num_batched_tokens: config.max_num_batched_tokens,
+        max_queue: config.max_queue,
+        batch_timeout: Duration::from_millis(config.batch_timeout_ms),
+        threads: config.threads,
+        ..EngineConfig::new(model_dir)
+    }
+}
+
+/// Bytes this process may still take: of the machine, or of its container where that has less.
+fn available_memory() -> anyhow::Result<u64> {
+    let mut system = sysinfo::System::new().map_err(|error| anyhow!("cannot read the machine's memory: {error}"))?;
+    system.refresh_memory();
+    let container = system.cgroup_limits().map_or(u64::MAX, |limits| limits.free_memory);
+    Ok(system.available_memory().min(container))
+}
+
+/// The names that requests may use: configured, else the last part of a folder's path, else the hub id.
+fn model_names(config: &Config) -> Vec<String> {
+    if !config.served_model_name.is_empty() {
+        return config.served_model_name.clone();
+    }
+    let name = match &config.model {
+        None => "moesaic-demo".to_owned(),
+        Some(model) => {
+            let folder = Path::new(model).is_dir().then(|| Path::new(model).canonicalize().ok()).flatten();
+            let name = folder.and_then(|folder| Some(folder.file_name()?.to_string_lossy().into_owned()));
+            name.unwrap_or_else(|| model.clone())
+        }
+    };
+    vec![name]
+}
+
+/// Says on stdout where the server is, what it was told, and how to talk to it.
+fn announce(app: &App, address: SocketAddr) -> anyhow::Result<()> {
+    let key = match app.config.api_key.is_empty() {
+        true => "",
+        false => " -H 'Authorization: Bearer YOUR_KEY'",
+    };
+    let body = serde_json::json!({
+        "model": app.model_names[0],
+        "messages": [{"role": "user", "content": "What is a mixture of experts?"}],
+    });
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "Moesaic {} on http://{address}\n", env!("CARGO_PKG_VERSION"))?;
+    for line in app.config.to_toml().lines() {
+        writeln!(out, "  {line}")?;
+    }
+    writeln!(
+        out,
+        "\nTry it, once the model is loaded:\n\n  curl http://{}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'\n",
+        reachable(address),
+    )?;
+    out.flush()?;
+    Ok(())
+}
+
+/// The address to connect to: the wildcard address listens, but is no destination.
+fn reachable(address: SocketAddr) -> SocketAddr {
+    match address {
+        SocketAddr::V4(v4) if v4.ip().is_unspecified() => SocketAddr::from(([127, 0, 0, 1], v4.port())),
+        SocketAddr::V6(v6) if v6.ip().is_unspecified() => SocketAddr::from(([127, 0, 0, 1], v6.port())),
+        address => address,
+    }
+}
+
+/// The recorder's histograms grow until they are folded.
+async fn upkeep(app: Arc<App>) {
+    let mut ticks = tokio::time::interval(METRICS_UPKEEP);
+    loop {
+        ticks.tick().await;
+        app.metrics.run_upkeep();
+    }
+}
+
+/// Loading progress: a bar on a terminal, else a log line per tenth.
+struct LoadBar {
+    bar: Option<ProgressBar>,
+    tenths_logged: u64,
+}
+
+impl LoadBar {
+    fn new(model_dir: &Path) -> Self {
+        tracing::info!(folder = %model_dir.display(), "loading the model");
+        let style = "loading {bar:40} {bytes}/{total_bytes} {bytes_per_sec}";
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let style = ProgressStyle::with_template(style).expect("the template is constant and valid");
+            ProgressBar::new(0).with_style(style)
+        });
+        Self { bar, tenths_logged: 0 }
+    }
+
+    fn show(&mut self, progress: &LoadProgress) {
+        match &self.bar {
+            Some(bar) => {
+                bar.set_length(progress.total_bytes);
+                bar.set_position(progress.done_bytes);
+            }
+            None => {
+                let tenths = progress.done_bytes.saturating_mul(10) / progress.total_bytes.max(1);
+                if tenths > self.tenths_logged {
+                    self.tenths_logged = tenths;
+                    tracing::info!(percent = tenths * 10, "loading the model");
+                }
+            }
+        }
+    }
+
+    fn done(self) {
+        if let Some(bar) = self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}

@@ -1,0 +1,306 @@
+//! The configuration of the server: one table of settings gives flags, environment variables, file keys and their reference.
+//!
+//! `values` holds the types of single settings, `reference` writes the page about all of them.
+
+mod reference;
+#[cfg(test)]
+mod tests;
+mod values;
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, CommandFactory as _};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use reference::SettingsCommand;
+pub use reference::reference;
+pub use values::{ByteSize, KvType, LogFormat, Seconds, Secret, WeightType};
+
+/// Why the configuration cannot be used.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    #[error("cannot read {path}: {source}", path = path.display())]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("{path} is not a valid configuration: {source}", path = path.display())]
+    File { path: PathBuf, source: Box<toml::de::Error> },
+    #[error("unknown environment variable `{name}`; known are {known}")]
+    UnknownVariable { name: String, known: String },
+    #[error("`{setting}` is {value}, allowed are {allowed}")]
+    OutOfRange { setting: &'static str, value: String, allowed: &'static str },
+    #[error("{path} holds no API key; write one key per line", path = path.display())]
+    NoKeys { path: PathBuf },
+}
+
+/// Defines [`Settings`] (what was typed: every field optional) and [`Config`] (what it means: every field resolved) from one
+/// list, so that a setting is described exactly once.
+macro_rules! settings {
+    (
+        values { $($(#[doc = $vdoc:literal])* $(#[arg($($varg:tt)*)])? $vname:ident: $vtype:ty = $vdefault:expr;)* }
+        optional { $($(#[doc = $odoc:literal])* $(#[arg($($oarg:tt)*)])? $oname:ident: $otype:ty;)* }
+        lists { $($(#[doc = $ldoc:literal])* $(#[arg($($larg:tt)*)])? $lname:ident: $ltype:ty;)* }
+    ) => {
+        /// Settings of one layer (flags over environment, or the file); a field that is `None` leaves it to the next.
+        #[derive(Args, Clone, Debug, Default, Deserialize)]
+        #[serde(deny_unknown_fields)]
+        pub struct Settings {
+            $($(#[doc = $vdoc])* #[arg($($($varg)*)?)] pub $vname: Option<$vtype>,)*
+            $($(#[doc = $odoc])* #[arg($($($oarg)*)?)] pub $oname: Option<$otype>,)*
+            $($(#[doc = $ldoc])* #[arg(value_delimiter = ',', $($($larg)*)?)] pub $lname: Option<Vec<$ltype>>,)*
+        }
+
+        /// The resolved configuration, printed at start and served at `/server_info`; secrets serialize redacted.
+        #[derive(Clone, Debug, Serialize)]
+        pub struct Config {
+            $($(#[doc = $vdoc])* pub $vname: $vtype,)*
+            $($(#[doc = $odoc])* #[serde(skip_serializing_if = "Option::is_none")] pub $oname: Option<$otype>,)*
+            $($(#[doc = $ldoc])* pub $lname: Vec<$ltype>,)*
+        }
+
+        impl Default for Config {
+            fn default() -> Self {
+                Self { $($vname: $vdefault,)* $($oname: None,)* $($lname: Vec::new(),)* }
+            }
+        }
+
+        impl Settings {
+            /// This layer where it says something, else the lower one.
+            fn over(self, lower: Self) -> Self {
+                Self {
+                    $($vname: self.$vname.or(lower.$vname),)*
+                    $($oname: self.$oname.or(lower.$oname),)*
+                    $($lname: self.$lname.or(lower.$lname),)*
+                }
+            }
+
+            fn over_defaults(self) -> Config {
+                let defaults = Config::default();
+                Config {
+                    $($vname: self.$vname.unwrap_or(defaults.$vname),)*
+                    $($oname: self.$oname,)*
+                    $($lname: self.$lname.unwrap_or_default(),)*
+                }
+            }
+        }
+    };
+}
+
+settings! {
+    values {
+        /// Address to listen on
+        #[arg(long, env = "MOESAIC_HOST")]
+        host: IpAddr = IpAddr::from([127, 0, 0, 1]);
+        /// Port to listen on; 0 takes a free one, which is printed
+        #[arg(long, env = "MOESAIC_PORT", value_parser = parse_port)]
+        port: u16 = 8000;
+        /// Storage type of the weights in memory
+        #[arg(long, env = "MOESAIC_DTYPE")]
+        dtype: WeightType = WeightType::Auto;
+        /// Storage type of keys and values in the KV cache; auto is f32 for f32 weights, else bf16
+        #[arg(long, env = "MOESAIC_KV_CACHE_DTYPE")]
+        kv_cache_dtype: KvType = KvType::Auto;
+        /// Tokens per KV block, a power of two from 1 to 256
+        #[arg(long, env = "MOESAIC_BLOCK_SIZE")]
+        block_size: usize = 16;
+        /// Sequences running at once, 1 to 65536
+        #[arg(long, env = "MOESAIC_MAX_NUM_SEQS")]
+        max_num_seqs: usize = 512;
+        /// Prompt and decode tokens of one step together, 1 to 1048576
+        #[arg(long, env = "MOESAIC_MAX_NUM_BATCHED_TOKENS")]
+        max_num_batched_tokens: usize = 512;
+        /// Sequences waiting for their first step, 1 to 1048576; further requests get 429
+        #[arg(long, env = "MOESAIC_MAX_QUEUE")]
+        max_queue: usize = 1024;
+        /// Milliseconds, 0 to 100, that an idle engine gathers requests before its first step
+        #[arg(long, env = "MOESAIC_BATCH_TIMEOUT_MS")]
+        batch_timeout_ms: u64 = 0;
+        /// Serve /metrics without an API key
+        #[arg(long, env = "MOESAIC_METRICS_PUBLIC", num_args = 0..=1, default_missing_value = "true")]
+        metrics_public: bool = false;
+        /// Largest request body, in bytes or with a suffix (8MiB)
+        #[arg(long, env = "MOESAIC_MAX_BODY_BYTES")]
+        max_body_bytes: ByteSize = ByteSize(8 << 20);
+        /// Open connections, 1 to 65536; further ones wait in the listen queue
+        #[arg(long, env = "MOESAIC_MAX_CONNECTIONS")]
+        max_connections: usize = 4096;
+        /// Seconds a request may take from its arrival to its last token
+        #[arg(long, env = "MOESAIC_REQUEST_TIMEOUT")]
+        request_timeout: Seconds = Seconds(600.0);
+        /// Seconds that running requests get to finish after SIGTERM or SIGINT
+        #[arg(long, env = "MOESAIC_SHUTDOWN_TIMEOUT")]
+        shutdown_timeout: Seconds = Seconds(30.0);
+        /// Seconds of silence after which a stream gets a comment line that keeps proxies from closing it
+        #[arg(long, env = "MOESAIC_KEEP_ALIVE_INTERVAL")]
+        keep_alive_interval: Seconds = Seconds(15.0);
+        /// Form of the log lines on stderr
+        #[arg(long, env = "MOESAIC_LOG_FORMAT")]
+        log_format: LogFormat = LogFormat::Text;
+        /// Log filter: a level, or directives such as `info,engine=debug`
+        #[arg(long, env = "MOESAIC_LOG_LEVEL")]
+        log_level: String = "info".to_owned();
+    }
+    optional {
+        /// Hugging Face folder or hub id; the demo model where absent
+        #[arg(env = "MOESAIC_MODEL", value_name = "MODEL")]
+        model: String;
+        /// Branch, tag or commit of a hub model
+        #[arg(long, env = "MOESAIC_REVISION")]
+        revision: String;
+        /// Compute threads; all cores the process may run on where not set
+        #[arg(long, env = "MOESAIC_THREADS")]
+        threads: usize;
+        /// Longest prompt plus output in tokens; the model's own limit where not set
+        #[arg(long, env = "MOESAIC_MAX_MODEL_LEN")]
+        max_model_len: usize;
+        /// File with a Jinja chat template that replaces the model's own
+        #[arg(long, env = "MOESAIC_CHAT_TEMPLATE")]
+        chat_template: PathBuf;
+        /// Bytes of the KV cache (2GiB); what --max-num-seqs full sequences need, at most 40 % of free memory, where not set
+        #[arg(long, env = "MOESAIC_KV_CACHE_MEMORY")]
+        kv_cache_memory: ByteSize;
+        /// File with one API key per line
+        #[arg(long, env = "MOESAIC_API_KEY_FILE")]
+        api_key_file: PathBuf;
+    }
+    lists {
+        /// Name that requests call the model by; repeatable, the first one is the name in answers
+        #[arg(long, env = "MOESAIC_SERVED_MODEL_NAME")]
+        served_model_name: String;
+        /// API key that requests must carry as `Authorization: Bearer KEY`; repeatable
+        #[arg(long, env = "MOESAIC_API_KEY", hide_env_values = true)]
+        api_key: Secret;
+        /// Origin that browsers may call from (`*` for any); repeatable, CORS is off where none is given
+        #[arg(long, env = "MOESAIC_ALLOWED_ORIGINS")]
+        allowed_origins: String;
+    }
+}
+
+/// Environment variables beside those of the settings table.
+const OTHER_VARIABLES: [&str; 1] = ["MOESAIC_CONFIG"];
+
+impl Config {
+    /// Resolves default < file < environment < flag; `typed` holds flags over environment already.
+    ///
+    /// # Errors
+    /// An unreadable or invalid file, an unknown key, a value out of its range.
+    pub fn resolve(typed: Settings, file: Option<&Path>) -> Result<Self, ConfigError> {
+        let file_layer = match file {
+            Some(path) => read_file(path)?,
+            None => Settings::default(),
+        };
+        let mut config = typed.over(file_layer).over_defaults();
+        if let Some(path) = config.api_key_file.clone() {
+            config.api_key.extend(read_keys(&path)?);
+        }
+        config.check()?;
+        Ok(config)
+    }
+
+    /// The configuration as TOML, secrets redacted.
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).expect("the configuration is plain tables and values")
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        let ranges: [(&'static str, usize, bool, &'static str); 5] = [
+            (
+                "block_size",
+                self.block_size,
+                self.block_size.is_power_of_two() && self.block_size <= 256,
+                "powers of two from 1 to 256",
+            ),
+            ("max_num_seqs", self.max_num_seqs, (1..=65_536).contains(&self.max_num_seqs), "1 to 65536"),
+            (
+                "max_num_batched_tokens",
+                self.max_num_batched_tokens,
+                (1..=1 << 20).contains(&self.max_num_batched_tokens),
+                "1 to 1048576",
+            ),
+            ("max_queue", self.max_queue, (1..=1 << 20).contains(&self.max_queue), "1 to 1048576"),
+            ("max_connections", self.max_connections, (1..=65_536).contains(&self.max_connections), "1 to 65536"),
+        ];
+        for (setting, value, ok, allowed) in ranges {
+            if !ok {
+                return Err(ConfigError::OutOfRange { setting, value: value.to_string(), allowed });
+            }
+        }
+        self.check_other_limits()
+    }
+
+    fn check_other_limits(&self) -> Result<(), ConfigError> {
+        let out_of_range = |setting, value: String, allowed| Err(ConfigError::OutOfRange { setting, value, allowed });
+        if self.batch_timeout_ms > 100 {
+            return out_of_range("batch_timeout_ms", self.batch_timeout_ms.to_string(), "0 to 100");
+        }
+        if self.threads.is_some_and(|threads| !(1..=1024).contains(&threads)) {
+            return out_of_range("threads", format!("{}", self.threads.unwrap_or(0)), "1 to 1024");
+        }
+        if self.max_model_len == Some(0) {
+            return out_of_range("max_model_len", "0".to_owned(), "1 and up");
+        }
+        if self.max_body_bytes.0 == 0 || self.max_body_bytes.0 > 1 << 30 {
+            return out_of_range("max_body_bytes", self.max_body_bytes.to_string(), "1 to 1GiB");
+        }
+        if let Some(name) = self.served_model_name.iter().find(|name| name.trim().is_empty()) {
+            return out_of_range("served_model_name", format!("`{name}`"), "names that are not blank");
+        }
+        if self.api_key.iter().any(|key| !key.is_visible_ascii()) {
+            return out_of_range("api_key", "***".to_owned(), "keys of visible ASCII characters, at least one");
+        }
+        for (setting, seconds) in
+            [("request_timeout", self.request_timeout), ("keep_alive_interval", self.keep_alive_interval)]
+        {
+            if seconds.0 <= 0.0 {
+                return out_of_range(setting, seconds.to_string(), "more than 0 seconds");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Refuses `MOESAIC_*` variables that no setting reads, so that a typing error cannot go unnoticed. Variables that
+/// Kubernetes injects for a service named `moesaic` are let through.
+///
+/// # Errors
+/// [`ConfigError::UnknownVariable`] for the first one.
+pub fn check_environment(names: impl Iterator<Item = String>) -> Result<(), ConfigError> {
+    let settings = SettingsCommand::command();
+    let known: Vec<String> = settings
+        .get_arguments()
+        .filter_map(|arg| arg.get_env().map(|env| env.to_string_lossy().into_owned()))
+        .chain(OTHER_VARIABLES.map(str::to_owned))
+        .collect();
+    for name in names {
+        let injected = name.starts_with("MOESAIC_SERVICE_") || name.starts_with("MOESAIC_PORT_");
+        if name.starts_with("MOESAIC_") && !injected && !known.contains(&name) {
+            return Err(ConfigError::UnknownVariable { name, known: known.join(", ") });
+        }
+    }
+    Ok(())
+}
+
+fn read_file(path: &Path) -> Result<Settings, ConfigError> {
+    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+    toml::from_str(&text).map_err(|source| ConfigError::File { path: path.to_owned(), source: Box::new(source) })
+}
+
+fn read_keys(path: &Path) -> Result<Vec<Secret>, ConfigError> {
+    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+    let keys: Vec<Secret> = text
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty() && !line.starts_with('#'))
+        .map(|line| Secret(line.to_owned()))
+        .collect();
+    // A file without keys must not open the server to everyone.
+    if keys.is_empty() { Err(ConfigError::NoKeys { path: path.to_owned() }) } else { Ok(keys) }
+}
+
+/// Kubernetes sets `MOESAIC_PORT=tcp://…` in pods beside a service named `moesaic`; say so instead of "invalid digit".
+fn parse_port(text: &str) -> Result<u16, String> {
+    if text.starts_with("tcp://") {
+        return Err("set by Kubernetes for a service named moesaic; set `enableServiceLinks: false` in the pod".into());
+    }
+    text.parse().map_err(|_| "expected a number from 0 to 65535".into())
+}

@@ -1,0 +1,241 @@
+//! Engine events to text: one choice's tokens become deltas, the choices of a request become one bounded stream.
+
+mod assembler;
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use engine::{Event, GenerateRequest, Generation, PromptLogprob, StopCriteria, SubmitError};
+use futures::StreamExt as _;
+use futures::stream::{self, SelectAll, Stream};
+
+pub use assembler::{Assembler, Delta, Finish, TokenRecord, TokenText};
+
+use crate::app::Model;
+use crate::error::ApiError;
+use crate::limits::Permit;
+use crate::openai::FinishReason;
+use crate::telemetry::metrics::{ChoiceMeter, RequestFacts, rejected};
+use crate::text::{DetokenizeOptions, Detokenizer};
+use crate::validate::ValidRequest;
+
+/// What a choice yields: prompt log-probs at most once, then deltas, the last of them with `finish`.
+#[derive(Debug)]
+pub enum Output {
+    Prompt(Vec<PromptLogprob>),
+    Delta(Delta),
+}
+
+/// One output of choice `index` (prompt index times choices per prompt, plus choice).
+#[derive(Debug)]
+pub struct Indexed {
+    pub index: u32,
+    pub output: Output,
+}
+
+type ChoiceStream = Pin<Box<dyn Stream<Item = Result<Indexed, ApiError>> + Send>>;
+
+/// All choices of a request. Dropping it aborts them and gives the request's place back.
+pub struct Batch {
+    choices: SelectAll<ChoiceStream>,
+    permit: Permit,
+}
+
+/// A request ready for the engine.
+pub struct Job<'a> {
+    pub prompts: &'a [Arc<[u32]>],
+    pub valid: &'a ValidRequest,
+    /// The field that holds the prompt, for errors about it.
+    pub param: &'static str,
+    pub permit: Permit,
+}
+
+impl Batch {
+    /// Submits every choice of every prompt, or none.
+    ///
+    /// # Errors
+    /// A prompt that is empty or too long, a full queue, a server that is shutting down.
+    pub fn start(model: &Model, job: Job<'_>) -> Result<Self, ApiError> {
+        let mut choices = SelectAll::new();
+        for (prompt_idx, prompt) in job.prompts.iter().enumerate() {
+            let max_tokens = token_budget(job.valid, prompt.len(), model.limits.max_tokens, job.param)?;
+            for choice in 0..job.valid.num_choices {
+                let index = u32::try_from(prompt_idx).expect("prompts are bounded") * job.valid.num_choices + choice;
+                choices.push(start_choice(model, &job, &ChoicePlan { prompt, choice, index, max_tokens })?);
+            }
+        }
+        Ok(Self { choices, permit: job.permit })
+    }
+
+    /// The next output of any choice; `None` when all have ended.
+    ///
+    /// # Errors
+    /// The request's deadline passed, or a choice failed; the batch is of no use after that.
+    pub async fn next(&mut self) -> Option<Result<Indexed, ApiError>> {
+        let deadline = self.permit.deadline.into();
+        match tokio::time::timeout_at(deadline, self.choices.next()).await {
+            Ok(output) => output,
+            Err(_) => Some(Err(ApiError::Timeout { seconds: self.permit.timeout.as_secs_f64() })),
+        }
+    }
+}
+
+/// Tokens a choice may generate; what the context leaves where the request sets no limit.
+///
+/// # Errors
+/// The prompt alone, or with `max_tokens`, is longer than a sequence can be.
+fn token_budget(valid: &ValidRequest, prompt_len: usize, limit: usize, param: &'static str) -> Result<usize, ApiError> {
+    if prompt_len == 0 {
+        return Err(ApiError::invalid(param, "the prompt is empty"));
+    }
+    let rest = limit.saturating_sub(prompt_len);
+    let too_long = |asked: usize| ApiError::ContextLength {
+        param,
+        reason: format!("prompt has {prompt_len} tokens and {asked} are to be generated, the limit is {limit} in all"),
+    };
+    match valid.stop.max_tokens {
+        None if rest == 0 => Err(too_long(1)),
+        None => Ok(rest),
+        Some(asked) if asked.max(1) > rest => Err(too_long(asked.max(1))),
+        Some(asked) => Ok(asked),
+    }
+}
+
+struct ChoicePlan<'a> {
+    prompt: &'a Arc<[u32]>,
+    choice: u32,
+    index: u32,
+    /// 0 for a prompt that is only echoed.
+    max_tokens: usize,
+}
+
+fn start_choice(model: &Model, job: &Job<'_>, plan: &ChoicePlan<'_>) -> Result<ChoiceStream, ApiError> {
+    let valid = job.valid;
+    let index = plan.index;
+    let prompt_only = plan.max_tokens == 0;
+    if prompt_only && valid.sampling.prompt_logprobs.is_none() {
+        let delta = Delta::ended(Finish { reason: FinishReason::Length, stop_reason: None });
+        return Ok(stream::iter([Ok(Indexed { index, output: Output::Delta(delta) })]).boxed());
+    }
+    let mut sampling = valid.sampling.clone();
+    sampling.choice = plan.choice;
+    let stop_token_ids = valid.stop.model_token_ids.iter().chain(&valid.stop.token_ids).copied().collect();
+    let request = GenerateRequest {
+        prompt: Arc::clone(plan.prompt),
+        sampling,
+        stop: StopCriteria { max_tokens: plan.max_tokens.max(1), min_tokens: valid.stop.min_tokens, stop_token_ids },
+    };
+    let generation = model.engine.submit(request).map_err(|error| refuse(error, job.param))?;
+    let options = DetokenizeOptions { skip_special_tokens: valid.output.skip_special_tokens, ..Default::default() };
+    let decoder = Detokenizer::with_prompt(Arc::clone(&model.tokenizer), options, plan.prompt).map_err(|error| {
+        tracing::error!(%error, "the prompt cannot be detokenized");
+        ApiError::Internal
+    })?;
+    let facts = RequestFacts {
+        arrival: job.permit.arrival,
+        num_prompt_tokens: plan.prompt.len(),
+        num_choices: valid.num_choices,
+        max_tokens: plan.max_tokens,
+    };
+    let choice = Choice {
+        generation: Some(generation),
+        assembler: Assembler::new(decoder, valid.stop.clone()),
+        meter: ChoiceMeter::new(facts),
+        prompt_only,
+    };
+    let outputs = stream::unfold(choice, move |mut choice| async move {
+        let output = choice.next().await?;
+        Some((output.map(|output| Indexed { index, output }), choice))
+    });
+    Ok(outputs.boxed())
+}
+
+fn refuse(error: SubmitError, param: &'static str) -> ApiError {
+    let error = ApiError::from_submit(error, param);
+    rejected(error.code());
+    error
+}
+
+/// One sequence on its way through the engine.
+struct Choice<D> {
+    /// Gone as soon as nothing more is wanted from the engine, which frees the sequence's blocks.
+    generation: Option<Generation>,
+    assembler: Assembler<D>,
+    meter: ChoiceMeter,
+    prompt_only: bool,
+}
+
+impl<D: TokenText> Choice<D> {
+    async fn next(&mut self) -> Option<Result<Output, ApiError>> {
+        let generation = self.generation.as_mut()?;
+        let Some(event) = generation.next().await else {
+            tracing::error!("the engine dropped a request without ending it");
+            self.generation = None;
+            return Some(Err(ApiError::EngineDead));
+        };
+        let output = self.on_event(event);
+        if matches!(&output, Err(_) | Ok(Output::Delta(Delta { finish: Some(_), .. }))) {
+            self.generation = None;
+        }
+        Some(output)
+    }
+
+    fn on_event(&mut self, event: Event) -> Result<Output, ApiError> {
+        match event {
+            Event::PromptLogprobs(logprobs) => Ok(Output::Prompt(logprobs)),
+            // The engine always samples one token; a prompt that is only echoed ends before it.
+            Event::Token(_) | Event::Finished { .. } if self.prompt_only => {
+                self.meter.finished("length", None);
+                Ok(Output::Delta(Delta::ended(Finish { reason: FinishReason::Length, stop_reason: None })))
+            }
+            Event::Token(sampled) => {
+                self.meter.token();
+                let delta = self.assembler.push(sampled)?;
+                if delta.finish.is_some() {
+                    self.meter.finished("stop", None);
+                }
+                Ok(Output::Delta(delta))
+            }
+            Event::Finished { reason, timings } => {
+                let delta = self.assembler.finish(reason);
+                let stopped = matches!(&delta.finish, Some(finish) if finish.reason == FinishReason::Stop);
+                self.meter.finished(if stopped { "stop" } else { "length" }, Some(timings));
+                Ok(Output::Delta(delta))
+            }
+            Event::Failed(error) => {
+                self.meter.finished("error", None);
+                Err(ApiError::Generation(error))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::validate::StopRules;
+
+    fn budget(prompt_len: usize, max_tokens: Option<usize>) -> Result<usize, ApiError> {
+        let valid = ValidRequest {
+            sampling: engine::sampling::params::SamplingParams::default(),
+            stop: StopRules { max_tokens, ..StopRules::default() },
+            num_choices: 1,
+            output: crate::validate::OutputOptions::default(),
+            truncate_prompt: None,
+            stream: None,
+        };
+        token_budget(&valid, prompt_len, 10, "prompt")
+    }
+
+    #[test]
+    fn the_budget_is_what_the_context_leaves() {
+        assert_eq!(budget(4, None).unwrap(), 6);
+        assert_eq!(budget(4, Some(6)).unwrap(), 6);
+        assert_eq!(budget(4, Some(0)).unwrap(), 0);
+        for (prompt_len, max_tokens) in [(4, Some(7)), (10, None), (10, Some(0)), (11, Some(1))] {
+            let error = budget(prompt_len, max_tokens).unwrap_err();
+            assert_eq!(error.code(), "context_length_exceeded", "{prompt_len} {max_tokens:?}");
+        }
+        assert_eq!(budget(0, None).unwrap_err().code(), "invalid_value");
+    }
+}

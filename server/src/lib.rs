@@ -1,0 +1,54 @@
+//! The serving side of Moesaic: HTTP, text and the command line around the engine.
+//!
+//! | room | what is in it |
+//! |---|---|
+//! | `args`, `config`, `cli` | what was typed, what it means, the subcommands |
+//! | `app`, `listen`, `write_timeout`, `shutdown` | one server: its state, its connections, its end |
+//! | `auth`, `limits`, `error` | who may ask, how much at once, and how a request is turned down |
+//! | `routes`, `openai` | one handler file per endpoint, and the wire types |
+//! | `validate`, `conversation` | wire types to what they mean |
+//! | `generate`, `answer`, `sse` | engine events to deltas, deltas to answers, answers to streams |
+//! | `text` | strings to token ids and back |
+//! | `hub`, `demo`, `upcycle` | getting models onto the disk |
+//! | `telemetry` | logs and metrics |
+#![forbid(unsafe_code)]
+
+pub mod answer;
+pub mod app;
+pub mod args;
+pub mod auth;
+mod checksum;
+pub mod cli;
+pub mod config;
+pub mod conversation;
+pub mod demo;
+pub mod error;
+mod file_lock;
+pub mod generate;
+pub mod hub;
+pub mod limits;
+pub mod listen;
+pub mod openai;
+pub mod routes;
+pub mod shutdown;
+pub mod sse;
+pub mod telemetry;
+pub mod text;
+pub mod upcycle;
+pub mod validate;
+pub mod write_timeout;
+
+use std::process::ExitCode;
+
+/// The `moesaic` program: parses the command line, runs it, and says on stderr why it failed.
+///
+/// Exit codes: 0 done, 1 failed, 2 wrong usage.
+pub fn main_entry() -> ExitCode {
+    match cli::run(args::Cli::from_args(std::env::args_os())) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! The `moesaic` binary.
+
+fn main() -> std::process::ExitCode {
+    moesaic::main_entry()
+}

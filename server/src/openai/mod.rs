@@ -1,0 +1,56 @@
+//! Wire types of the OpenAI API and, where OpenAI defines none, vLLM's. Shapes only: meaning is given in [`crate::validate`].
+
+pub mod chat;
+pub mod completions;
+pub mod error;
+pub mod logprobs;
+pub mod models;
+pub mod sampling;
+pub mod tokenize;
+pub mod usage;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// One value or a list of them.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize, ToSchema)]
+#[serde(untagged)]
+pub enum OneOrMany<T: ToSchema> {
+    One(T),
+    Many(Vec<T>),
+}
+
+impl<T: ToSchema> OneOrMany<T> {
+    pub fn into_vec(self) -> Vec<T> {
+        match self {
+            Self::One(value) => vec![value],
+            Self::Many(values) => values,
+        }
+    }
+}
+
+/// Why a choice ended.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum FinishReason {
+    Stop,
+    Length,
+}
+
+/// What stopped a choice: the stop string or the stop token id of the request; null for the model's own stop token.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(untagged)]
+pub enum StopReason {
+    Text(String),
+    Token(u32),
+}
+
+/// `stream_options`.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, ToSchema)]
+#[serde(default)]
+pub struct StreamOptions {
+    /// Send a last chunk with no choices and the usage of the whole request.
+    pub include_usage: Option<bool>,
+    /// Send the usage so far with every chunk.
+    pub continuous_usage_stats: Option<bool>,
+}

@@ -1,0 +1,76 @@
+//! `GET /server_info`: the resolved configuration and what is loaded.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use crate::app::{App, Model};
+use crate::config::Config;
+
+/// Settings and model of this server.
+#[derive(Serialize, ToSchema)]
+pub struct ServerInfo {
+    version: &'static str,
+    /// Every setting with its resolved value; secrets show as `***`.
+    #[schema(value_type = Object)]
+    config: Config,
+    /// Null while the model is being loaded.
+    model: Option<ModelInfo>,
+}
+
+/// What is loaded.
+#[derive(Serialize, ToSchema)]
+pub struct ModelInfo {
+    names: Vec<String>,
+    architecture: String,
+    num_parameters: u64,
+    /// Parameters that one token uses.
+    num_active_parameters: u64,
+    num_layers: usize,
+    num_experts: usize,
+    num_experts_per_tok: usize,
+    vocab_size: usize,
+    weight_bytes: u64,
+    kv_bytes_per_token: u64,
+    kv_cache_dtype: &'static str,
+    max_model_len: usize,
+    block_size: usize,
+    num_blocks: usize,
+    threads: usize,
+    has_chat_template: bool,
+}
+
+/// Settings, secrets redacted, and the loaded model
+#[utoipa::path(get, path = "/server_info", tag = "operation", responses((status = 200, body = ServerInfo)))]
+pub async fn show(State(app): State<Arc<App>>) -> Json<ServerInfo> {
+    Json(ServerInfo {
+        version: env!("CARGO_PKG_VERSION"),
+        config: app.config.clone(),
+        model: app.loaded().map(|model| describe(&app, model)),
+    })
+}
+
+fn describe(app: &App, model: &Model) -> ModelInfo {
+    let summary = model.engine.model();
+    ModelInfo {
+        names: app.model_names.clone(),
+        architecture: summary.architecture.clone(),
+        num_parameters: summary.num_parameters,
+        num_active_parameters: summary.num_active_parameters,
+        num_layers: summary.num_layers,
+        num_experts: summary.num_experts,
+        num_experts_per_tok: summary.num_experts_per_tok,
+        vocab_size: summary.vocab_size,
+        weight_bytes: summary.weight_bytes,
+        kv_bytes_per_token: summary.kv_bytes_per_token,
+        kv_cache_dtype: summary.kv_dtype,
+        max_model_len: summary.max_model_len,
+        block_size: summary.block_size,
+        num_blocks: summary.num_blocks,
+        threads: summary.threads,
+        has_chat_template: model.template.is_some(),
+    }
+}

@@ -1,0 +1,240 @@
+//! Prometheus metrics under vLLM's names: descriptions, buckets, and what is recorded per request and per scrape.
+
+use std::sync::OnceLock;
+use std::time::Instant;
+
+use engine::{EngineHandle, Timings};
+use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+
+const TTFT_SECONDS: &[f64] = &[
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+    160.0, 640.0, 2560.0,
+];
+const TOKEN_SECONDS: &[f64] =
+    &[0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0];
+const REQUEST_SECONDS: &[f64] = &[
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+    1920.0, 7680.0,
+];
+const STEP_SECONDS: &[f64] =
+    &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+const ITERATION_TOKENS: &[f64] =
+    &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
+const CHOICES: &[f64] = &[1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0];
+
+/// Histograms with their buckets and descriptions. Token counts have buckets of their own, see [`token_buckets`].
+const HISTOGRAMS: &[(&str, &[f64], &str)] = &[
+    ("vllm:time_to_first_token_seconds", TTFT_SECONDS, "Time from a request's arrival to its first token"),
+    ("vllm:inter_token_latency_seconds", TOKEN_SECONDS, "Time between two tokens of a sequence"),
+    ("vllm:request_time_per_output_token_seconds", TOKEN_SECONDS, "Mean time per token after the first, per sequence"),
+    ("vllm:e2e_request_latency_seconds", REQUEST_SECONDS, "Time from a request's arrival to the end of a sequence"),
+    ("vllm:request_queue_time_seconds", REQUEST_SECONDS, "Time a sequence waited for its first step"),
+    ("vllm:request_prefill_time_seconds", REQUEST_SECONDS, "Time from a sequence's first step to its first token"),
+    ("vllm:request_decode_time_seconds", REQUEST_SECONDS, "Time from a sequence's first token to its last"),
+    ("vllm:request_inference_time_seconds", REQUEST_SECONDS, "Prefill and decode time of a sequence together"),
+    ("vllm:request_params_n", CHOICES, "Choices asked for per prompt"),
+    ("vllm:iteration_tokens_total", ITERATION_TOKENS, "Prompt and decode tokens of a step"),
+    ("moesaic_step_seconds", STEP_SECONDS, "Time of a step by phase"),
+    ("moesaic_experts_per_step", ITERATION_TOKENS, "Distinct experts that a step computed"),
+    ("http_request_duration_seconds", REQUEST_SECONDS, "Time from a request's head to its response's head"),
+];
+const TOKEN_COUNTS: &[(&str, &str)] = &[
+    ("vllm:request_prompt_tokens", "Prompt tokens of a sequence"),
+    ("vllm:request_generation_tokens", "Generated tokens of a sequence"),
+    ("vllm:request_params_max_tokens", "Most tokens a sequence may generate"),
+];
+const COUNTERS: &[(&str, &str)] = &[
+    ("vllm:prompt_tokens_total", "Prompt tokens computed"),
+    ("vllm:generation_tokens_total", "Tokens generated"),
+    ("vllm:request_success_total", "Sequences ended, by reason"),
+    ("vllm:num_preemptions_total", "Sequences that lost their KV blocks to others and were computed again"),
+    ("vllm:corrupted_requests_total", "Sequences ended because the model produced NaN"),
+    ("vllm:admission_rejections_total", "Requests refused at the door, by reason"),
+    ("http_requests_total", "HTTP requests by route, method and status"),
+];
+const GAUGES: &[(&str, &str)] = &[
+    ("vllm:num_requests_running", "Sequences in the running batch"),
+    ("vllm:num_requests_waiting", "Sequences waiting for their first step"),
+    ("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 1 is full"),
+    ("vllm:cache_config_info", "The KV cache's settings as labels"),
+    ("moesaic_expert_imbalance_ratio", "Load of the busiest expert over the mean, by layer"),
+    ("moesaic_expert_gini", "Gini coefficient of the experts' load, by layer"),
+    ("moesaic_router_entropy", "Entropy of the experts' load over its maximum, by layer"),
+];
+
+static RECORDER: OnceLock<PrometheusHandle> = OnceLock::new();
+
+/// Installs the recorder, once per process, with `model_name` and `engine` on every metric.
+///
+/// # Errors
+/// Another recorder was installed before.
+pub fn install(model_name: &str) -> Result<PrometheusHandle, BuildError> {
+    if let Some(handle) = RECORDER.get() {
+        return Ok(handle.clone());
+    }
+    let mut builder =
+        PrometheusBuilder::new().add_global_label("model_name", model_name).add_global_label("engine", "0");
+    for (name, buckets, _) in HISTOGRAMS {
+        builder = builder.set_buckets_for_metric(Matcher::Full((*name).to_owned()), buckets)?;
+    }
+    for (name, _) in TOKEN_COUNTS {
+        builder = builder.set_buckets_for_metric(Matcher::Full((*name).to_owned()), &token_buckets())?;
+    }
+    // Whatever else is recorded is a histogram too, never a summary.
+    let handle = builder.set_buckets(REQUEST_SECONDS)?.install_recorder()?;
+    describe();
+    Ok(RECORDER.get_or_init(|| handle).clone())
+}
+
+/// Sets what is read from the engine at each scrape.
+pub fn observe_engine(engine: &EngineHandle) {
+    let stats = engine.stats();
+    gauge!("vllm:num_requests_running").set(stats.num_running as f64);
+    gauge!("vllm:num_requests_waiting").set(stats.num_waiting as f64);
+    gauge!("vllm:kv_cache_usage_perc").set(stats.num_used_blocks as f64 / stats.num_total_blocks.max(1) as f64);
+    counter!("vllm:prompt_tokens_total").absolute(stats.num_prompt_tokens);
+    counter!("vllm:generation_tokens_total").absolute(stats.num_generation_tokens);
+    counter!("vllm:num_preemptions_total").absolute(stats.num_preemptions);
+    counter!("vllm:corrupted_requests_total").absolute(stats.num_corrupted);
+    let model = engine.model();
+    gauge!(
+        "vllm:cache_config_info",
+        "block_size" => model.block_size.to_string(),
+        "num_gpu_blocks" => model.num_blocks.to_string(),
+        "cache_dtype" => model.kv_dtype
+    )
+    .set(1.0);
+}
+
+/// Counts a request that was refused at the door.
+pub fn rejected(reason: &'static str) {
+    counter!("vllm:admission_rejections_total", "reason" => reason).increment(1);
+}
+
+/// What is known about a sequence when it starts.
+#[derive(Clone, Copy, Debug)]
+pub struct RequestFacts {
+    pub arrival: Instant,
+    pub num_prompt_tokens: usize,
+    pub num_choices: u32,
+    pub max_tokens: usize,
+}
+
+/// Measures one sequence; one that is dropped before its end counts as aborted.
+#[derive(Debug)]
+pub struct ChoiceMeter {
+    facts: RequestFacts,
+    first_token: Option<Instant>,
+    last_token: Option<Instant>,
+    num_tokens: usize,
+    ended: bool,
+}
+
+impl ChoiceMeter {
+    pub fn new(facts: RequestFacts) -> Self {
+        Self { facts, first_token: None, last_token: None, num_tokens: 0, ended: false }
+    }
+
+    /// A token arrived.
+    pub fn token(&mut self) {
+        let now = Instant::now();
+        match self.last_token {
+            None => histogram!("vllm:time_to_first_token_seconds").record(now - self.facts.arrival),
+            Some(last) => histogram!("vllm:inter_token_latency_seconds").record(now - last),
+        }
+        self.first_token.get_or_insert(now);
+        self.last_token = Some(now);
+        self.num_tokens += 1;
+    }
+
+    /// The sequence ended; `timings` are the engine's, where it ended there.
+    pub fn finished(&mut self, reason: &'static str, timings: Option<Timings>) {
+        if std::mem::replace(&mut self.ended, true) {
+            return;
+        }
+        counter!("vllm:request_success_total", "finished_reason" => reason).increment(1);
+        histogram!("vllm:e2e_request_latency_seconds").record(self.facts.arrival.elapsed());
+        histogram!("vllm:request_prompt_tokens").record(self.facts.num_prompt_tokens as f64);
+        histogram!("vllm:request_generation_tokens").record(self.num_tokens as f64);
+        histogram!("vllm:request_params_n").record(f64::from(self.facts.num_choices));
+        histogram!("vllm:request_params_max_tokens").record(self.facts.max_tokens as f64);
+        if let (Some(first), Some(last), 2..) = (self.first_token, self.last_token, self.num_tokens) {
+            let per_token = (last - first).as_secs_f64() / (self.num_tokens - 1) as f64;
+            histogram!("vllm:request_time_per_output_token_seconds").record(per_token);
+        }
+        if let Some(timings) = timings {
+            histogram!("vllm:request_queue_time_seconds").record(timings.queue);
+            histogram!("vllm:request_prefill_time_seconds").record(timings.prefill);
+            histogram!("vllm:request_decode_time_seconds").record(timings.decode);
+            histogram!("vllm:request_inference_time_seconds").record(timings.prefill + timings.decode);
+        }
+    }
+}
+
+impl Drop for ChoiceMeter {
+    fn drop(&mut self) {
+        self.finished("abort", None);
+    }
+}
+
+fn describe() {
+    for (name, _, text) in HISTOGRAMS {
+        let unit = if name.ends_with("_seconds") { Unit::Seconds } else { Unit::Count };
+        describe_histogram!(*name, unit, *text);
+    }
+    for (name, text) in TOKEN_COUNTS {
+        describe_histogram!(*name, Unit::Count, *text);
+    }
+    for (name, text) in COUNTERS {
+        describe_counter!(*name, *text);
+    }
+    for (name, text) in GAUGES {
+        describe_gauge!(*name, *text);
+    }
+    // Series that exist before their first event keep rates right.
+    for reason in ["stop", "length", "abort", "error"] {
+        counter!("vllm:request_success_total", "finished_reason" => reason).absolute(0);
+    }
+}
+
+/// 1, 2, 5, 10, … up to 1,000,000: the recorder is installed before the model's length is known.
+fn token_buckets() -> Vec<f64> {
+    (0..7)
+        .flat_map(|power| [1.0, 2.0, 5.0].map(|digit| digit * 10f64.powi(power)))
+        .filter(|&edge| edge <= 1e6)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metrics_are_rendered_under_vllm_names_with_their_labels() {
+        let handle = install("m").unwrap();
+        let facts = RequestFacts { arrival: Instant::now(), num_prompt_tokens: 7, num_choices: 1, max_tokens: 9 };
+        let mut meter = ChoiceMeter::new(facts);
+        meter.token();
+        meter.token();
+        meter.finished("stop", Some(Timings::default()));
+        drop(meter);
+        rejected("queue_full");
+        let text = handle.render();
+        for line in [
+            "# HELP vllm:time_to_first_token_seconds ",
+            "# TYPE vllm:time_to_first_token_seconds histogram",
+            "vllm:request_success_total{model_name=\"m\",engine=\"0\",finished_reason=\"stop\"} ",
+            "vllm:admission_rejections_total{model_name=\"m\",engine=\"0\",reason=\"queue_full\"} ",
+            "vllm:time_to_first_token_seconds_bucket{model_name=\"m\",engine=\"0\",le=\"0.001\"} ",
+        ] {
+            assert!(text.contains(line), "{line} is missing from\n{text}");
+        }
+    }
+
+    #[test]
+    fn token_buckets_are_a_1_2_5_series() {
+        let buckets = token_buckets();
+        assert_eq!((buckets[..5].to_vec(), buckets.last()), (vec![1.0, 2.0, 5.0, 10.0, 20.0], Some(&1e6)));
+    }
+}
