@@ -20,8 +20,6 @@ const SMALL: [&str; 8] = ["--port", "0", "--threads", "1", "--kv-cache-dtype", "
 pub struct Server {
     pub process: Process,
     pub address: SocketAddr,
-    /// The name that requests call the model by.
-    pub model: String,
 }
 
 impl Server {
@@ -38,21 +36,12 @@ impl Server {
     /// # Panics
     /// The server ends, or is not ready in time.
     pub fn start_folder(binary: &str, folder: &Path, args: &[&str]) -> Self {
-        Self::run(&mut command(binary, folder, args), folder)
-    }
-
-    /// Runs a command made by [`command`] and waits until the server is ready.
-    ///
-    /// # Panics
-    /// The server ends, or is not ready in time.
-    pub fn run(command: &mut Command, folder: &Path) -> Self {
-        let process = Process::spawn(command);
+        let process = Process::spawn(&mut command(binary, folder, args));
         let address = poll("a server that prints its address", PATIENCE, || {
             assert!(!process.has_ended(), "the server ended before it printed its address");
             printed_address(&process.output())
         });
-        let model = folder.file_name().expect("a checkpoint folder has a name").to_string_lossy().into_owned();
-        let server = Self { process, address, model };
+        let server = Self { process, address };
         poll("a server that is ready", PATIENCE, || {
             assert!(!server.process.has_ended(), "the server ended before it was ready");
             (server.get("/ready").status == 200).then_some(())
@@ -127,7 +116,7 @@ impl Server {
 }
 
 /// The command that serves `folder`, with the harness's options where `args` do not set them.
-pub fn command(binary: &str, folder: &Path, args: &[&str]) -> Command {
+fn command(binary: &str, folder: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(binary);
     command.arg("serve").arg(folder);
     // A flag may be given only once.

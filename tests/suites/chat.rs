@@ -1,5 +1,6 @@
 //! `/v1/chat/completions`: the shape of streams, choices, stops, seeds and log-probs.
 
+use harness::checkpoint::Copy;
 use harness::{Event, Server};
 use serde_json::{Value, json};
 
@@ -209,4 +210,25 @@ fn one_answer_has_the_shape_of_openai() {
     let ids = server.ask(PATH, &chat(json!({"return_token_ids": true, "max_tokens": 5})));
     assert_eq!(ids["choices"][0]["token_ids"].as_array().unwrap().len(), 5);
     assert_eq!(ids["prompt_token_ids"], server.ask("/tokenize", &chat(json!({})))["tokens"]);
+}
+
+#[test]
+fn the_template_may_be_replaced_and_must_be_there() {
+    let bare = Copy::of("mixtral-base");
+    bare.edit_json("tokenizer_config.json", |config| {
+        config.as_object_mut().unwrap().remove("chat_template").expect("the checkpoint has a template");
+    });
+    let without = Server::start_folder(SERVER, &bare.folder, &[]);
+    let refused = without.post(PATH, &chat(json!({})));
+    assert_eq!((refused.status, refused.json()["error"]["param"].as_str()), (400, Some("messages")));
+    assert_eq!(without.get("/server_info").json()["model"]["has_chat_template"], false);
+
+    let file = bare.path("template.jinja");
+    std::fs::write(&file, "{% for message in messages %}{{ message.content }}|{% endfor %}{{ extra }}").unwrap();
+    let replaced = Server::start_folder(SERVER, &bare.folder, &["--chat-template", file.to_str().unwrap()]);
+    let body = chat(json!({"chat_template_kwargs": {"extra": "end"}}));
+    let ids = replaced.ask("/tokenize", &body)["tokens"].clone();
+    let expected = json!({"prompt": "You are terse.|What is a router?|end", "add_special_tokens": false});
+    assert_eq!(ids, replaced.ask("/tokenize", &expected)["tokens"]);
+    assert_eq!(replaced.ask(PATH, &body)["usage"]["prompt_tokens"], ids.as_array().unwrap().len());
 }

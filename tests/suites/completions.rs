@@ -1,5 +1,6 @@
 //! `/v1/completions`: prompts in every form, echo, log-probs, choices, stops, biases.
 
+use harness::checkpoint::Copy;
 use harness::{Server, golden};
 use serde_json::{Value, json};
 
@@ -211,4 +212,20 @@ fn filters_narrow_to_the_greedy_token() {
     let cut = server.ask(PATH, &completion(json!({"truncate_prompt_tokens": 3, "return_token_ids": true})));
     assert_eq!(cut["choices"][0]["prompt_token_ids"], json!([81, 271, 16]));
     assert_eq!(server.ask(PATH, &json!({"prompt": PROMPT, "ignore_eos": true}))["usage"]["completion_tokens"], 16);
+}
+
+#[test]
+fn the_checkpoint_says_what_is_sampled_where_the_request_does_not() {
+    let copy = Copy::of("mixtral-base");
+    copy.edit_json("generation_config.json", |config| {
+        config["top_k"] = json!(1);
+        config["eos_token_id"] = json!([2, 70]);
+    });
+    let server = Server::start_folder(SERVER, &copy.folder, &[]);
+    let greedy = server.ask(PATH, &completion(json!({"temperature": 0})));
+    assert_eq!(text(&server.ask(PATH, &completion(json!({}))), 0), text(&greedy, 0));
+    let seeds = [1, 2].map(|seed| server.ask(PATH, &completion(json!({"top_k": 0, "temperature": 2, "seed": seed}))));
+    assert_ne!(text(&seeds[0], 0), text(&seeds[1], 0), "the request wins");
+    let ended = server.ask(PATH, &completion(json!({"logit_bias": {"70": 100}, "ignore_eos": false})));
+    assert_eq!((&ended["choices"][0]["finish_reason"], text(&ended, 0)), (&json!("stop"), ""));
 }

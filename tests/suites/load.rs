@@ -42,13 +42,25 @@ fn a_full_queue_turns_requests_away_and_says_when_to_come_back() {
 
 #[test]
 fn a_request_of_many_sequences_is_taken_whole_or_not_at_all() {
-    let server = Server::start(SERVER, "mixtral-base", &["--max-num-seqs", "2", "--max-queue", "2"]);
+    let server = Server::start(SERVER, "mixtral-base", &["--max-num-seqs", "2", "--max-queue", "3"]);
+    let num_waiting = |count| {
+        poll("a number of waiting sequences", PATIENCE, || {
+            (server.metrics().value("vllm:num_requests_waiting", &[]) == Some(count)).then_some(())
+        });
+    };
     let mut running = server.stream(PATH, &endless(2));
     running.next_chunk();
     server.wait_running(2.0);
-    let refused = server.post(PATH, &endless(3));
+    let waiting = Request::post(PATH, &endless(2)).write(server.address).expect("the server listens");
+    num_waiting(2.0);
+    // There is room for one of the two.
+    let refused = server.post(PATH, &endless(2));
     assert_eq!(refused.status, 429, "{}", refused.text());
+    num_waiting(2.0);
+    let never = server.post(PATH, &endless(4));
+    assert_eq!((never.status, never.json()["error"]["param"].as_str()), (400, Some("n")), "more than can ever wait");
     drop(running);
+    drop(waiting);
     server.wait_idle();
 }
 

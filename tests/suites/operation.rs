@@ -192,5 +192,7 @@ fn the_docs_page_works_offline() {
         let response = server.get(&format!("/docs/{}", asset.trim_start_matches("./")));
         assert!(response.status == 200 && !response.body.is_empty(), "{asset}");
     }
+    let settings = server.get("/docs/swagger-initializer.js").text();
+    assert!(settings.contains("/openapi.json") && !settings.contains("://"), "{settings}");
     assert_eq!(server.get("/docs").status / 100, 3, "the page's assets are relative to /docs/");
 }
