@@ -8,7 +8,7 @@ const SERVER: &str = env!("CARGO_BIN_EXE_moesaic-under-test");
 fn check(name: &str) {
     let server = Server::start(SERVER, name, &[]);
     let reference = golden::reference(name);
-    let prompts: Vec<&Value> = reference["prompts"].as_array().unwrap().iter().collect();
+    let prompts: Vec<&Value> = reference["prompts"].as_array().expect("a list").iter().collect();
     let request = |ids: Value| json!({"prompt": ids, "temperature": 0, "max_tokens": 32, "ignore_eos": true, "return_token_ids": true});
     let together =
         server.ask("/v1/completions", &request(prompts.iter().map(|prompt| prompt["ids"].clone()).collect()));
@@ -20,7 +20,7 @@ fn check(name: &str) {
     assert_eq!(ids.cloned().collect::<Value>(), prompts[1]["greedy_ids"], "{name}: streamed");
 
     let tokenizer = &reference["tokenizer"];
-    for sample in tokenizer["samples"].as_array().unwrap() {
+    for sample in tokenizer["samples"].as_array().expect("a list") {
         let answer = server.ask("/tokenize", &json!({"prompt": sample["text"]}));
         assert_eq!(answer["tokens"], sample["ids_with_special"], "{name}: {}", sample["text"]);
     }
