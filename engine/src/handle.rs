@@ -40,26 +40,18 @@ pub struct PromptLogprob {
     pub top: Vec<(u32, f32)>,
 }
 
-/// Where the time of a request went, measured by the step loop.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Timings {
-    /// From submission to the first step that held a row of it.
-    pub queue: Duration,
-    /// From there to its first token.
-    pub prefill: Duration,
-    /// From its first token to its last.
-    pub decode: Duration,
-    /// How often it lost its blocks and was computed again.
-    pub num_preemptions: u32,
-}
-
-/// What happens to a generation: `PromptLogprobs` at most once, `Token` any number of times, then exactly one of
-/// `Finished` and `Failed`.
+/// What happens to a generation: `Scheduled` once, `PromptLogprobs` at most once, `Token` any number of times, then exactly
+/// one of `Finished` and `Failed`. A request that fails before its first step skips to `Failed`.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
+    /// Its first rows are about to be computed.
+    Scheduled {
+        /// Time since it was submitted.
+        queue: Duration,
+    },
     PromptLogprobs(Vec<PromptLogprob>),
     Token(SampledToken),
-    Finished { reason: FinishReason, timings: Timings },
+    Finished(FinishReason),
     Failed(GenerationError),
 }
 
@@ -156,6 +148,12 @@ impl EngineHandle {
     /// True while the step loop runs and, if it has work, finished a step in the last 60 seconds.
     pub fn is_healthy(&self) -> bool {
         self.front.is_healthy()
+    }
+
+    /// Returns when the engine has stopped after a device error or a broken invariant; by then every open request has got
+    /// its `Failed`.
+    pub async fn died(&self) {
+        self.front.shared.died().await;
     }
 
     /// Refuses new requests from now on; running ones go on.

@@ -31,7 +31,7 @@ pub use config::{EngineConfig, KvDtype, WeightDtype};
 pub use error::{EngineError, GenerationError, SubmitError};
 pub use handle::{
     EngineHandle, EngineStats, Event, FinishReason, GenerateRequest, Generation, GenerationDefaults, ModelSummary,
-    PromptLogprob, SampledToken, StopCriteria, Timings,
+    PromptLogprob, SampledToken, StopCriteria,
 };
 pub use experts::RoutingStats;
 pub use load::{LoadedModel, load, load_model};

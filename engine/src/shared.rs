@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use scheduler::SchedulerStats;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use crate::error::{GenerationError, SubmitError};
 use crate::handle::{EngineStats, Event, GenerateRequest, Generation, ModelSummary};
@@ -36,6 +36,7 @@ pub(crate) struct Shared {
     num_queued: AtomicUsize,
     door: Mutex<Door>,
     shutting_down: AtomicBool,
+    dead: watch::Sender<bool>,
     idle: AtomicBool,
     started: Instant,
     /// Milliseconds from `started` to the end of the last step.
@@ -59,6 +60,7 @@ impl Shared {
             num_queued: AtomicUsize::new(0),
             door: Mutex::new(Door::Open),
             shutting_down: AtomicBool::new(false),
+            dead: watch::Sender::new(false),
             idle: AtomicBool::new(true),
             started: Instant::now(),
             last_step_ms: AtomicU64::new(0),
@@ -84,6 +86,17 @@ impl Shared {
     pub(crate) fn close(&self, error: &GenerationError) {
         let state = if *error == GenerationError::ShuttingDown { Door::Closing } else { Door::Dead };
         *self.lock_door() = state;
+    }
+
+    /// Every open request has its last event.
+    pub(crate) fn announce_end(&self) {
+        let dead = *self.lock_door() == Door::Dead;
+        self.dead.send_replace(dead);
+    }
+
+    pub(crate) async fn died(&self) {
+        let waited = self.dead.subscribe().wait_for(|dead| *dead).await.map(drop);
+        waited.expect("the sender lives as long as `self`");
     }
 
     pub(crate) fn count_step(&self, num_prompt: usize, num_generated: usize, num_corrupted: usize) {
@@ -168,8 +181,8 @@ impl Front {
         if shared.num_queued.fetch_update(Ordering::Relaxed, Ordering::Relaxed, enter).is_err() {
             return Err(SubmitError::QueueFull { limit });
         }
-        // Prompt log-probs, the tokens and the end: the loop never waits for a slow reader.
-        let (sender, events) = mpsc::channel(request.stop.max_tokens.max(1) + 2);
+        // The start, prompt log-probs, the tokens and the end: the loop never waits for a slow reader.
+        let (sender, events) = mpsc::channel(request.stop.max_tokens.max(1) + 3);
         let submission = Submission { request, events: sender, submitted: Instant::now() };
         if self.commands.try_send(Command::Submit(submission)).is_err() {
             shared.leave_queue();

@@ -10,7 +10,7 @@ use scheduler::{Batch, Outcome, Progress, Request, RequestId, Scheduler, Update}
 use tokio::sync::mpsc;
 
 use crate::error::{EngineError, GenerationError};
-use crate::handle::{Event, GenerateRequest, PromptLogprob, SampledToken, Timings};
+use crate::handle::{Event, GenerateRequest, PromptLogprob, SampledToken};
 use crate::runner::{ChunkOutput, RowRequest, Runner};
 use crate::shared::{Command, Shared};
 
@@ -34,8 +34,7 @@ struct Entry {
     prompt_logprobs: Vec<PromptLogprob>,
     num_prompt_counted: usize,
     submitted: Instant,
-    first_scheduled: Option<Instant>,
-    first_token: Option<Instant>,
+    is_scheduled: bool,
 }
 
 impl StepLoop {
@@ -65,9 +64,10 @@ impl StepLoop {
             }
         }
         for (_, entry) in self.entries.drain() {
-            entry.fail(error.clone());
+            entry.send(Event::Failed(error.clone()));
         }
         self.shared.publish(&self.scheduler.stats());
+        self.shared.announce_end();
     }
 
     fn serve(&mut self, commands: &Receiver<Command>) -> Result<(), EngineError> {
@@ -124,8 +124,7 @@ impl StepLoop {
             prompt_logprobs: Vec::new(),
             num_prompt_counted: 0,
             submitted: submission.submitted,
-            first_scheduled: None,
-            first_token: None,
+            is_scheduled: false,
         };
         self.entries.insert(id, entry);
     }
@@ -138,7 +137,7 @@ impl StepLoop {
             let wanted = !entry.events.is_closed();
             if !wanted {
                 assert!(scheduler.abort(*id), "an open request is known to the scheduler");
-                if entry.first_scheduled.is_none() {
+                if !entry.is_scheduled {
                     shared.leave_queue();
                 }
             }
@@ -150,8 +149,8 @@ impl StepLoop {
         let computing = Instant::now();
         for chunk in &batch.chunks {
             let entry = self.entries.get_mut(&chunk.id).expect("a scheduled sequence is open");
-            if entry.first_scheduled.is_none() {
-                entry.first_scheduled = Some(computing);
+            if !std::mem::replace(&mut entry.is_scheduled, true) {
+                entry.send(Event::Scheduled { queue: computing - entry.submitted });
                 self.shared.leave_queue();
             }
         }
@@ -160,16 +159,14 @@ impl StepLoop {
         let request_of = |id| entries[&id].row_request(scheduler, id);
         let mut outputs = self.runner.run(scheduler, batch, request_of)?;
         let outcomes: Vec<Outcome> = outputs.iter().filter_map(ChunkOutput::outcome).collect();
-        let num_preemptions = |id| scheduler.sequence(id).map_or(0, |sequence| sequence.num_preemptions());
-        let preemptions: Vec<u32> = batch.chunks.iter().map(|chunk| num_preemptions(chunk.id)).collect();
         let progress = self.scheduler.complete(batch, &outcomes);
         // Counters first: whoever has seen a request's last event finds it counted and its blocks free.
         self.count(batch, &progress);
         self.shared.publish(&self.scheduler.stats());
         self.deliver_prompt_logprobs(batch, &mut outputs);
-        let sampled = batch.chunks.iter().zip(outputs).zip(preemptions).filter(|((chunk, _), _)| chunk.samples);
-        for (progress, ((_, output), preemptions)) in progress.iter().zip(sampled) {
-            self.deliver(progress, output.sampled.flatten(), preemptions);
+        let sampled = outputs.into_iter().filter_map(|output| output.sampled);
+        for (progress, sampled) in progress.iter().zip(sampled) {
+            self.deliver(progress, sampled);
         }
         metrics::histogram!("vllm:iteration_tokens_total").record(batch.num_rows() as f64);
         metrics::histogram!("moesaic_step_seconds", "phase" => "compute").record(computing.elapsed());
@@ -207,24 +204,24 @@ impl StepLoop {
         }
     }
 
-    fn deliver(&mut self, progress: &Progress, sampled: Option<SampledToken>, num_preemptions: u32) {
-        let now = Instant::now();
-        let entry = self.entries.get_mut(&progress.id).expect("a sampled sequence is open");
-        match progress.update {
+    fn deliver(&mut self, progress: &Progress, sampled: Option<SampledToken>) {
+        let entry = &self.entries[&progress.id];
+        let ended = match progress.update {
             Update::Failed => {
-                let entry = self.entries.remove(&progress.id).expect("it was there a line ago");
-                entry.fail(GenerationError::CorruptedLogits);
+                entry.send(Event::Failed(GenerationError::CorruptedLogits));
+                true
             }
             Update::Token { is_stop, finished, .. } => {
-                entry.first_token.get_or_insert(now);
                 let sampled = sampled.expect("a token outcome has a sampled token");
                 entry.send(Event::Token(SampledToken { is_stop, ..sampled }));
                 if let Some(reason) = finished {
-                    let timings = entry.timings(now, num_preemptions);
-                    entry.send(Event::Finished { reason, timings });
-                    self.entries.remove(&progress.id);
+                    entry.send(Event::Finished(reason));
                 }
+                finished.is_some()
             }
+        };
+        if ended {
+            self.entries.remove(&progress.id);
         }
     }
 }
@@ -253,20 +250,5 @@ impl Entry {
     /// The channel has room for every event of the request; a receiver that is gone is noticed before the next step.
     fn send(&self, event: Event) {
         let _ = self.events.try_send(event);
-    }
-
-    fn fail(self, error: GenerationError) {
-        self.send(Event::Failed(error));
-    }
-
-    fn timings(&self, now: Instant, num_preemptions: u32) -> Timings {
-        let scheduled = self.first_scheduled.unwrap_or(now);
-        let first_token = self.first_token.unwrap_or(now);
-        Timings {
-            queue: scheduled - self.submitted,
-            prefill: first_token - scheduled,
-            decode: now - first_token,
-            num_preemptions,
-        }
     }
 }

@@ -56,6 +56,13 @@ pub async fn run(app: &App) -> std::io::Result<()> {
     Ok(())
 }
 
+/// Waits a moment for clients to take the last events of their requests.
+pub async fn flush(app: &App) {
+    if tokio::time::timeout(LAST_WORDS, app.limits.idle()).await.is_err() {
+        tracing::warn!(num_requests = app.limits.num_in_flight(), "clients did not take their last bytes");
+    }
+}
+
 /// Refuses new requests, lets the running ones finish within the shutdown timeout, then fails the rest.
 async fn drain(app: &App) {
     let grace = app.config.shutdown_timeout.duration();
@@ -75,8 +82,6 @@ async fn drain(app: &App) {
             tracing::warn!("the step loop is still busy");
         }
     }
-    if tokio::time::timeout(LAST_WORDS, app.limits.idle()).await.is_err() {
-        tracing::warn!(num_requests = app.limits.num_in_flight(), "clients did not take their last bytes");
-    }
+    flush(app).await;
     app.shutdown.close_connections.cancel();
 }

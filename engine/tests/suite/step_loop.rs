@@ -38,6 +38,10 @@ fn tokens(events: &[Event]) -> Vec<u32> {
     events.iter().filter_map(token).collect()
 }
 
+fn await_token(generation: &mut Generation) {
+    while !matches!(generation.next_blocking().expect("an event"), Event::Token(_)) {}
+}
+
 /// Waits for a condition of the engine's counters.
 fn eventually(what: &str, condition: impl Fn() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(20);
@@ -54,16 +58,17 @@ fn every_event_comes_once_and_in_order() {
         SamplingParams { temperature: 0.0, logprobs: Some(2), prompt_logprobs: Some(1), ..SamplingParams::default() };
     let generation = engine.submit(GenerateRequest { sampling, ..request(&[1, 54, 70, 99], 5) }).expect("accepted");
     let events = events(generation);
-    let Event::PromptLogprobs(prompt) = &events[0] else { panic!("prompt log-probs come first: {events:?}") };
+    assert!(matches!(events[0], Event::Scheduled { .. }));
+    let Event::PromptLogprobs(prompt) = &events[1] else { panic!("prompt log-probs come before tokens: {events:?}") };
     assert_eq!(prompt.iter().map(|entry| entry.token).collect::<Vec<_>>(), [54, 70, 99]);
     assert!(prompt.iter().all(|entry| entry.logprob <= entry.top[0].1 && entry.top.len() == 1));
     assert_eq!(tokens(&events).len(), 5);
-    for event in &events[1..6] {
+    for event in &events[2..7] {
         let Event::Token(sampled) = event else { panic!("tokens follow: {events:?}") };
         assert_eq!(sampled.top[0], (sampled.token, sampled.logprob.expect("asked for")), "greedy takes the best");
     }
-    assert!(matches!(events[6], Event::Finished { reason: FinishReason::Length, .. }));
-    assert_eq!(events.len(), 7);
+    assert!(matches!(events[7], Event::Finished(FinishReason::Length)));
+    assert_eq!(events.len(), 8);
     let stats = engine.stats();
     assert_eq!((stats.num_prompt_tokens, stats.num_generation_tokens, stats.num_used_blocks), (4, 5, 0));
 }
@@ -78,8 +83,8 @@ fn stop_tokens_end_a_sequence_and_min_tokens_holds_them_off() {
     };
     let stopped = with_stop(0);
     assert_eq!(tokens(&stopped), free[..3]);
-    assert!(matches!(&stopped[2], Event::Token(sampled) if sampled.is_stop));
-    assert!(matches!(stopped[3], Event::Finished { reason: FinishReason::Stop(token), .. } if token == free[2]));
+    assert!(matches!(&stopped[3], Event::Token(sampled) if sampled.is_stop));
+    assert!(matches!(stopped[4], Event::Finished(FinishReason::Stop(token)) if token == free[2]));
     let held = tokens(&with_stop(5));
     assert!(held.len() >= 5 && !held[..5].contains(&free[2]), "{held:?}");
 }
@@ -88,7 +93,7 @@ fn stop_tokens_end_a_sequence_and_min_tokens_holds_them_off() {
 fn a_dropped_generation_frees_its_blocks() {
     let engine = start(config(&golden_dir("mixtral-base")));
     let mut long = engine.submit(request(&[1, 54, 70], 2000)).expect("accepted");
-    assert!(matches!(long.next_blocking(), Some(Event::Token(_))));
+    await_token(&mut long);
     assert!(engine.stats().num_total_blocks > 0);
     drop(long);
     eventually("an idle engine", || {
@@ -114,7 +119,7 @@ fn what_can_never_run_is_refused_at_the_door() {
 fn a_full_queue_refuses_and_loses_nothing() {
     let engine = start(EngineConfig { max_num_seqs: 1, max_queue: 2, ..config(&golden_dir("mixtral-base")) });
     let mut running = engine.submit(request(&[1, 54], 1500)).expect("accepted");
-    assert!(matches!(running.next_blocking(), Some(Event::Token(_))), "it runs, so it waits no more");
+    await_token(&mut running); // it runs, so it waits no more
     let waiting: Vec<Generation> = (0..2).map(|_| engine.submit(request(&[1, 54], 3)).expect("accepted")).collect();
     assert_eq!(engine.submit(request(&[1], 3)).expect_err("refused"), SubmitError::QueueFull { limit: 2 });
     drop(running);
@@ -162,7 +167,7 @@ fn a_row_of_nan_ends_its_own_request_only() {
     let engine = start(config(&dir));
     let healthy = engine.submit(request(&[1, 54, 70], 200)).expect("accepted");
     let corrupted = engine.submit(request(&[1, 77, 70], 200)).expect("accepted");
-    assert_eq!(events(corrupted), [Event::Failed(GenerationError::CorruptedLogits)]);
+    assert_eq!(events(corrupted)[1..], [Event::Failed(GenerationError::CorruptedLogits)]);
     let intact = start(config(&golden_dir("mixtral-base")));
     let expected = intact.submit(request(&[1, 54, 70], 200)).expect("accepted");
     assert_eq!(tokens(&events(healthy)), tokens(&events(expected)));

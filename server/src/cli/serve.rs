@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, anyhow};
+use anyhow::{Context as _, anyhow, bail};
 use engine::{EngineConfig, KvDtype, LoadProgress, WeightDtype};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use tokio::sync::oneshot;
@@ -64,7 +64,14 @@ async fn serve(app: &Arc<App>) -> anyhow::Result<()> {
             ended = shutdown::run(app) => return ended.map_err(anyhow::Error::from),
             loaded = &mut loading => loaded.context("the loading thread panicked")??,
         }
-        shutdown::run(app).await.map_err(anyhow::Error::from)
+        let engine = app.loaded().map(|model| model.engine.clone()).expect("loading ended well");
+        tokio::select! {
+            ended = shutdown::run(app) => ended.map_err(anyhow::Error::from),
+            () = engine.died() => {
+                shutdown::flush(app).await;
+                bail!("the engine stopped; the log says why")
+            }
+        }
     };
     let (_, ended) = tokio::join!(server, async {
         let ended = life.await;

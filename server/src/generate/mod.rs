@@ -167,46 +167,53 @@ struct Choice<D> {
 
 impl<D: TokenText> Choice<D> {
     async fn next(&mut self) -> Option<Result<Output, ApiError>> {
-        let generation = self.generation.as_mut()?;
-        let Some(event) = generation.next().await else {
-            tracing::error!("the engine dropped a request without ending it");
-            self.generation = None;
-            return Some(Err(ApiError::EngineDead));
-        };
-        let output = self.on_event(event);
-        if matches!(&output, Err(_) | Ok(Output::Delta(Delta { finish: Some(_), .. }))) {
-            self.generation = None;
+        loop {
+            let Some(event) = self.generation.as_mut()?.next().await else {
+                tracing::error!("the engine dropped a request without ending it");
+                self.generation = None;
+                return Some(Err(ApiError::EngineDead));
+            };
+            let Some(output) = self.on_event(event).transpose() else { continue };
+            if matches!(&output, Err(_) | Ok(Output::Delta(Delta { finish: Some(_), .. }))) {
+                self.generation = None;
+            }
+            return Some(output);
         }
-        Some(output)
     }
 
-    fn on_event(&mut self, event: Event) -> Result<Output, ApiError> {
-        match event {
-            Event::PromptLogprobs(logprobs) => Ok(Output::Prompt(logprobs)),
+    /// What the event gives the client, if anything.
+    fn on_event(&mut self, event: Event) -> Result<Option<Output>, ApiError> {
+        let output = match event {
+            Event::Scheduled { queue } => {
+                self.meter.scheduled(queue);
+                return Ok(None);
+            }
+            Event::PromptLogprobs(logprobs) => Output::Prompt(logprobs),
             // The engine always samples one token; a prompt that is only echoed ends before it.
-            Event::Token(_) | Event::Finished { .. } if self.prompt_only => {
-                self.meter.finished("length", None);
-                Ok(Output::Delta(Delta::ended(Finish { reason: FinishReason::Length, stop_reason: None })))
+            Event::Token(_) | Event::Finished(_) if self.prompt_only => {
+                self.meter.finished("length");
+                Output::Delta(Delta::ended(Finish { reason: FinishReason::Length, stop_reason: None }))
             }
             Event::Token(sampled) => {
                 self.meter.token();
                 let delta = self.assembler.push(sampled)?;
                 if delta.finish.is_some() {
-                    self.meter.finished("stop", None);
+                    self.meter.finished("stop");
                 }
-                Ok(Output::Delta(delta))
+                Output::Delta(delta)
             }
-            Event::Finished { reason, timings } => {
+            Event::Finished(reason) => {
                 let delta = self.assembler.finish(reason);
                 let stopped = matches!(&delta.finish, Some(finish) if finish.reason == FinishReason::Stop);
-                self.meter.finished(if stopped { "stop" } else { "length" }, Some(timings));
-                Ok(Output::Delta(delta))
+                self.meter.finished(if stopped { "stop" } else { "length" });
+                Output::Delta(delta)
             }
             Event::Failed(error) => {
-                self.meter.finished("error", None);
-                Err(ApiError::Generation(error))
+                self.meter.finished("error");
+                return Err(ApiError::Generation(error));
             }
-        }
+        };
+        Ok(Some(output))
     }
 }
 

@@ -1,9 +1,9 @@
 //! Prometheus metrics under vLLM's names: descriptions, buckets, and what is recorded per request and per scrape.
 
 use std::sync::OnceLock;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use engine::{EngineHandle, Timings};
+use engine::EngineHandle;
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
@@ -125,6 +125,7 @@ pub struct RequestFacts {
 #[derive(Debug)]
 pub struct ChoiceMeter {
     facts: RequestFacts,
+    scheduled: Option<Instant>,
     first_token: Option<Instant>,
     last_token: Option<Instant>,
     num_tokens: usize,
@@ -133,7 +134,13 @@ pub struct ChoiceMeter {
 
 impl ChoiceMeter {
     pub fn new(facts: RequestFacts) -> Self {
-        Self { facts, first_token: None, last_token: None, num_tokens: 0, ended: false }
+        Self { facts, scheduled: None, first_token: None, last_token: None, num_tokens: 0, ended: false }
+    }
+
+    /// The first rows of the sequence are being computed, `queue` after it was submitted.
+    pub fn scheduled(&mut self, queue: Duration) {
+        histogram!("vllm:request_queue_time_seconds").record(queue);
+        self.scheduled = Some(Instant::now());
     }
 
     /// A token arrived.
@@ -148,8 +155,8 @@ impl ChoiceMeter {
         self.num_tokens += 1;
     }
 
-    /// The sequence ended; `timings` are the engine's, where it ended there.
-    pub fn finished(&mut self, reason: &'static str, timings: Option<Timings>) {
+    /// The sequence ended.
+    pub fn finished(&mut self, reason: &'static str) {
         if std::mem::replace(&mut self.ended, true) {
             return;
         }
@@ -163,18 +170,17 @@ impl ChoiceMeter {
             let per_token = (last - first).as_secs_f64() / (self.num_tokens - 1) as f64;
             histogram!("vllm:request_time_per_output_token_seconds").record(per_token);
         }
-        if let Some(timings) = timings {
-            histogram!("vllm:request_queue_time_seconds").record(timings.queue);
-            histogram!("vllm:request_prefill_time_seconds").record(timings.prefill);
-            histogram!("vllm:request_decode_time_seconds").record(timings.decode);
-            histogram!("vllm:request_inference_time_seconds").record(timings.prefill + timings.decode);
+        if let (Some(scheduled), Some(first), Some(last)) = (self.scheduled, self.first_token, self.last_token) {
+            histogram!("vllm:request_prefill_time_seconds").record(first - scheduled);
+            histogram!("vllm:request_decode_time_seconds").record(last - first);
+            histogram!("vllm:request_inference_time_seconds").record(last - scheduled);
         }
     }
 }
 
 impl Drop for ChoiceMeter {
     fn drop(&mut self) {
-        self.finished("abort", None);
+        self.finished("abort");
     }
 }
 
@@ -215,9 +221,10 @@ mod tests {
         let handle = install("m").unwrap();
         let facts = RequestFacts { arrival: Instant::now(), num_prompt_tokens: 7, num_choices: 1, max_tokens: 9 };
         let mut meter = ChoiceMeter::new(facts);
+        meter.scheduled(Duration::from_millis(1));
         meter.token();
         meter.token();
-        meter.finished("stop", Some(Timings::default()));
+        meter.finished("stop");
         drop(meter);
         rejected("queue_full");
         let text = handle.render();
