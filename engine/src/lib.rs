@@ -29,11 +29,11 @@ pub mod weights;
 
 pub use config::{EngineConfig, KvDtype, WeightDtype};
 pub use error::{EngineError, GenerationError, SubmitError};
+pub use experts::RoutingStats;
 pub use handle::{
     EngineHandle, EngineStats, Event, FinishReason, GenerateRequest, Generation, GenerationDefaults, ModelSummary,
     PromptLogprob, SampledToken, StopCriteria,
 };
-pub use experts::RoutingStats;
 pub use load::{LoadedModel, load, load_model};
 pub use runner::{ChunkOutput, RowRequest, Runner};
 pub use weights::gguf::GgufFile;

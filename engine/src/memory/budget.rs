@@ -71,10 +71,7 @@ mod tests {
         let demand =
             KvDemand { sites: &SITES, dtype: KvDtype::Bf16, weight_bytes: 1 << 19, max_position_embeddings: 4096 };
         let found = plan(&config, &demand).map(|budget| (budget.num_blocks, budget.max_model_len));
-        assert_eq!(
-            found.as_ref().map_err(ToString::to_string),
-            expect.as_ref().map_err(ToString::to_string)
-        );
+        assert_eq!(found.as_ref().map_err(ToString::to_string), expect.as_ref().map_err(ToString::to_string));
     }
 
     #[test]
