@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use kernels::MappedFile;
+use kernels::{MappedFile, PackedWeight, WeightFormat};
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 
@@ -88,6 +88,18 @@ impl Checkpoint {
     /// The stored bytes, little endian, row-major.
     pub fn bytes(&self, entry: &TensorEntry) -> &[u8] {
         &self.files[entry.file_idx][entry.offset..entry.offset + entry.num_bytes]
+    }
+
+    /// Borrows the matrix `[rows, cols]` that starts `offset` bytes into a tensor, without reading it.
+    pub fn matrix(
+        &self,
+        entry: &TensorEntry,
+        offset: usize,
+        format: WeightFormat,
+        [rows, cols]: [usize; 2],
+    ) -> Result<PackedWeight, EngineError> {
+        let file = self.files[entry.file_idx].clone();
+        Ok(PackedWeight::mapped(file, entry.offset + offset, format, rows, cols)?)
     }
 
     pub fn iter(&self) -> impl Iterator<Item = (&str, &TensorEntry)> {

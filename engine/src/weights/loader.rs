@@ -22,6 +22,7 @@ pub struct LoadProgress {
 /// One pass over a checkpoint: every tensor is taken by name, once.
 pub struct Loader<'a> {
     checkpoint: &'a Checkpoint,
+    total_bytes: u64,
     dtype: WeightDtype,
     state: RefCell<LoadState<'a>>,
 }
@@ -36,7 +37,7 @@ struct LoadState<'a> {
 impl<'a> Loader<'a> {
     pub fn new(checkpoint: &'a Checkpoint, dtype: WeightDtype, progress: &'a mut dyn FnMut(LoadProgress)) -> Self {
         let state = LoadState { taken: BTreeSet::new(), done_bytes: 0, weight_bytes: 0, progress };
-        Self { checkpoint, dtype, state: RefCell::new(state) }
+        Self { checkpoint, total_bytes: checkpoint.total_bytes(), dtype, state: RefCell::new(state) }
     }
 
     pub fn has(&self, name: &str) -> bool {
@@ -45,38 +46,24 @@ impl<'a> Loader<'a> {
 
     /// A matrix `[rows, cols]` for [`kernels::linear`].
     pub fn weight(&self, name: &str, rows: usize, cols: usize) -> Result<PackedWeight, EngineError> {
-        let entry = self.take(name, &[rows, cols])?;
-        let packed = self.pack(name, entry, rows, cols, self.checkpoint.bytes(entry))?;
-        Ok(self.count(packed))
+        self.fused_weight(&[(name.to_owned(), rows)], cols)
     }
 
     /// Several matrices over the same input, one below the other: `[Σ rows, cols]`.
     pub fn fused_weight(&self, parts: &[(String, usize)], cols: usize) -> Result<PackedWeight, EngineError> {
-        let parts = parts
-            .iter()
-            .map(|(name, rows)| {
-                let entry = self.take(name, &[*rows, cols])?;
-                self.pack(name, entry, *rows, cols, self.checkpoint.bytes(entry))
-            })
-            .collect::<Result<Vec<_>, _>>()?;
-        // Parts of unlike formats are stored in the wider one, which holds both exactly.
-        let same = parts.windows(2).all(|pair| pair[0].format() == pair[1].format());
-        let parts = match same {
-            true => parts,
-            false => parts.into_iter().map(|part| part.convert(WeightFormat::F32)).collect(),
-        };
-        Ok(self.count(PackedWeight::concat_rows(&parts.iter().collect::<Vec<_>>())?))
+        let parts = parts.iter().map(|(name, rows)| {
+            let entry = self.take(name, &[*rows, cols])?;
+            self.stored(name, entry, 0, [*rows, cols])
+        });
+        self.keep(parts.collect::<Result<_, _>>()?)
     }
 
     /// The matrices of a stacked tensor `[count, rows, cols]`, apart.
     pub fn stacked_weights(&self, name: &str, shape: [usize; 3]) -> Result<Vec<PackedWeight>, EngineError> {
         let [count, rows, cols] = shape;
         let entry = self.take(name, &shape)?;
-        let bytes = self.checkpoint.bytes(entry);
-        bytes
-            .chunks_exact(bytes.len() / count)
-            .map(|part| Ok(self.count(self.pack(name, entry, rows, cols, part)?)))
-            .collect()
+        let stride = entry.num_bytes / count;
+        (0..count).map(|idx| self.keep(vec![self.stored(name, entry, idx * stride, [rows, cols])?])).collect()
     }
 
     /// A vector in f32: norm weights, biases.
@@ -88,10 +75,9 @@ impl<'a> Loader<'a> {
     pub fn floats(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, EngineError> {
         let entry = self.take(name, shape)?;
         let count = entry.shape.iter().product();
-        let format = weight_format(name, entry)?;
-        let packed = PackedWeight::from_bytes(format, 1, count, self.checkpoint.bytes(entry))?;
+        let stored = self.checkpoint.matrix(entry, 0, weight_format(name, entry)?, [1, count])?;
         self.state.borrow_mut().weight_bytes += (count * size_of::<f32>()) as u64;
-        Ok(packed.to_f32())
+        Ok(stored.to_f32())
     }
 
     /// Bytes the loaded weights take in memory.
@@ -124,29 +110,42 @@ impl<'a> Loader<'a> {
         let mut state = self.state.borrow_mut();
         state.taken.insert(name.to_owned());
         state.done_bytes += entry.num_bytes as u64;
-        let progress = LoadProgress { done_bytes: state.done_bytes, total_bytes: self.checkpoint.total_bytes() };
+        let progress = LoadProgress { done_bytes: state.done_bytes, total_bytes: self.total_bytes };
         (state.progress)(progress);
         Ok(entry)
     }
 
-    fn pack(
+    /// The matrix as the file has it, borrowed where its format is one of ours.
+    fn stored(
         &self,
         name: &str,
         entry: &TensorEntry,
-        rows: usize,
-        cols: usize,
-        bytes: &[u8],
+        offset: usize,
+        shape: [usize; 2],
     ) -> Result<PackedWeight, EngineError> {
-        let stored = match entry.dtype {
-            Dtype::F8_E4M3 => self.expand_fp8(name, [rows, cols], bytes)?,
-            _ => PackedWeight::from_bytes(weight_format(name, entry)?, rows, cols, bytes)?,
+        match entry.dtype {
+            Dtype::F8_E4M3 => self.expand_fp8(name, shape, self.checkpoint.bytes(entry)),
+            _ => self.checkpoint.matrix(entry, offset, weight_format(name, entry)?, shape),
+        }
+    }
+
+    /// Copies borrowed parts, one below the other, into memory of their own in the format that was asked for.
+    fn keep(&self, parts: Vec<PackedWeight>) -> Result<PackedWeight, EngineError> {
+        let same = parts.windows(2).all(|pair| pair[0].format() == pair[1].format());
+        let format = match self.dtype {
+            WeightDtype::Auto if same => None,
+            // Parts of unlike formats are stored in the widest one, which holds all exactly.
+            WeightDtype::Auto | WeightDtype::F32 => Some(WeightFormat::F32),
+            WeightDtype::Bf16 => Some(WeightFormat::Bf16),
+            WeightDtype::F16 => Some(WeightFormat::F16),
         };
-        Ok(match self.dtype {
-            WeightDtype::Auto => stored,
-            WeightDtype::F32 => stored.convert(WeightFormat::F32),
-            WeightDtype::Bf16 => stored.convert(WeightFormat::Bf16),
-            WeightDtype::F16 => stored.convert(WeightFormat::F16),
-        })
+        let parts: Vec<PackedWeight> = match format {
+            None => parts,
+            Some(format) => parts.into_iter().map(|part| part.convert(format)).collect(),
+        };
+        let kept = PackedWeight::concat_rows(&parts.iter().collect::<Vec<_>>())?;
+        self.state.borrow_mut().weight_bytes += kept.num_bytes() as u64;
+        Ok(kept)
     }
 
     /// Block-scaled FP8 has no kernel of its own yet: it is expanded, to bf16 unless f32 is asked for.
@@ -157,11 +156,6 @@ impl<'a> Loader<'a> {
         let scales = self.floats(&scale_name, &scale_shape)?;
         let packed = PackedWeight::from_f32(WeightFormat::F32, rows, cols, &fp8::expand(bytes, shape, &scales))?;
         Ok(if self.dtype == WeightDtype::Auto { packed.convert(WeightFormat::Bf16) } else { packed })
-    }
-
-    fn count(&self, packed: PackedWeight) -> PackedWeight {
-        self.state.borrow_mut().weight_bytes += packed.num_bytes() as u64;
-        packed
     }
 }
 
