@@ -1,6 +1,5 @@
 //! From a folder to a running engine.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 
@@ -16,7 +15,7 @@ use crate::runner::Runner;
 use crate::shared::{Front, Shared};
 use crate::step_loop::StepLoop;
 use crate::weights::checkpoint::Checkpoint;
-use crate::weights::inspect::{Inspection, inspect};
+use crate::weights::inspect::inspect;
 use crate::weights::loader::{LoadProgress, Loader};
 use crate::weights::model_config::{ModelConfig, generation_defaults};
 
@@ -55,6 +54,10 @@ pub fn load_model(config: &EngineConfig, progress: &mut dyn FnMut(LoadProgress))
     let model_config = ModelConfig::load(&config.model_dir)?;
     let max_position_embeddings = model_config.size("max_position_embeddings")?;
     let max_len = config.max_model_len.unwrap_or(max_position_embeddings);
+    if max_len > max_position_embeddings {
+        let allowed = format!("at most {max_position_embeddings}, the model's max_position_embeddings");
+        return Err(EngineError::Limit { what: "max_model_len", value: max_len as u64, allowed });
+    }
     let (model, weight_bytes) = load_weights(config, &model_config, max_len, progress)?;
     let kv_dtype = resolve_kv_dtype(config, &model_config);
     let demand =
@@ -72,8 +75,15 @@ pub fn load_model(config: &EngineConfig, progress: &mut dyn FnMut(LoadProgress))
     })?;
     let format = if kv_dtype == KvDtype::F32 { KvFormat::F32 } else { KvFormat::Bf16 };
     let arena = KvArena::new(&model.shape().cache_sites, format, config.block_size, kv.num_blocks)?;
-    let summary = summarize(&config.model_dir, &model_config, model.as_ref(), &inspection)?;
+    let shape = model.shape();
     let summary = ModelSummary {
+        architecture: model_config.model_type()?.to_owned(),
+        vocab_size: shape.vocab_size,
+        num_layers: shape.num_layers,
+        num_experts: shape.experts_per_moe_layer.iter().copied().max().unwrap_or(0),
+        num_experts_per_tok: model_config.count_or("num_experts_per_tok", 0)?,
+        num_parameters: inspection.num_parameters,
+        num_active_parameters: inspection.num_active_parameters,
         weight_bytes,
         kv_bytes_per_token: kv.bytes_per_token,
         max_model_len: kv.max_model_len,
@@ -81,7 +91,7 @@ pub fn load_model(config: &EngineConfig, progress: &mut dyn FnMut(LoadProgress))
         num_blocks: kv.num_blocks,
         kv_dtype: if kv_dtype == KvDtype::F32 { "f32" } else { "bf16" },
         threads,
-        ..summary
+        generation_defaults: generation_defaults(&config.model_dir, &model_config)?,
     };
     Ok(LoadedModel { summary, scheduler, runner: Runner::new(model, arena, config.block_size) })
 }
@@ -113,32 +123,6 @@ fn resolve_kv_dtype(config: &EngineConfig, model_config: &ModelConfig) -> KvDtyp
         (KvDtype::Auto, _) => KvDtype::Bf16,
         (chosen, _) => chosen,
     }
-}
-
-fn summarize(
-    model_dir: &Path,
-    config: &ModelConfig,
-    model: &dyn Model,
-    inspection: &Inspection,
-) -> Result<ModelSummary, EngineError> {
-    let shape = model.shape();
-    Ok(ModelSummary {
-        architecture: config.model_type()?.to_owned(),
-        vocab_size: shape.vocab_size,
-        num_layers: shape.num_layers,
-        num_experts: shape.experts_per_moe_layer.iter().copied().max().unwrap_or(0),
-        num_experts_per_tok: config.count_or("num_experts_per_tok", 0)?,
-        num_parameters: inspection.num_parameters,
-        num_active_parameters: inspection.num_active_parameters,
-        weight_bytes: 0,
-        kv_bytes_per_token: 0,
-        max_model_len: 0,
-        block_size: 0,
-        num_blocks: 0,
-        kv_dtype: "",
-        threads: 0,
-        generation_defaults: generation_defaults(model_dir, config)?,
-    })
 }
 
 fn check_limits(config: &EngineConfig) -> Result<(), EngineError> {

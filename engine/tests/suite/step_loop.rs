@@ -142,6 +142,19 @@ fn shutdown_ends_every_request_exactly_once() {
     assert_eq!(engine.stats().num_used_blocks, 0);
 }
 
+#[test]
+fn settings_that_do_not_fit_the_model_are_refused() {
+    let check = |config: EngineConfig, expect: &str| {
+        assert_eq!(load(config, &mut |_| {}).map(drop).expect_err("refused").to_string(), expect);
+    };
+    let base = config(&golden_dir("mixtral-base"));
+    let too_long = "max_model_len is 4097, allowed are at most 4096, the model's max_position_embeddings";
+    check(EngineConfig { max_model_len: Some(4097), ..base.clone() }, too_long);
+    let odd = "block_size is 24, allowed are powers of two from 1 to 256";
+    check(EngineConfig { block_size: 24, ..base.clone() }, odd);
+    check(EngineConfig { max_num_seqs: 0, ..base }, "max_num_seqs is 0, allowed are 1 to 65536");
+}
+
 /// A copy of a golden model whose embedding of `token` is not a number.
 fn with_nan_embedding(token: usize) -> std::path::PathBuf {
     let source = golden_dir("mixtral-base");
