@@ -21,7 +21,7 @@ pub(crate) struct SampleRow<'a> {
 
 /// Draws the next token; `None` if the row holds no usable number.
 pub(crate) fn sample(row: &SampleRow) -> Option<SampledToken> {
-    if row.logits.iter().any(|logit| logit.is_nan()) {
+    if row.logits.iter().any(|&logit| logit.is_nan() || logit == f32::INFINITY) {
         return None;
     }
     let token = match row.adjusted_logits() {
@@ -89,7 +89,8 @@ type Candidate = (u32, f64);
 /// What min-p, top-k and top-p leave, in an order that depends on the row alone.
 fn candidates(logits: &[f32], max: f32, params: &SamplingParams) -> Vec<Candidate> {
     let temperature = f64::from(params.temperature);
-    let weight = |logit: f32| ((f64::from(logit) - f64::from(max)) / temperature).exp();
+    // The best ones weigh 1 also where a penalty divided them up to infinity, which minus itself is not a number.
+    let weight = |logit: f32| if logit == max { 1.0 } else { ((f64::from(logit) - f64::from(max)) / temperature).exp() };
     let min_weight = f64::from(params.min_p);
     let mut kept: Vec<Candidate> = logits
         .iter()
@@ -177,6 +178,16 @@ mod tests {
         assert_eq!(token(&LOGITS, &biased, &[]), Some(4));
         assert_eq!(token(&[0.0, f32::NAN], &greedy, &[]), None);
         assert_eq!(token(&[f32::NEG_INFINITY; 3], &greedy, &[]), None);
+    }
+
+    #[test]
+    fn infinite_logits_are_no_panic() {
+        let drawn = SamplingParams::default();
+        assert_eq!(token(&[0.0, f32::INFINITY], &drawn, &[]), None, "the model overflowed");
+        // A repetition penalty this small is allowed, and takes the logit of token 0 past the largest f32.
+        let boosted = SamplingParams { repetition_penalty: 1e-39, ..drawn };
+        assert_eq!(token(&LOGITS, &boosted, &[]), Some(0));
+        assert_eq!(token(&LOGITS, &SamplingParams { top_p: 0.5, top_k: 3, min_p: 1.0, ..boosted }, &[]), Some(0));
     }
 
     #[test]
