@@ -71,8 +71,7 @@ impl StepLoop {
     }
 
     fn serve(&mut self, commands: &Receiver<Command>) -> Result<(), EngineError> {
-        while !self.shared.is_shutting_down() {
-            self.take_commands(commands);
+        while self.take_commands(commands) {
             self.drop_abandoned();
             let scheduling = Instant::now();
             let batch = self.scheduler.schedule(self.started.elapsed());
@@ -89,11 +88,13 @@ impl StepLoop {
         Ok(())
     }
 
-    /// Everything that arrived, without waiting.
-    fn take_commands(&mut self, commands: &Receiver<Command>) {
+    /// Everything that arrived, without waiting; false if the loop is to end. That flag is read last: the word that wakes
+    /// a loop to look at it may be among the commands, and does not come twice.
+    fn take_commands(&mut self, commands: &Receiver<Command>) -> bool {
         for command in commands.try_iter() {
             self.accept(command);
         }
+        !self.shared.is_shutting_down()
     }
 
     /// Sleeps until a command comes or the batch window closes; false if no command can come any more.
@@ -117,7 +118,6 @@ impl StepLoop {
         let id = RequestId(self.next_id);
         self.next_id += 1;
         let request = Request { id, prompt: submission.request.prompt.clone(), stop: submission.request.stop.clone() };
-        self.scheduler.add(request, self.started.elapsed()).expect("the handle checked what the scheduler checks");
         let entry = Entry {
             events: submission.events,
             request: submission.request,
@@ -126,7 +126,9 @@ impl StepLoop {
             submitted: submission.submitted,
             is_scheduled: false,
         };
+        // First, so that it hears of the end even if the scheduler's invariants are what breaks.
         self.entries.insert(id, entry);
+        self.scheduler.add(request, self.started.elapsed()).expect("the handle checked what the scheduler checks");
     }
 
     /// Frees what nobody listens to any more.
@@ -250,5 +252,32 @@ impl Entry {
     /// The channel has room for every event of the request; a receiver that is gone is noticed before the next step.
     fn send(&self, event: Event) {
         let _ = self.events.try_send(event);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::mpsc::sync_channel;
+
+    use super::*;
+    use crate::config::EngineConfig;
+    use crate::load::{LoadedModel, load_model};
+    use crate::shared::Front;
+
+    /// A shutdown that falls between two looks at the flag must not leave the loop waiting for a word it already took.
+    #[test]
+    fn the_word_of_a_shutdown_is_not_lost_when_taken_with_other_commands() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/mixtral-base");
+        let config = EngineConfig { kv_cache_memory: Some(1 << 20), ..EngineConfig::new(dir) };
+        let LoadedModel { summary, scheduler, runner } = load_model(&config, &mut |_| {}).unwrap();
+        let shared = Arc::new(Shared::new(summary, 4));
+        let (commands, receiver) = sync_channel(5);
+        let front = Front::new(shared.clone(), commands, std::thread::spawn(|| ()));
+        let mut step_loop = StepLoop::new(scheduler, runner, shared);
+        assert!(step_loop.take_commands(&receiver));
+        front.shutdown();
+        assert!(!step_loop.take_commands(&receiver));
+        assert!(receiver.try_recv().is_err(), "the word was taken");
     }
 }
