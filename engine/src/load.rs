@@ -15,7 +15,7 @@ use crate::runner::Runner;
 use crate::shared::{Front, Shared};
 use crate::step_loop::StepLoop;
 use crate::weights::checkpoint::Checkpoint;
-use crate::weights::inspect::inspect;
+use crate::weights::inspect::{Inspection, inspect};
 use crate::weights::loader::{LoadProgress, Loader};
 use crate::weights::model_config::{ModelConfig, generation_defaults};
 
@@ -58,10 +58,16 @@ pub fn load_model(config: &EngineConfig, progress: &mut dyn FnMut(LoadProgress))
         let allowed = format!("at most {max_position_embeddings}, the model's max_position_embeddings");
         return Err(EngineError::Limit { what: "max_model_len", value: max_len as u64, allowed });
     }
+    // Half of what was inspected, which may have been f32 where bf16 will be kept.
+    let max_len = max_len.min(budget::longest_sequence(config, inspection.kv_bytes_per_token / 2));
     let (model, weight_bytes) = load_weights(config, &model_config, max_len, progress)?;
-    let kv_dtype = resolve_kv_dtype(config, &model_config);
-    let demand =
-        budget::KvDemand { sites: &model.shape().cache_sites, dtype: kv_dtype, weight_bytes, max_position_embeddings };
+    let kv_dtype = resolve_kv_dtype(config, &inspection);
+    let demand = budget::KvDemand {
+        sites: &model.shape().cache_sites,
+        dtype: kv_dtype,
+        weight_bytes,
+        max_position_embeddings: max_len,
+    };
     let kv = budget::plan(config, &demand)?;
     let scheduler = Scheduler::new(SchedulerConfig {
         block_size: config.block_size,
@@ -114,12 +120,11 @@ fn load_weights(
     Ok((model, weight_bytes))
 }
 
-/// f32 weights keep f32 keys and values; everything narrower loses nothing that its weights had.
-fn resolve_kv_dtype(config: &EngineConfig, model_config: &ModelConfig) -> KvDtype {
-    let stored = model_config.text_or("torch_dtype", model_config.text_or("dtype", "bfloat16").unwrap_or("bfloat16"));
+/// Where nothing is chosen, f32 weights keep f32 keys and values; others are not worth the memory.
+fn resolve_kv_dtype(config: &EngineConfig, inspection: &Inspection) -> KvDtype {
     match (config.kv_dtype, config.dtype) {
         (KvDtype::Auto, WeightDtype::F32) => KvDtype::F32,
-        (KvDtype::Auto, WeightDtype::Auto) if matches!(stored, Ok("float32")) => KvDtype::F32,
+        (KvDtype::Auto, WeightDtype::Auto) if inspection.kv_dtype == "f32" => KvDtype::F32,
         (KvDtype::Auto, _) => KvDtype::Bf16,
         (chosen, _) => chosen,
     }

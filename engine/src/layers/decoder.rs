@@ -131,7 +131,7 @@ fn load_layers(
                 FeedForwardParts::Dense(mlp) => FeedForward::Dense(mlp),
                 FeedForwardParts::Moe(moe) => {
                     num_moe_layers += 1;
-                    FeedForward::Moe(Moe::new(moe, num_moe_layers - 1))
+                    FeedForward::Moe(Moe::new(moe, num_moe_layers - 1)?)
                 }
             },
         })

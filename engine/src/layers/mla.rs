@@ -60,7 +60,7 @@ impl MlaAttention {
     pub fn load(loader: &Loader, prefix: &str, config: MlaConfig, site: usize) -> Result<Self, EngineError> {
         let name = |part: &str| format!("{prefix}.{part}");
         let (latent, heads, hidden) = (config.kv_lora_rank, config.num_heads, config.hidden_size);
-        let q_width = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim);
+        let q_width = heads.saturating_mul(config.qk_nope_head_dim + config.qk_rope_head_dim);
         let query = match config.q_lora_rank {
             None => Query::Full(Linear::load(loader, &name("q_proj"), q_width, hidden, Bias::No)?),
             Some(rank) => Query::LowRank {
@@ -128,7 +128,7 @@ fn load_kv_b(
     config: &MlaConfig,
 ) -> Result<(Vec<PackedWeight>, Vec<PackedWeight>), EngineError> {
     let (latent, nope, v) = (config.kv_lora_rank, config.qk_nope_head_dim, config.v_head_dim);
-    let packed = loader.weight(name, config.num_heads * (nope + v), latent)?;
+    let packed = loader.weight(name, config.num_heads.saturating_mul(nope + v), latent)?;
     let values = packed.to_f32();
     let (mut to_latent, mut from_latent) = (Vec::new(), Vec::new());
     for head in values.chunks_exact((nope + v) * latent) {

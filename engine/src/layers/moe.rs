@@ -50,9 +50,11 @@ pub struct MoeParts {
 }
 
 impl Moe {
-    pub fn new(parts: MoeParts, moe_idx: usize) -> Self {
+    /// Refuses a router that cannot choose among the experts: at load, not in the first step.
+    pub fn new(parts: MoeParts, moe_idx: usize) -> Result<Self, EngineError> {
         let MoeParts { gate, spec, experts, shared } = parts;
-        Self { gate, spec, experts, shared, moe_idx }
+        spec.check(experts.len())?;
+        Ok(Self { gate, spec, experts, shared, moe_idx })
     }
 
     pub fn num_experts(&self) -> usize {

@@ -8,6 +8,9 @@ use kernels::RopeTable;
 use crate::error::EngineError;
 use crate::weights::model_config::ModelConfig;
 
+/// Published models rotate at most a few hundred elements; more than this would only fill the memory.
+const MAX_ROTARY_DIM: usize = 1 << 14;
+
 /// The rotary settings of a model and what follows from them.
 #[derive(Clone, Debug)]
 pub struct Rope {
@@ -51,6 +54,10 @@ impl Rope {
 
     /// Cosines and sines for positions `0..max_len` and a rotary width of `dim`.
     pub fn table(&self, dim: usize, max_len: usize) -> Result<Arc<RopeTable>, EngineError> {
+        if dim > MAX_ROTARY_DIM {
+            let allowed = format!("at most {MAX_ROTARY_DIM}");
+            return Err(EngineError::Limit { what: "the rotary width of a head", value: dim as u64, allowed });
+        }
         let (frequencies, amplitude) = self.frequencies(dim);
         // f32 throughout, as the reference computes angles.
         let angles = (0..max_len).flat_map(|position| frequencies.iter().map(move |&f| position as f32 * f));

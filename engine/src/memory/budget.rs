@@ -21,7 +21,7 @@ pub struct KvDemand<'a> {
     /// Never [`KvDtype::Auto`].
     pub dtype: KvDtype,
     pub weight_bytes: u64,
-    /// The model's own limit.
+    /// The model's own limit, or [`longest_sequence`] if that is less.
     pub max_position_embeddings: usize,
 }
 
@@ -33,12 +33,12 @@ pub fn plan(config: &EngineConfig, demand: &KvDemand) -> Result<KvBudget, Engine
     let bytes_per_token = (width * element_bytes) as u64;
     let wanted_len = config.max_model_len.unwrap_or(demand.max_position_embeddings);
     let bytes = config.kv_cache_memory.unwrap_or_else(|| {
-        let left = config.available_memory.saturating_sub(demand.weight_bytes) as f64;
-        let full = (config.max_num_seqs * wanted_len) as u64 * bytes_per_token;
-        full.min((left * DEFAULT_SHARE) as u64)
+        let full = ((config.max_num_seqs * wanted_len) as u64).saturating_mul(bytes_per_token);
+        full.min(most_bytes(config, demand.weight_bytes))
     });
     let block_bytes = bytes_per_token * config.block_size as u64;
-    let num_blocks = (bytes / block_bytes.max(1)) as usize;
+    // Slots are numbered in 32 bits.
+    let num_blocks = ((bytes / block_bytes.max(1)) as usize).min(u32::MAX as usize / config.block_size);
     let capacity = num_blocks * config.block_size;
     if num_blocks == 0 {
         return Err(EngineError::KvTooSmall {
@@ -51,6 +51,18 @@ pub fn plan(config: &EngineConfig, demand: &KvDemand) -> Result<KvBudget, Engine
         return Err(EngineError::Limit { what: "max_model_len", value: wanted_len as u64, allowed });
     }
     Ok(KvBudget { bytes_per_token, num_blocks, max_model_len: wanted_len.min(capacity) })
+}
+
+/// A length that no sequence passes in the pool that [`plan`] will make of tokens of at least `bytes_per_token`. Known
+/// before the weights are loaded, it bounds what is made per position: a config may promise any length.
+pub fn longest_sequence(config: &EngineConfig, bytes_per_token: u64) -> usize {
+    let bytes = config.kv_cache_memory.unwrap_or_else(|| most_bytes(config, 0));
+    (bytes / bytes_per_token.max(1)) as usize
+}
+
+/// What the pool may take where its size is not configured.
+fn most_bytes(config: &EngineConfig, weight_bytes: u64) -> u64 {
+    (config.available_memory.saturating_sub(weight_bytes) as f64 * DEFAULT_SHARE) as u64
 }
 
 #[cfg(test)]
@@ -82,6 +94,8 @@ mod tests {
         check(None, Some(32), Ok((8, 32)));
         check(None, None, Ok((102, 1632)));
         check(Some(2047), None, Err("the KV cache has room for 15 tokens, fewer than one block of 16"));
+        // 2^32 tokens at most, whatever the memory: 512 GiB here.
+        check(Some(1 << 46), None, Ok(((1 << 28) - 1, 4096)));
         let too_long = "max_model_len is 321, allowed are at most 320, the tokens the KV cache has room for (see --kv-cache-memory)";
         check(Some(20 * 2048), Some(321), Err(too_long));
     }

@@ -87,7 +87,7 @@ fn mla_config(config: &ModelConfig, max_model_len: usize) -> Result<MlaConfig, E
     Ok(MlaConfig {
         hidden_size: config.size("hidden_size")?,
         num_heads: config.size("num_attention_heads")?,
-        q_lora_rank: config.opt_count("q_lora_rank")?,
+        q_lora_rank: config.opt_size("q_lora_rank")?,
         kv_lora_rank: config.size("kv_lora_rank")?,
         qk_nope_head_dim: nope,
         qk_rope_head_dim: rotary,

@@ -18,7 +18,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         width: config.size("intermediate_size")?,
     };
     let attention = AttentionConfig {
-        window: config.opt_count("sliding_window")?,
+        window: config.opt_size("sliding_window")?,
         ..AttentionConfig::from_config(config, max_model_len)?
     };
     let spec = RouterSpec {

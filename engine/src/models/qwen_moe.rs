@@ -47,7 +47,7 @@ pub fn load_qwen3(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let decoder = DecoderConfig::from_config(config, 1e-6)?;
     let bias = config.flag_or("attention_bias", false)?.into();
     let window = match config.flag_or("use_sliding_window", false)? {
-        true => config.opt_count("sliding_window")?,
+        true => config.opt_size("sliding_window")?,
         false => None,
     };
     let attention = AttentionConfig {
@@ -80,7 +80,7 @@ struct Qwen2Windows {
 impl Qwen2Windows {
     fn from_config(config: &ModelConfig) -> Result<Self, EngineError> {
         let window = match config.flag_or("use_sliding_window", false)? {
-            true => config.opt_count("sliding_window")?,
+            true => config.opt_size("sliding_window")?,
             false => None,
         };
         Ok(Self { window, max_window_layers: config.count_or("max_window_layers", 28)? })

@@ -90,7 +90,8 @@ type Candidate = (u32, f64);
 fn candidates(logits: &[f32], max: f32, params: &SamplingParams) -> Vec<Candidate> {
     let temperature = f64::from(params.temperature);
     // The best ones weigh 1 also where a penalty divided them up to infinity, which minus itself is not a number.
-    let weight = |logit: f32| if logit == max { 1.0 } else { ((f64::from(logit) - f64::from(max)) / temperature).exp() };
+    let weight =
+        |logit: f32| if logit == max { 1.0 } else { ((f64::from(logit) - f64::from(max)) / temperature).exp() };
     let min_weight = f64::from(params.min_p);
     let mut kept: Vec<Candidate> = logits
         .iter()

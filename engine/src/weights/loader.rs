@@ -62,6 +62,8 @@ impl<'a> Loader<'a> {
     pub fn stacked_weights(&self, name: &str, shape: [usize; 3]) -> Result<Vec<PackedWeight>, EngineError> {
         let [count, rows, cols] = shape;
         let entry = self.take(name, &shape)?;
+        // Refuses block-scaled FP8: nothing published says how its scales would be stacked.
+        weight_format(name, entry)?;
         let stride = entry.num_bytes / count;
         (0..count).map(|idx| self.keep(vec![self.stored(name, entry, idx * stride, [rows, cols])?])).collect()
     }
@@ -165,5 +167,28 @@ fn weight_format(name: &str, entry: &TensorEntry) -> Result<WeightFormat, Engine
         Dtype::F16 => Ok(WeightFormat::F16),
         Dtype::BF16 => Ok(WeightFormat::Bf16),
         other => Err(EngineError::TensorDtype { name: name.into(), dtype: format!("{other:?}") }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use safetensors::tensor::TensorView;
+
+    use super::super::gguf_fixture::TempDir;
+    use super::*;
+
+    #[test]
+    fn stacked_fp8_is_refused_and_not_misread() {
+        let dir = TempDir::new("loader-stacked-fp8");
+        let tensors = [
+            ("experts", TensorView::new(Dtype::F8_E4M3, vec![200, 1, 2], &[0x38; 400]).unwrap()),
+            ("experts_scale_inv", TensorView::new(Dtype::F32, vec![1, 1], &[0; 4]).unwrap()),
+        ];
+        dir.write("model.safetensors", &safetensors::serialize(tensors, None).unwrap());
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        let mut progress = |_| ();
+        let loader = Loader::new(&checkpoint, WeightDtype::Auto, &mut progress);
+        let error = loader.stacked_weights("experts", [200, 1, 2]).unwrap_err();
+        assert_eq!(error.to_string(), "tensor `experts` is stored as F8_E4M3, which is not supported");
     }
 }

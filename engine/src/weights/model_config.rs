@@ -33,17 +33,13 @@ impl ModelConfig {
         self.get("model_type").and_then(Value::as_str).ok_or_else(|| missing("model_type"))
     }
 
-    /// A count.
-    pub fn count(&self, key: &'static str) -> Result<usize, EngineError> {
-        self.opt_count(key)?.ok_or_else(|| missing(key))
-    }
-
     pub fn count_or(&self, key: &'static str, default: usize) -> Result<usize, EngineError> {
         Ok(self.opt_count(key)?.unwrap_or(default))
     }
 
+    /// A count, where the key is present.
     pub fn opt_count(&self, key: &'static str) -> Result<Option<usize>, EngineError> {
-        // 2^32 bounds every size below any product that could overflow a usize.
+        // The product of two counts still fits a usize; where more is multiplied or added, it saturates.
         self.get(key)
             .map(|value| {
                 value.as_u64().filter(|&count| count < 1 << 32).map(|count| count as usize).ok_or_else(|| {
@@ -55,8 +51,13 @@ impl ModelConfig {
 
     /// A count that must not be zero.
     pub fn size(&self, key: &'static str) -> Result<usize, EngineError> {
-        match self.count(key)? {
-            0 => Err(EngineError::Config { key, reason: "is 0, expected at least 1".into() }),
+        self.opt_size(key)?.ok_or_else(|| missing(key))
+    }
+
+    /// The same, where the key is present.
+    pub fn opt_size(&self, key: &'static str) -> Result<Option<usize>, EngineError> {
+        match self.opt_count(key)? {
+            Some(0) => Err(EngineError::Config { key, reason: "is 0, expected at least 1".into() }),
             size => Ok(size),
         }
     }
@@ -141,19 +142,19 @@ pub fn generation_defaults(model_dir: &Path, config: &ModelConfig) -> Result<Gen
         ModelConfig { keys: Map::new() }
     };
     let eos = generation.get("eos_token_id").or_else(|| config.get("eos_token_id"));
-    let positive = |value: Option<f64>| value.map(|number| number as f32);
+    let float = |key| Ok::<_, EngineError>(generation.opt_float(key)?.map(|number| number as f32));
     Ok(GenerationDefaults {
         eos_token_ids: token_ids(eos),
         temperature: match generation.flag_or("do_sample", true)? {
-            true => positive(generation.opt_float("temperature")?),
+            true => float("temperature")?,
             // transformers ignores the other sampling fields when do_sample is false, and so did whoever wrote them;
             // OpenAI clients still expect sampling unless they ask for temperature 0.
             false => None,
         },
         top_k: generation.opt_count("top_k")?.map(|count| count as u32),
-        top_p: positive(generation.opt_float("top_p")?),
-        min_p: positive(generation.opt_float("min_p")?),
-        repetition_penalty: positive(generation.opt_float("repetition_penalty")?),
+        top_p: float("top_p")?,
+        min_p: float("min_p")?,
+        repetition_penalty: float("repetition_penalty")?,
     })
 }
 

@@ -4,5 +4,6 @@
 
 mod driver;
 mod golden;
+mod hostile;
 mod invariance;
 mod step_loop;

@@ -87,7 +87,8 @@ pub fn route(logits: &Tensor /* [num_tokens, num_experts] */, spec: &RouterSpec)
 }
 
 impl RouterSpec {
-    fn check(&self, num_experts: usize) -> Result<()> {
+    /// Refuses a spec that cannot choose among `num_experts`; [`route`] does so too.
+    pub fn check(&self, num_experts: usize) -> Result<()> {
         let invalid = |reason| Err(KernelError::Invalid { op: OP, reason });
         if self.top_k == 0 || self.top_k > num_experts {
             return invalid(format!("cannot choose {} of {num_experts} experts", self.top_k));
