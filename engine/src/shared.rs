@@ -135,7 +135,8 @@ impl Shared {
 
     fn check(&self, request: &GenerateRequest) -> Result<(), SubmitError> {
         let model = &self.model;
-        let (prompt_len, max_tokens) = (request.prompt.len(), request.stop.max_tokens);
+        // The last row of a prompt always samples: 0 is taken as 1, as by the scheduler.
+        let (prompt_len, max_tokens) = (request.prompt.len(), request.stop.max_tokens.max(1));
         if prompt_len == 0 {
             return Err(SubmitError::EmptyPrompt);
         }

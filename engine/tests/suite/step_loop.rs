@@ -113,6 +113,9 @@ fn what_can_never_run_is_refused_at_the_door() {
     check(&engine, request(&[384], 4), "token id 384 is out of range, the vocabulary has 384 entries");
     let too_long = "prompt has 2 tokens and 2047 are to be generated, the limit is 2048 in all";
     check(&engine, request(&[1, 2], 2047), too_long);
+    let no_room = "prompt has 2048 tokens and 1 are to be generated, the limit is 2048 in all";
+    check(&engine, request(&[1; 2048], 0), no_room);
+    assert_eq!(tokens(&events(engine.submit(request(&[1; 2047], 0)).expect("accepted"))).len(), 1);
 }
 
 #[test]
