@@ -260,17 +260,83 @@ mod tests {
     use std::path::Path;
     use std::sync::mpsc::sync_channel;
 
+    use candle_core::Tensor;
+    use kernels::KvFormat;
+
     use super::*;
     use crate::config::EngineConfig;
+    use crate::error::SubmitError;
+    use crate::handle::StopCriteria;
     use crate::load::{LoadedModel, load_model};
+    use crate::memory::KvArena;
+    use crate::models::{ForwardContext, Model, ModelShape};
+    use crate::sampling::params::SamplingParams;
     use crate::shared::Front;
+
+    fn golden() -> LoadedModel {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/mixtral-base");
+        let config = EngineConfig { kv_cache_memory: Some(1 << 20), ..EngineConfig::new(dir) };
+        load_model(&config, &mut |_| {}).unwrap()
+    }
+
+    /// Fails in its first step, in its own way.
+    struct Broken {
+        shape: ModelShape,
+        fail: fn() -> EngineError,
+    }
+
+    impl Model for Broken {
+        fn shape(&self) -> &ModelShape {
+            &self.shape
+        }
+
+        fn hidden(&self, _: &mut ForwardContext) -> Result<Tensor, EngineError> {
+            Err((self.fail)())
+        }
+
+        fn logits(&self, hidden: &Tensor) -> Result<Tensor, EngineError> {
+            Ok(hidden.clone())
+        }
+    }
+
+    fn request() -> GenerateRequest {
+        let stop = StopCriteria { max_tokens: 2, ..StopCriteria::default() };
+        GenerateRequest { prompt: [1, 2].into(), sampling: SamplingParams::default(), stop }
+    }
+
+    #[test]
+    fn a_failing_step_ends_every_request_once_and_closes_the_door() {
+        let device = || EngineError::MissingTensor { name: "planted".into() };
+        for (fail, reason) in [
+            (device as fn() -> EngineError, "tensor `planted` is missing from the checkpoint"),
+            (|| panic!("planted"), "a broken invariant stopped the engine"),
+        ] {
+            let LoadedModel { summary, scheduler, .. } = golden();
+            let (num_layers, cache_sites, experts_per_moe_layer) = (0, Vec::new(), Vec::new());
+            let shape = ModelShape { vocab_size: 4, num_layers, cache_sites, experts_per_moe_layer };
+            let arena = KvArena::new(&[], KvFormat::F32, 16, 1).unwrap();
+            let runner = Runner::new(Box::new(Broken { shape, fail }), arena, 16);
+            let shared = Arc::new(Shared::new(summary, 4));
+            let (commands, receiver) = sync_channel(5);
+            let front = Front::new(shared.clone(), commands, std::thread::spawn(|| ()));
+            let generations: Vec<_> = (0..3).map(|_| front.submit(request()).unwrap()).collect();
+            StepLoop::new(scheduler, runner, shared.clone()).run(&receiver);
+            for mut generation in generations {
+                assert!(matches!(generation.next_blocking(), Some(Event::Scheduled { .. })));
+                let failed = Event::Failed(GenerationError::Device(reason.into()));
+                assert_eq!(generation.next_blocking(), Some(failed));
+                assert_eq!(generation.next_blocking(), None);
+            }
+            assert_eq!(front.submit(request()).map(drop), Err(SubmitError::Dead));
+            assert!(!front.is_healthy());
+            tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(shared.died());
+        }
+    }
 
     /// A shutdown that falls between two looks at the flag must not leave the loop waiting for a word it already took.
     #[test]
     fn the_word_of_a_shutdown_is_not_lost_when_taken_with_other_commands() {
-        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/mixtral-base");
-        let config = EngineConfig { kv_cache_memory: Some(1 << 20), ..EngineConfig::new(dir) };
-        let LoadedModel { summary, scheduler, runner } = load_model(&config, &mut |_| {}).unwrap();
+        let LoadedModel { summary, scheduler, runner } = golden();
         let shared = Arc::new(Shared::new(summary, 4));
         let (commands, receiver) = sync_channel(5);
         let front = Front::new(shared.clone(), commands, std::thread::spawn(|| ()));

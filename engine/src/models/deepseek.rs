@@ -106,6 +106,7 @@ fn mla_config(config: &ModelConfig, max_model_len: usize) -> Result<MlaConfig, E
 /// Softmax over all experts; raw probabilities, scaled, are the weights. V2 limits the choice to the groups with the best
 /// single expert, the others' scores becoming 0.
 fn v2_router(config: &ModelConfig) -> Result<RouterSpec, EngineError> {
+    config.expect_text("scoring_func", &["softmax"])?;
     let groups = match config.text_or("topk_method", "greedy")? {
         "greedy" => None,
         "group_limited_greedy" => groups(config, GroupScore::Max, 0.0)?,
@@ -126,6 +127,8 @@ fn v2_router(config: &ModelConfig) -> Result<RouterSpec, EngineError> {
 
 /// Sigmoid scores; bias and groups (by the sum of their two best) steer the choice, unbiased scores are the weights.
 fn v3_router(config: &ModelConfig) -> Result<RouterSpec, EngineError> {
+    config.expect_text("scoring_func", &["sigmoid"])?;
+    config.expect_text("topk_method", &["noaux_tc"])?;
     Ok(RouterSpec {
         top_k: config.size("num_experts_per_tok")?,
         scoring: Scoring::Sigmoid,

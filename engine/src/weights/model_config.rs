@@ -117,12 +117,16 @@ impl ModelConfig {
 
     /// Refuses an activation function other than the SwiGLU's SiLU.
     pub fn expect_silu(&self) -> Result<(), EngineError> {
-        match self.text_or("hidden_act", "silu")? {
-            "silu" | "swish" => Ok(()),
-            other => {
-                Err(EngineError::Config { key: "hidden_act", reason: format!("is `{other}`, supported is `silu`") })
-            }
+        self.expect_text("hidden_act", &["silu", "swish"])
+    }
+
+    /// Refuses a text other than these; the first is what an absent key means.
+    pub fn expect_text(&self, key: &'static str, supported: &[&str]) -> Result<(), EngineError> {
+        let found = self.text_or(key, supported[0])?;
+        if supported.contains(&found) {
+            return Ok(());
         }
+        Err(EngineError::Config { key, reason: format!("is `{found}`, supported is {}", supported.join(", ")) })
     }
 }
 

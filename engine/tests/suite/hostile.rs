@@ -46,6 +46,11 @@ fn configs_that_cannot_be_served_are_refused_at_load() {
     for (folder, keys, expect) in [
         ("mixtral-base", json!({ "num_experts_per_tok": 9 }), "kernel error: route: cannot choose 9 of 8 experts"),
         ("mixtral-base", json!({ "sliding_window": 0 }), "config.json: `sliding_window` is 0, expected at least 1"),
+        (
+            "deepseek_v3-noq",
+            json!({ "scoring_func": "softmax" }),
+            "config.json: `scoring_func` is `softmax`, supported is sigmoid",
+        ),
         ("mixtral-base", json!({ "head_dim": 15 }), "kernel error: rope: rotary_dim 15 is not even"),
         ("mixtral-base", json!({ "head_dim": 0 }), "kernel error: rope: rotary_dim 0 is not even"),
         (
