@@ -2,7 +2,7 @@
 
 use std::{
     error::Error as _,
-    fs,
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -21,6 +21,13 @@ const TOOL_USE: &str = "tool_use";
 /// Marks the end of the final message's content, so that the prompt can be cut there. Hugging Face's own text: a template
 /// that trims content trims the space.
 const FINAL_MESSAGE_MARK: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
+
+/// Instructions that one rendering may take: thousands for each message of the longest conversation. Templates come with
+/// checkpoints, and one that loops for ever must not hold a core.
+const MAX_INSTRUCTIONS: u64 = 20_000_000;
+
+/// Bytes that one rendering may write: far more than any context holds.
+const MAX_PROMPT_BYTES: usize = 64 << 20;
 
 /// What a template renders.
 #[derive(Debug, Clone, Copy)]
@@ -100,10 +107,17 @@ impl ChatTemplate {
     fn render_messages(&self, input: &ChatInput<'_>) -> Result<String, TextError> {
         let name = if input.tools.is_some() && self.has_tool_template { TOOL_USE } else { DEFAULT };
         let template = self.environment.get_template(name).expect("added while loading");
-        template.render(self.variables(input)).map_err(|error| match raised(&error) {
-            Some(message) => TextError::TemplateRaised(message),
-            None => TextError::TemplateRender(describe(&error)),
-        })
+        let mut prompt = BoundedText(Vec::new());
+        let rendered = template.render_captured_to(self.variables(input), &mut prompt).map(drop);
+        rendered.map_err(|error| match (error.kind(), raised(&error)) {
+            (_, Some(message)) => TextError::TemplateRaised(message),
+            (ErrorKind::OutOfFuel, _) => TextError::TemplateRender(format!("it takes over {MAX_INSTRUCTIONS} steps")),
+            (ErrorKind::WriteFailure, _) => {
+                TextError::TemplateRender(format!("it writes over {MAX_PROMPT_BYTES} bytes"))
+            }
+            _ => TextError::TemplateRender(describe(&error)),
+        })?;
+        Ok(String::from_utf8(prompt.0).expect("templates write whole strings"))
     }
 
     /// Later variables shadow earlier ones of the same name.
@@ -122,6 +136,23 @@ impl ChatTemplate {
         variables.insert("tools".to_owned(), tools.unwrap_or_default());
         variables.insert("add_generation_prompt".to_owned(), input.add_generation_prompt.into());
         Value::from(Serde(variables))
+    }
+}
+
+/// The text of a rendering, up to [`MAX_PROMPT_BYTES`].
+struct BoundedText(Vec<u8>);
+
+impl io::Write for BoundedText {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.0.len() + bytes.len() > MAX_PROMPT_BYTES {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -160,6 +191,7 @@ fn find_sources(
 /// Jinja as `apply_chat_template` of transformers sets it up.
 fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
+    environment.set_fuel(Some(MAX_INSTRUCTIONS));
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
     environment.set_syntax(syntax.expect("default delimiters are distinct"));
     environment.set_auto_escape_callback(|_| AutoEscape::None);

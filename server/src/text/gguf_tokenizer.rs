@@ -9,7 +9,7 @@ use std::path::Path;
 use engine::{EngineError, GgufFile};
 use serde_json::{Map, Value, json};
 
-use super::TextError;
+use super::{TextError, tokenizer::parse_tokenizer_json};
 
 /// GPT-2's contractions, words, numbers, punctuation and spaces, as Hugging Face's `ByteLevel` has it built in.
 const GPT2_PATTERN: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
@@ -59,7 +59,7 @@ impl TokenizerFiles {
         let pre = vocabulary.text("tokenizer.ggml.pre")?.unwrap_or("default");
         let splitting = splitting(pre).map_err(fail)?;
         let tokenizer_json = vocabulary.tokenizer_json(&splitting)?.to_string();
-        tokenizers::Tokenizer::from_bytes(&tokenizer_json)
+        parse_tokenizer_json(&tokenizer_json)
             .map_err(|error| fail(format!("its vocabulary does not make a tokenizer: {error}")))?;
         let config = serde_json::to_string_pretty(&vocabulary.tokenizer_config(&splitting)?)
             .expect("a JSON value is always JSON");

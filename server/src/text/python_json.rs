@@ -5,6 +5,12 @@ use minijinja::{
     value::{Kwargs, Rest, ValueKind},
 };
 
+/// Widest indentation: templates use 2 or 4, and each line of the output takes it once per level.
+const MAX_INDENT: usize = 64;
+
+/// Deepest nesting: request bodies end at 128, calls in them at twice that; deeper values would overflow the stack.
+const MAX_DEPTH: usize = 512;
+
 /// The arguments of Hugging Face's `tojson`, with its defaults.
 #[derive(Debug)]
 struct JsonFormat {
@@ -37,6 +43,9 @@ impl JsonFormat {
         kwargs.assert_all_used()?;
 
         let indent = indent.map(usize::try_from).transpose()?;
+        if indent.is_some_and(|indent| indent > MAX_INDENT) {
+            return Err(Error::new(ErrorKind::InvalidOperation, format!("tojson indents by at most {MAX_INDENT}")));
+        }
         let default_items = if indent.is_some() { "," } else { ", " };
         let (item_separator, key_separator) = match separators {
             Some(separators) => {
@@ -54,6 +63,9 @@ impl JsonFormat {
     }
 
     fn write(&self, value: &Value, level: usize, out: &mut String) -> Result<(), Error> {
+        if level > MAX_DEPTH {
+            return Err(Error::new(ErrorKind::InvalidOperation, format!("tojson nests at most {MAX_DEPTH} levels")));
+        }
         match value.kind() {
             ValueKind::None => out.push_str("null"),
             ValueKind::Bool => out.push_str(if value.is_true() { "true" } else { "false" }),
@@ -112,7 +124,7 @@ impl JsonFormat {
     fn write_line_break(&self, level: usize, out: &mut String) {
         if let Some(indent) = self.indent {
             out.push('\n');
-            out.extend(std::iter::repeat_n(' ', indent.saturating_mul(level)));
+            out.extend(std::iter::repeat_n(' ', indent * level));
         }
     }
 

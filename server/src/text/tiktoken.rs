@@ -36,6 +36,9 @@ const KIMI_PATTERN: &str = concat!(
 /// Ids after the ranks that Kimi-K2 names `<|reserved_token_N|>` where `added_tokens_decoder` does not name them.
 const NUM_RESERVED_TOKENS: usize = 256;
 
+/// Most ids after the ranks, whatever the model's vocabulary claims to be: each becomes a token.
+const MAX_SPECIAL_TOKENS: usize = 1 << 16;
+
 /// Bytes of every token, indexed by rank, which is its id.
 type Ranks = Vec<Vec<u8>>;
 
@@ -88,6 +91,7 @@ fn special_tokens(
     vocab_size: Option<usize>,
 ) -> Result<Vec<AddedToken>, TextError> {
     let mut named: HashMap<usize, AddedToken> = HashMap::new();
+    let vocab_size = vocab_size.map(|size| size.min(num_ranks + MAX_SPECIAL_TOKENS));
     let mut end = (num_ranks + NUM_RESERVED_TOKENS).min(vocab_size.unwrap_or(usize::MAX));
     let limit = (num_ranks + NUM_RESERVED_TOKENS).max(vocab_size.unwrap_or(0));
     for (id, token) in &config.added_tokens {

@@ -134,11 +134,18 @@ impl Tokenizer {
     }
 }
 
+/// Reads the text of a `tokenizer.json`. The library panics on some broken ones, such as a merge longer than every token:
+/// that is an error here, too.
+pub(super) fn parse_tokenizer_json(text: &str) -> Result<tokenizers::Tokenizer, tokenizers::Error> {
+    let parsed = std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(text));
+    parsed.unwrap_or_else(|_| Err("its vocabulary and merges contradict each other".into()))
+}
+
 fn load_tokenizer_json(model_dir: &Path, config: &TokenizerConfig) -> Result<Option<tokenizers::Tokenizer>, TextError> {
     let path = model_dir.join("tokenizer.json");
     let Some(text) = read_optional(&path)? else { return Ok(None) };
     let invalid = |error: tokenizers::Error| TextError::invalid(&path, error);
-    let mut tokenizer = tokenizers::Tokenizer::from_bytes(&text).map_err(invalid)?;
+    let mut tokenizer = parse_tokenizer_json(&text).map_err(invalid)?;
     // Both belong to the training run that saved the file; Hugging Face clears them before each call, too.
     tokenizer.with_truncation(None).map_err(invalid)?;
     tokenizer.with_padding(None);

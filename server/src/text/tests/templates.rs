@@ -101,6 +101,26 @@ fn render_errors_tell_the_line() {
 }
 
 #[test]
+fn templates_that_do_not_end_or_write_without_limit_are_stopped() {
+    let long = "x".repeat(4000);
+    for (name, template, expected) in [
+        ("endless", "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "steps"),
+        ("flood", "{% for a in range(99999) %}{{ messages[0].content }}{% endfor %}", "bytes"),
+        ("recursive", "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "recursion"),
+        ("wide", "{{ messages | tojson(indent=1000000000) }}", "indents by at most"),
+        (
+            "deep",
+            "{% set n = namespace(x=[]) %}{% for a in range(600) %}{% set n.x = [n.x] %}{% endfor %}{{ n.x | tojson }}",
+            "levels",
+        ),
+    ] {
+        let error = render(&compile(name, template), &json!([{"content": long}]), false).expect_err(name);
+        assert!(matches!(error, TextError::TemplateRender(_)), "{name}: {error:?}");
+        assert!(error.to_string().contains(expected), "{name}: {error}");
+    }
+}
+
+#[test]
 fn a_final_message_can_be_continued() {
     let plain = compile("plain", "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>\n{% endfor %}");
     let trimming = compile("trim", "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>\n{% endfor %}");

@@ -40,16 +40,23 @@ fn broken_tiktoken_files_are_refused() {
     let whole = tiktoken_model(259);
     let with_id = |id: u32| json!({"added_tokens_decoder": {id.to_string(): {"content": "[BOS]", "special": true}}});
     let no_tokens = json!({});
-    let cases: [(&str, String, Value, &str); 6] = [
+    let cases: [(&str, String, Value, &str); 7] = [
         ("byte", tiktoken_model(255), no_tokens.clone(), "no token for the single byte 0xFF"),
         ("base64", "?? 0".to_owned(), no_tokens.clone(), "line 1: expected `base64 rank`"),
         ("rank", "YQ== x".to_owned(), no_tokens.clone(), "line 1: expected `base64 rank`"),
         ("gap", whole.replace(" 258\n", " 300\n"), no_tokens, "expected rank 258, got 300"),
         ("low", whole.clone(), with_id(258), "has id 258, outside 259..515"),
-        ("high", whole, with_id(4_000_000_000), "outside 259..515"),
+        ("high", whole.clone(), with_id(4_000_000_000), "outside 259..515"),
+        // A model that claims to have more rows than any machine could hold.
+        ("claimed", whole, with_id(4_000_000_001), "outside 259..65795"),
     ];
     for (name, model, config, expected) in cases {
-        let files = [("tiktoken.model", model.as_str()), ("tokenizer_config.json", &config.to_string())];
+        let claim = if name == "claimed" { json!({"vocab_size": 1u64 << 40}) } else { json!({}) };
+        let files = [
+            ("tiktoken.model", model.as_str()),
+            ("tokenizer_config.json", &config.to_string()),
+            ("config.json", &claim.to_string()),
+        ];
         let error = load_error(&ModelDir::new(&format!("tiktoken-{name}"), &files));
         assert!(error.contains(expected), "{name}: {error}");
     }
@@ -109,6 +116,17 @@ fn tokenizer_json(extra: &Value) -> String {
         json[key] = value.clone();
     }
     json.to_string()
+}
+
+#[test]
+fn files_that_the_tokenizer_library_panics_on_are_refused() {
+    let longer = json!({"vocab": {"a": 0, "bb": 1}, "merges": [["bb", "a"]]});
+    let prefixed = json!({"vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]], "continuing_subword_prefix": "####"});
+    for (name, mut model) in [("longer", longer), ("prefixed", prefixed)] {
+        model["type"] = json!("BPE");
+        let dir = ModelDir::new(name, &[("tokenizer.json", &tokenizer_json(&json!({ "model": model })))]);
+        assert!(load_error(&dir).contains("tokenizer.json is invalid"), "{name}: {}", load_error(&dir));
+    }
 }
 
 #[test]
