@@ -178,6 +178,8 @@ fn what_is_not_done_is_refused_by_name() {
             (json!({"tools": tools}), bad("tools", "unsupported_parameter")),
             (json!({"tool_choice": "required"}), bad("tool_choice", "unsupported_parameter")),
             (json!({"functions": [{"name": "f"}]}), bad("functions", "unsupported_parameter")),
+            (json!({"truncation_side": "right"}), bad("truncation_side", "unsupported_parameter")),
+            (json!({"request_id": "mine"}), bad("request_id", "unsupported_parameter")),
             (json!({"response_format": {"type": "json_object"}}), bad("response_format", "unsupported_parameter")),
             (json!({"modalities": ["text", "audio"]}), bad("modalities", "unsupported_parameter")),
             (json!({"chat_template": "{{ 1 }}"}), bad("chat_template", "unsupported_parameter")),
@@ -260,6 +262,7 @@ fn unknown_models_paths_and_methods_are_not_found() {
         check(&server.post(path, &body), &unknown, path);
     }
     check(&server.get("/v1/models/some/gpt"), &unknown, "a model's card");
+    check(&server.get("/v1/models/%ff"), &bad("model", "invalid_value"), "a name that is not UTF-8");
     for path in ["/v1/chat", "/v2/models", "/v1/embeddings"] {
         check(&server.get(path), &Expected { status: 404, param: None, code: "not_found" }, path);
     }

@@ -17,7 +17,7 @@ use crate::config::{Config, KvType, WeightType, check_environment};
 use crate::demo::{self, DemoOptions};
 use crate::hub::{self, HubOptions};
 use crate::text::{ChatTemplate, Tokenizer};
-use crate::{listen, shutdown, telemetry};
+use crate::{listen, shutdown, telemetry, validate};
 
 /// Threads of the async runtime: the edge is light, and the compute pool wants the cores.
 const MAX_RUNTIME_THREADS: usize = 4;
@@ -107,6 +107,7 @@ fn load(app: &App) -> anyhow::Result<Model> {
     let engine =
         engine::load(engine_config(config, model_dir, available_memory()?), &mut |progress| bar.show(&progress))?;
     bar.done();
+    validate::model_defaults(&engine.model().generation_defaults).context("generation_config.json")?;
     Ok(Model::new(engine, tokenizer, template, app))
 }
 

@@ -95,6 +95,10 @@ fn token_budget(valid: &ValidRequest, prompt_len: usize, limit: usize, param: &'
     };
     match valid.stop.max_tokens {
         None if rest == 0 => Err(too_long(1)),
+        None if valid.stop.min_tokens > rest => {
+            let reason = format!("is {}, the context leaves {rest} tokens", valid.stop.min_tokens);
+            Err(ApiError::invalid("min_tokens", reason))
+        }
         None => Ok(rest),
         Some(asked) if asked.max(1) > rest => Err(too_long(asked.max(1))),
         Some(asked) => Ok(asked),
@@ -126,7 +130,10 @@ fn start_choice(model: &Model, job: &Job<'_>, plan: &ChoicePlan<'_>) -> Result<C
         stop: StopCriteria { max_tokens: plan.max_tokens.max(1), min_tokens: valid.stop.min_tokens, stop_token_ids },
     };
     let generation = model.engine.submit(request).map_err(|error| refuse(error, job.param))?;
-    let options = DetokenizeOptions { skip_special_tokens: valid.output.skip_special_tokens, ..Default::default() };
+    let options = DetokenizeOptions {
+        skip_special_tokens: valid.output.skip_special_tokens,
+        spaces_between_special_tokens: valid.output.spaces_between_special_tokens,
+    };
     let decoder = Detokenizer::with_prompt(Arc::clone(&model.tokenizer), options, plan.prompt).map_err(|error| {
         tracing::error!(%error, "the prompt cannot be detokenized");
         ApiError::Internal
@@ -223,9 +230,13 @@ mod tests {
     use crate::validate::StopRules;
 
     fn budget(prompt_len: usize, max_tokens: Option<usize>) -> Result<usize, ApiError> {
+        budget_of(prompt_len, StopRules { max_tokens, ..StopRules::default() })
+    }
+
+    fn budget_of(prompt_len: usize, stop: StopRules) -> Result<usize, ApiError> {
         let valid = ValidRequest {
             sampling: engine::sampling::params::SamplingParams::default(),
-            stop: StopRules { max_tokens, ..StopRules::default() },
+            stop,
             num_choices: 1,
             output: crate::validate::OutputOptions::default(),
             truncate_prompt: None,
@@ -244,5 +255,8 @@ mod tests {
             assert_eq!(error.code(), "context_length_exceeded", "{prompt_len} {max_tokens:?}");
         }
         assert_eq!(budget(0, None).unwrap_err().code(), "invalid_value");
+        let at_least = |min_tokens| budget_of(4, StopRules { min_tokens, ..StopRules::default() });
+        assert_eq!(at_least(6).unwrap(), 6);
+        assert_eq!(at_least(7).unwrap_err().param(), Some("min_tokens"), "it could never be kept");
     }
 }

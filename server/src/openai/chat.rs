@@ -67,7 +67,7 @@ pub struct ChatMessage {
 
 /// Text, or parts that are joined by line ends.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a text or a list of parts with a `type`")]
 pub enum MessageContent {
     Text(String),
     Parts(Vec<ContentPart>),

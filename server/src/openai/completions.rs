@@ -36,7 +36,7 @@ pub struct CompletionOptions {
 
 /// One prompt or a batch, as text or as token ids.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize, ToSchema)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a text, a list of texts, a list of token ids, or a list of such lists")]
 pub enum Prompt {
     Text(String),
     Tokens(Vec<u32>),

@@ -27,7 +27,7 @@ pub struct SamplingOptions {
     pub frequency_penalty: Option<f32>,
     /// Above 1 discourages tokens of prompt and output. Range above 0 to 2.
     pub repetition_penalty: Option<f32>,
-    /// Token id (as a string) to a bias of -100 to 100.
+    /// Token id (as a string) to a bias of -100 to 100, for up to 4096 tokens.
     pub logit_bias: Option<HashMap<String, f32>>,
     /// Equal seeds give equal outputs; drawn where absent.
     pub seed: Option<i64>,
@@ -47,6 +47,8 @@ pub struct SamplingOptions {
     pub ignore_eos: Option<bool>,
     /// Leave special tokens out of the text; true by default.
     pub skip_special_tokens: Option<bool>,
+    /// Keep the space that some tokenizers write between neighbouring special tokens; true by default.
+    pub spaces_between_special_tokens: Option<bool>,
     /// Put `prompt_token_ids` and `token_ids` in the answer.
     pub return_token_ids: Option<bool>,
     /// Write tokens of log-probs as `token_id:N`.

@@ -88,6 +88,7 @@ mod tests {
         ] {
             let error = parse::<SamplingOptions>(&body).unwrap_err();
             assert_eq!((error.param(), error.code()), (Some(param), "invalid_type"), "{body}");
+            assert!(!error.to_string().contains("enum"), "in words of the API: {error}");
         }
         parse::<SamplingOptions>(&json!({"temperature": null, "nobody_knows": {}})).unwrap();
     }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use axum::Json;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 
 use crate::app::{App, Model};
@@ -39,7 +40,11 @@ pub async fn list(State(app): State<Arc<App>>) -> Result<Json<ModelList>, ApiErr
         (status = 503, description = "The model is being loaded", body = ErrorResponse),
     )
 )]
-pub async fn retrieve(State(app): State<Arc<App>>, Path(name): Path<String>) -> Result<Json<ModelCard>, ApiError> {
+pub async fn retrieve(
+    State(app): State<Arc<App>>,
+    name: Result<Path<String>, PathRejection>,
+) -> Result<Json<ModelCard>, ApiError> {
+    let Path(name) = name.map_err(|rejection| ApiError::invalid("model", rejection.body_text()))?;
     let model = app.loaded().ok_or(ApiError::Loading)?;
     model_name(Some(&name), &model.limits)?;
     Ok(Json(card(&app, model, &name)))

@@ -23,6 +23,8 @@ const MAX_STOP_STRINGS: usize = 16;
 const MAX_STOP_BYTES: usize = 4096;
 const MAX_STOP_TOKENS: usize = 1024;
 const MAX_TOP_LOGPROBS: u32 = 20;
+/// Every choice of a request holds its biases, and applies them to every token.
+const MAX_BIASES: usize = 4096;
 
 /// What validation needs to know about the server.
 #[derive(Clone, Debug)]
@@ -64,6 +66,7 @@ pub struct StopRules {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct OutputOptions {
     pub skip_special_tokens: bool,
+    pub spaces_between_special_tokens: bool,
     pub token_ids: bool,
     pub tokens_as_ids: bool,
     pub echo: bool,
@@ -139,6 +142,14 @@ pub fn completion(
     shared(sampling, &extras, limits)
 }
 
+/// Checks what the checkpoint would have sampled by where a request is silent.
+///
+/// # Errors
+/// The first value that no request could name either.
+pub fn model_defaults(defaults: &GenerationDefaults) -> Result<(), ApiError> {
+    sampling_params(&SamplingOptions::default(), defaults).map(drop)
+}
+
 /// Checks that `model` names what is served; absent is fine.
 ///
 /// # Errors
@@ -184,6 +195,7 @@ fn shared(fields: &SamplingOptions, extras: &Extras, limits: &ModelLimits) -> Re
         num_choices,
         output: OutputOptions {
             skip_special_tokens: fields.skip_special_tokens.unwrap_or(true),
+            spaces_between_special_tokens: fields.spaces_between_special_tokens.unwrap_or(true),
             token_ids: fields.return_token_ids.unwrap_or(false),
             tokens_as_ids: fields.return_tokens_as_token_ids.unwrap_or(false),
             echo: extras.echo,
@@ -222,7 +234,7 @@ fn sampling_params(fields: &SamplingOptions, defaults: &GenerationDefaults) -> R
     let top_k = match top_k {
         -1 => 0,
         keep => u32::try_from(keep)
-            .map_err(|_| ApiError::invalid("top_k", format!("is {keep}, allowed are -1, 0 and up to 2^32")))?,
+            .map_err(|_| ApiError::invalid("top_k", format!("is {keep}, allowed are -1 to 4294967295")))?,
     };
     let within = |param: &'static str, value: Option<f32>, default: f32, low: f32, high: f32| {
         let value = value.unwrap_or(default);
@@ -254,7 +266,10 @@ fn sampling_params(fields: &SamplingOptions, defaults: &GenerationDefaults) -> R
 fn logit_bias(bias: Option<&HashMap<String, f32>>, vocab_size: usize) -> Result<BTreeMap<u32, f32>, ApiError> {
     let entry = |(key, value): (&String, &f32)| {
         let param = || format!("logit_bias.{key}");
-        let token: u32 = key.parse().map_err(|_| ApiError::invalid(param(), "the key is not a token id"))?;
+        let token: Option<u32> = key.parse().ok();
+        // One spelling per id: of two biases for a token neither could be said to win.
+        let token = token.filter(|token| token.to_string() == *key);
+        let token = token.ok_or_else(|| ApiError::invalid(param(), "the key is not a token id"))?;
         if token as usize >= vocab_size {
             return Err(ApiError::invalid(param(), format!("the vocabulary has {vocab_size} tokens")));
         }
@@ -263,6 +278,9 @@ fn logit_bias(bias: Option<&HashMap<String, f32>>, vocab_size: usize) -> Result<
         }
         Ok((token, *value))
     };
+    if let Some(count) = bias.map(HashMap::len).filter(|count| *count > MAX_BIASES) {
+        return Err(ApiError::invalid("logit_bias", format!("has {count} tokens, at most {MAX_BIASES} are allowed")));
+    }
     bias.into_iter().flatten().map(entry).collect()
 }
 

@@ -55,6 +55,12 @@ fn values_out_of_range_are_refused_by_name() {
         (json!({"logit_bias": {"x": 1}}), "logit_bias.x"),
         (json!({"logit_bias": {"100": 1}}), "logit_bias.100"),
         (json!({"logit_bias": {"1": 101}}), "logit_bias.1"),
+        (json!({"logit_bias": {"1": 1, "01": 2}}), "logit_bias.01"),
+        (json!({"logit_bias": {"+1": 1}}), "logit_bias.+1"),
+        (
+            json!({"logit_bias": (0..4097).map(|id| (id.to_string(), json!(1))).collect::<serde_json::Map<_, _>>()}),
+            "logit_bias",
+        ),
         (json!({"logprobs": true, "top_logprobs": 21}), "top_logprobs"),
         (json!({"top_logprobs": 1}), "top_logprobs"),
         (json!({"prompt_logprobs": 21}), "prompt_logprobs"),
@@ -88,6 +94,15 @@ fn documented_fields_that_are_not_done_are_refused_by_name() {
         (json!({"priority": 1}), "priority"),
         (json!({"echo": true}), "echo"),
         (json!({"bad_words": ["x"]}), "bad_words"),
+        (json!({"truncation_side": "right"}), "truncation_side"),
+        (json!({"include_reasoning": false}), "include_reasoning"),
+        (json!({"return_prompt_text": true}), "return_prompt_text"),
+        (json!({"stream_interval": 8}), "stream_interval"),
+        (json!({"watermarking": true}), "watermarking"),
+        (json!({"ec_transfer_params": {"a": 1}}), "ec_transfer_params"),
+        (json!({"thinking_token_budget": 10}), "thinking_token_budget"),
+        (json!({"request_id": "x"}), "request_id"),
+        (json!({"service_tier": "priority"}), "service_tier"),
     ] {
         let error = check_chat(body.clone()).unwrap_err();
         assert_eq!((error.param(), error.code()), (Some(param), "unsupported_parameter"), "{body}: {error}");
@@ -103,6 +118,8 @@ fn the_same_fields_pass_where_they_ask_for_nothing() {
         "tools": [], "tool_choice": "none", "parallel_tool_calls": true, "response_format": {"type": "text"},
         "modalities": ["text"], "store": false, "priority": 0, "service_tier": "auto", "user": "u", "metadata": {"a": "b"},
         "logit_bias": {}, "audio": null, "guided_json": null, "echo": false, "nobody_knows_this": [1],
+        "truncation_side": "left", "include_reasoning": true, "return_prompt_text": false, "stream_interval": 1,
+        "watermarking": false, "thinking_token_budget": -1, "cache_salt": "x", "session_id": "y",
     }))
     .unwrap();
     check_chat(json!({"tools": [{"type": "function"}], "tool_choice": "none"})).unwrap();
@@ -116,6 +133,8 @@ fn silence_means_the_models_defaults() {
     assert_eq!((valid.stop.max_tokens, valid.num_choices, valid.sampling.logprobs), (None, 1, None));
     assert_eq!(valid.stop.model_token_ids, [2]);
     assert!(valid.output.skip_special_tokens && valid.stream.is_none());
+    assert!(valid.output.spaces_between_special_tokens);
+    assert!(!check_chat(json!({"spaces_between_special_tokens": false})).unwrap().output.spaces_between_special_tokens);
     assert_eq!(check_completion(json!({})).unwrap().stop.max_tokens, Some(16));
 
     let spoken =
@@ -140,6 +159,15 @@ fn logprobs_are_counted_per_endpoint() {
     let echoed = check_completion(json!({"logprobs": 2, "echo": true, "max_tokens": 0})).unwrap();
     assert_eq!((echoed.sampling.logprobs, echoed.sampling.prompt_logprobs), (Some(2), Some(2)));
     assert!(check_completion(json!({"max_tokens": 0})).is_err());
+}
+
+#[test]
+fn a_checkpoint_with_impossible_defaults_is_told_by_field() {
+    model_defaults(&limits().defaults).unwrap();
+    let hot = GenerationDefaults { temperature: Some(f32::NAN), ..GenerationDefaults::default() };
+    assert_eq!(model_defaults(&hot).unwrap_err().param(), Some("temperature"));
+    let none = GenerationDefaults { top_p: Some(0.0), ..GenerationDefaults::default() };
+    assert_eq!(model_defaults(&none).unwrap_err().param(), Some("top_p"));
 }
 
 #[test]

@@ -49,9 +49,22 @@ const REFUSED: &[Refused] = &[
     Refused { field: "allowed_token_ids", harmless: is_empty, hint: "use `logit_bias` instead" },
     Refused { field: "logprob_token_ids", harmless: is_empty, hint: "use `top_logprobs` instead" },
     Refused { field: "kv_transfer_params", harmless: is_empty, hint: LEAVE_OUT },
+    Refused { field: "ec_transfer_params", harmless: is_empty, hint: LEAVE_OUT },
     Refused { field: "vllm_xargs", harmless: is_empty, hint: LEAVE_OUT },
     Refused { field: "repetition_detection", harmless: Value::is_null, hint: LEAVE_OUT },
-    Refused { field: "thinking_token_budget", harmless: Value::is_null, hint: LEAVE_OUT },
+    Refused { field: "thinking_token_budget", harmless: |value| *value == -1, hint: LEAVE_OUT },
+    Refused {
+        field: "include_reasoning",
+        harmless: |value| *value == true,
+        hint: "reasoning is not told from the answer",
+    },
+    Refused { field: "watermarking", harmless: |value| *value == false, hint: LEAVE_OUT },
+    Refused { field: "stream_interval", harmless: |value| *value == 1, hint: "every token is sent as it comes" },
+    Refused { field: "truncation_side", harmless: |value| value == "left", hint: "prompts keep their last tokens" },
+    Refused { field: "return_prompt_text", harmless: |value| *value == false, hint: "use `return_token_ids` instead" },
+    Refused { field: "routed_experts_prompt_start", harmless: |value| *value == 0, hint: LEAVE_OUT },
+    Refused { field: "request_id", harmless: Value::is_null, hint: "send it as the header `X-Request-Id`" },
+    Refused { field: "service_tier", harmless: is_default_tier, hint: "all requests are served alike; leave it out" },
     Refused { field: "lora_request", harmless: Value::is_null, hint: "adapters are not available; leave it out" },
     Refused { field: "priority", harmless: |value| *value == 0, hint: "requests are served in order; leave it out" },
 ];
@@ -82,6 +95,10 @@ pub fn unsupported_in_chat(body: &Value) -> Result<(), ApiError> {
         }
         _ => Ok(()),
     }
+}
+
+fn is_default_tier(tier: &Value) -> bool {
+    tier == "auto" || tier == "default"
 }
 
 pub(super) fn is_empty(value: &Value) -> bool {
