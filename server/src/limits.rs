@@ -60,22 +60,28 @@ impl Limits {
     /// Runs tokenizer or template work on the blocking pool, at most one job per core at a time.
     ///
     /// # Errors
-    /// What the job says, or [`ApiError::Internal`] where it panicked.
+    /// What the job says, [`ApiError::Internal`] where it panicked, [`ApiError::Timeout`] where it is not done within the
+    /// request timeout, its wait for a core included.
     pub async fn run_text<T, F>(&self, job: F) -> Result<T, ApiError>
     where
         T: Send + 'static,
         F: FnOnce() -> Result<T, ApiError> + Send + 'static,
     {
-        let place = Arc::clone(&self.text_jobs).acquire_owned().await.expect("the semaphore is never closed");
-        let job = move || {
-            // The place goes with the job: a client that leaves does not make room for work that still runs.
-            let _place = place;
-            job()
+        let text_jobs = Arc::clone(&self.text_jobs);
+        let done = async {
+            let place = text_jobs.acquire_owned().await.expect("the semaphore is never closed");
+            let job = move || {
+                // The place goes with the job: a client that leaves does not make room for work that still runs.
+                let _place = place;
+                job()
+            };
+            tokio::task::spawn_blocking(job).await.map_err(|error| {
+                tracing::error!(%error, "a text job panicked");
+                ApiError::Internal
+            })?
         };
-        tokio::task::spawn_blocking(job).await.map_err(|error| {
-            tracing::error!(%error, "a text job panicked");
-            ApiError::Internal
-        })?
+        let late = |_| ApiError::Timeout { seconds: self.request_timeout.as_secs_f64() };
+        tokio::time::timeout(self.request_timeout, done).await.map_err(late)?
     }
 
     /// Requests in flight now.
@@ -109,6 +115,17 @@ pub fn cors(origins: &[String]) -> Option<CorsLayer> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn text_that_waits_for_a_core_waits_no_longer_than_a_request_may_take() {
+        let limits = Limits { request_timeout: Duration::from_millis(10), ..Limits::new(&Config::default()) };
+        let all = limits.text_jobs.available_permits().try_into().unwrap();
+        let taken = limits.text_jobs.acquire_many(all).await.unwrap();
+        assert!(matches!(limits.run_text(|| Ok(())).await, Err(ApiError::Timeout { .. })));
+        drop(taken);
+        let patient = Limits { request_timeout: Duration::from_secs(60), ..limits };
+        patient.run_text(|| Ok(())).await.unwrap();
+    }
 
     #[test]
     fn a_place_is_given_back_when_the_permit_is_dropped() {
