@@ -23,8 +23,8 @@ pub use values::{ByteSize, KvType, LogFormat, Seconds, Secret, WeightType};
 pub enum ConfigError {
     #[error("cannot read {path}: {source}", path = path.display())]
     Read { path: PathBuf, source: std::io::Error },
-    #[error("{path} is not a valid configuration: {source}", path = path.display())]
-    File { path: PathBuf, source: Box<toml::de::Error> },
+    #[error("{path} is not a valid configuration: {reason}", path = path.display())]
+    File { path: PathBuf, reason: String },
     #[error("unknown environment variable `{name}`; known are {known}")]
     UnknownVariable { name: String, known: String },
     #[error("`{setting}` is {value}, allowed are {allowed}")]
@@ -282,7 +282,24 @@ pub fn check_environment(names: impl Iterator<Item = String>) -> Result<(), Conf
 
 fn read_file(path: &Path) -> Result<Settings, ConfigError> {
     let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-    toml::from_str(&text).map_err(|source| ConfigError::File { path: path.to_owned(), source: Box::new(source) })
+    parse_file(&text).map_err(|reason| ConfigError::File { path: path.to_owned(), reason })
+}
+
+/// Reads the settings in `text`. The reason of a failure quotes no line of the file and no value of a secret.
+fn parse_file(text: &str) -> Result<Settings, String> {
+    let table: toml::Table = text.parse().map_err(|error: toml::de::Error| {
+        let line_idx =
+            error.span().and_then(|span| text.get(..span.start)).map_or(0, |head| head.matches('\n').count());
+        format!("line {}: {}", line_idx + 1, error.message())
+    })?;
+    serde_path_to_error::deserialize(toml::Value::Table(table)).map_err(|error| {
+        let key = error.path().to_string();
+        match key.as_str() {
+            "." => error.inner().message().to_owned(),
+            key if key == "api_key" || key.starts_with("api_key[") => format!("`{key}`: expected a list of strings"),
+            key => format!("`{key}`: {}", error.inner().message()),
+        }
+    })
 }
 
 fn read_keys(path: &Path) -> Result<Vec<Secret>, ConfigError> {

@@ -50,6 +50,21 @@ fn secrets_are_redacted_wherever_they_are_shown() {
 }
 
 #[test]
+fn errors_in_a_file_name_the_place_and_never_quote_a_secret() {
+    for (text, place) in [
+        ("api_key = \"sk-visible\"", "`api_key`"),
+        ("api_key = [[\"sk-visible\"]]", "`api_key[0]`"),
+        ("port = 1\napi_key = [\"sk-visible]", "line 2"),
+        ("api_key = [\"sk-visible\"] x", "line 1"),
+        ("block_size = \"x\"", "`block_size`"),
+        ("prot = 1", "unknown field `prot`"),
+    ] {
+        let error = parse_file(text).unwrap_err();
+        assert!(error.contains(place) && !error.contains("sk-visible"), "{text}: {error}");
+    }
+}
+
+#[test]
 fn byte_sizes_are_read_and_written() {
     for (text, bytes, shown) in [
         ("2GiB", 2 << 30, "2GiB"),

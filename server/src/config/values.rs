@@ -148,7 +148,7 @@ impl fmt::Display for Seconds {
 
 /// A TOML or JSON value that may be written as a number or as a text.
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a number or a text")]
 enum NumberOrText {
     Integer(u64),
     Float(f64),
