@@ -9,6 +9,7 @@ const SERVER: &str = env!("CARGO_BIN_EXE_moesaic-under-test");
 const METRICS: &[(&str, &str)] = &[
     ("vllm:num_requests_running", "gauge"),
     ("vllm:num_requests_waiting", "gauge"),
+    ("vllm:num_requests_waiting_by_reason", "gauge"),
     ("vllm:kv_cache_usage_perc", "gauge"),
     ("vllm:cache_config_info", "gauge"),
     ("vllm:prompt_tokens_total", "counter"),

@@ -56,11 +56,10 @@ const COUNTERS: &[(&str, &str)] = &[
 const GAUGES: &[(&str, &str)] = &[
     ("vllm:num_requests_running", "Sequences in the running batch"),
     ("vllm:num_requests_waiting", "Sequences waiting for their first step"),
+    ("vllm:num_requests_waiting_by_reason", "Sequences waiting, by what for; capacity is room in the batch"),
     ("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 1 is full"),
     ("vllm:cache_config_info", "The KV cache's settings as labels"),
     ("moesaic_expert_imbalance_ratio", "Load of the busiest expert over the mean, by layer"),
-    ("moesaic_expert_gini", "Gini coefficient of the experts' load, by layer"),
-    ("moesaic_router_entropy", "Entropy of the experts' load over its maximum, by layer"),
 ];
 
 static RECORDER: OnceLock<PrometheusHandle> = OnceLock::new();
@@ -92,6 +91,8 @@ pub fn observe_engine(engine: &EngineHandle) {
     let stats = engine.stats();
     gauge!("vllm:num_requests_running").set(stats.num_running as f64);
     gauge!("vllm:num_requests_waiting").set(stats.num_waiting as f64);
+    // Nothing else is waited for yet: vLLM's other reason, deferred, is for transfers and adapters.
+    gauge!("vllm:num_requests_waiting_by_reason", "reason" => "capacity").set(stats.num_waiting as f64);
     gauge!("vllm:kv_cache_usage_perc").set(stats.num_used_blocks as f64 / stats.num_total_blocks.max(1) as f64);
     counter!("vllm:prompt_tokens_total").absolute(stats.num_prompt_tokens);
     counter!("vllm:generation_tokens_total").absolute(stats.num_generation_tokens);
