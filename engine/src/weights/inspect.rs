@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::checkpoint::Checkpoint;
 use super::model_config::ModelConfig;
 use crate::error::EngineError;
-use crate::models::{self, CacheSite};
+use crate::models;
 
 /// Sizes of a model folder.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -105,7 +105,7 @@ pub fn inspect(model_dir: &Path) -> Result<Inspection, EngineError> {
         num_active_parameters: num_parameters - num_idle,
         weight_bytes: checkpoint.total_bytes(),
         kv_dtype,
-        kv_bytes_per_token: (num_layers * cache_site(&config)?.width() * kv_element_bytes) as u64,
+        kv_bytes_per_token: cache_width(&config)?.saturating_mul(num_layers as u64).saturating_mul(kv_element_bytes),
         dtypes: dtypes.iter().map(|dtype| format!("{dtype:?}").to_lowercase()).collect(),
         classes: tally.classes.into_values().collect(),
     })
@@ -175,17 +175,14 @@ fn num_experts_key(config: &ModelConfig) -> &'static str {
     keys.into_iter().find(|key| config.get(key).is_some()).unwrap_or("num_experts")
 }
 
-/// What one layer keeps per token.
-fn cache_site(config: &ModelConfig) -> Result<CacheSite, EngineError> {
+/// Numbers that one layer keeps per token. The config may say anything: no tensor was compared with it.
+fn cache_width(config: &ModelConfig) -> Result<u64, EngineError> {
     if config.get("kv_lora_rank").is_some() {
-        return Ok(CacheSite::Mla {
-            latent_dim: config.size("kv_lora_rank")?,
-            rope_dim: config.size("qk_rope_head_dim")?,
-        });
+        return Ok((config.size("kv_lora_rank")? + config.size("qk_rope_head_dim")?) as u64);
     }
     let num_heads = config.size("num_attention_heads")?;
     let num_kv_heads = config.count_or("num_key_value_heads", num_heads)?;
-    Ok(CacheSite::Gqa { num_kv_heads, head_dim: config.head_dim()? })
+    Ok((2 * num_kv_heads as u64).saturating_mul(config.head_dim()? as u64))
 }
 
 #[cfg(test)]
@@ -297,6 +294,17 @@ mod tests {
         ] {
             assert_eq!(classify(name), class, "{name}");
         }
+    }
+
+    #[test]
+    fn sizes_that_no_model_has_are_no_reason_to_panic() {
+        let config = json!({
+            "model_type": "mixtral", "hidden_size": 8, "num_hidden_layers": 4_000_000_000u32, "num_attention_heads": 2,
+            "num_key_value_heads": 4_000_000_000u32, "head_dim": 4_000_000_000u32, "num_local_experts": 4,
+            "num_experts_per_tok": 1, "vocab_size": 10,
+        });
+        let found = check("inspect-huge", config, &[("model.norm.weight", vec![8])]);
+        assert_eq!(found.kv_bytes_per_token, u64::MAX);
     }
 
     #[test]

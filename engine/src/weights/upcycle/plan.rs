@@ -81,11 +81,16 @@ impl DenseModel {
                 gguf.invalid(format!("{num_key_value_heads} kv heads do not divide {num_attention_heads} heads"))
             );
         }
+        let num_hidden_layers = size(gguf, "llama.block_count")?;
+        // Each has tensors of its own; a plan for layers that are not there could take all memory.
+        if num_hidden_layers > gguf.tensors().len() {
+            return Err(gguf.invalid(format!("{num_hidden_layers} layers, but {} tensors", gguf.tensors().len())));
+        }
         Ok(Self {
             vocab_size: gguf.tensor("token_embd.weight")?.shape.first().copied().unwrap_or(0),
             hidden_size,
             intermediate_size: size(gguf, "llama.feed_forward_length")?,
-            num_hidden_layers: size(gguf, "llama.block_count")?,
+            num_hidden_layers,
             num_attention_heads,
             num_key_value_heads,
             head_dim,

@@ -15,9 +15,14 @@ fn counting(len: u64, start: f32) -> Vec<f32> {
 }
 
 fn tiny_gguf() -> GgufBuilder {
+    claiming_layers(2)
+}
+
+/// Two layers, whatever the metadata says.
+fn claiming_layers(num_layers: u32) -> GgufBuilder {
     let mut builder = GgufBuilder::default()
         .string("general.architecture", "llama")
-        .u32("llama.block_count", 2)
+        .u32("llama.block_count", num_layers)
         .u32("llama.context_length", 128)
         .u32("llama.embedding_length", HIDDEN as u32)
         .u32("llama.feed_forward_length", INNER as u32)
@@ -166,6 +171,7 @@ fn what_cannot_be_upcycled_is_refused_and_leaves_nothing() {
     };
     check(tiny_gguf(), &f32_options(0, 1), "the number of experts is 0");
     check(tiny_gguf(), &f32_options(2, 3), "experts per token is 3");
+    check(claiming_layers(16_000_000), &f32_options(1024, 1), "16000000 layers, but 20 tensors");
     let qwen = GgufBuilder::default().string("general.architecture", "qwen2");
     check(qwen, &f32_options(2, 1), "architecture is `qwen2`");
     check(tiny_gguf().u32("llama.expert_count", 8), &f32_options(2, 1), "experts already");
