@@ -36,7 +36,15 @@ impl Server {
     /// # Panics
     /// The server ends, or is not ready in time.
     pub fn start_folder(binary: &str, folder: &Path, args: &[&str]) -> Self {
-        let process = Process::spawn(&mut command(binary, folder, args));
+        Self::start_command(&mut command(binary, folder, args))
+    }
+
+    /// The same for a command made by [`command`], with what the test changed about it.
+    ///
+    /// # Panics
+    /// The server ends, or is not ready in time.
+    pub fn start_command(command: &mut Command) -> Self {
+        let process = Process::spawn(command);
         let address = poll("a server that prints its address", PATIENCE, || {
             assert!(!process.has_ended(), "the server ended before it printed its address");
             printed_address(&process.output())
@@ -115,10 +123,10 @@ impl Server {
     }
 }
 
-/// The command that serves `folder`, with the harness's options where `args` do not set them.
-fn command(binary: &str, folder: &Path, args: &[&str]) -> Command {
+/// The command that serves `model`, a folder or a hub id, with the harness's options where `args` do not set them.
+pub fn command(binary: &str, model: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(binary);
-    command.arg("serve").arg(folder);
+    command.arg("serve").arg(model);
     // A flag may be given only once.
     for default in SMALL.chunks(2) {
         if !args.contains(&default[0]) {

@@ -136,17 +136,14 @@ impl Repo<'_> {
         let client = HubClient::new(&options.endpoint, options.token.as_deref());
         let retry = RetryPolicy { max_retries: options.max_retries, delay: options.retry_delay };
         let info = match retry.run(|| client.repo_info(self.id, self.revision), |_| Progressed::No) {
-            Err(HubError::Transport { url, reason }) => {
+            // A hub that is away or out of order is no reason to stop where the model is cached.
+            Err(error) if error.is_transient() => {
                 return match self.resolve_offline() {
                     Ok(snapshot) => {
-                        tracing::warn!(
-                            model = self.id,
-                            endpoint = client.endpoint(),
-                            "hub unreachable, using the cache"
-                        );
+                        tracing::warn!(model = self.id, %error, "using the cache");
                         Ok(snapshot)
                     }
-                    Err(_) => Err(HubError::Transport { url, reason }),
+                    Err(_) => Err(error),
                 };
             }
             other => other?,

@@ -38,6 +38,8 @@ struct Contents {
     faults: BTreeMap<String, Faults>,
     token: Option<String>,
     num_tokens: usize,
+    /// Everything is answered with 503.
+    is_down: bool,
     /// Large files are on another host, as they are with the hub.
     redirect_weights_to: Option<String>,
 }
@@ -127,6 +129,9 @@ fn answer(stream: &mut TcpStream, request: &Request, contents: &mut Contents) ->
         write!(stream, "HTTP/1.1 {status}\r\nConnection: close\r\n{headers}\r\n")?;
         stream.write_all(body)
     };
+    if contents.is_down {
+        return reply("503 Service Unavailable", "Content-Length: 0\r\n", b"");
+    }
     contents.num_tokens += usize::from(request.token.is_some());
     if contents.token.is_some() && contents.token != request.token {
         return reply("401 Unauthorized", "Content-Length: 0\r\n", b"");
@@ -372,6 +377,11 @@ fn offline_uses_the_cache_only() {
     let pinned = HubOptions { revision: Some(COMMIT.into()), ..offline.clone() };
     assert_eq!(resolve_quietly(REPO, &pinned).unwrap(), snapshot);
     assert_eq!(hub.log().len(), num_requests);
+
+    hub.contents.lock().unwrap().is_down = true;
+    assert_eq!(resolve_quietly(REPO, &cache.options(&hub)).unwrap(), snapshot);
+    let error = resolve_quietly(REPO, &Cache::new("down").options(&hub)).unwrap_err();
+    assert!(matches!(error, HubError::Status { status: 503, .. }), "{error}");
 
     // A hub that cannot be reached is no reason to stop where the model is cached.
     let endpoint = hub.endpoint.clone();
