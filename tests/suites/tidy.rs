@@ -158,7 +158,7 @@ fn files_are_short_named_and_introduced() {
 fn unsafe_code_is_in_kernels_alone() {
     let mut problems = Vec::new();
     for (path, text) in crates().filter(|name| *name != "kernels").flat_map(sources) {
-        let is_root = ["src/lib.rs", "src/under_test.rs"].iter().any(|root| path.ends_with(root));
+        let is_root = ["src/lib.rs", "src/main.rs", "src/under_test.rs"].iter().any(|root| path.ends_with(root));
         if is_root && !text.contains("#![forbid(unsafe_code)]") {
             problems.push(format!("{path} does not forbid unsafe code"));
         }
