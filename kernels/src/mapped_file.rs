@@ -17,8 +17,7 @@ impl MappedFile {
     /// Maps the file. Errors are those of opening and mapping.
     pub fn open(path: &Path) -> io::Result<Self> {
         let file = File::open(path)?;
-        // SAFETY: checkpoint files are trusted not to be written or truncated while served; the operator upholds it
-        // (ARCHITECTURE.md, "Packed on disk").
+        // SAFETY: the file is trusted not to be written or truncated while mapped; whoever owns the checkpoint upholds it.
         let map = unsafe { Mmap::map(&file) }?;
         Ok(Self { map })
     }

@@ -68,7 +68,7 @@ pub struct DecoderConfig {
 }
 
 impl DecoderConfig {
-    /// The usual keys. transformers leaves `rms_norm_eps` out where it equals the class default, `default_eps`.
+    /// The usual keys. `default_eps` is what transformers takes for the family where `rms_norm_eps` is absent.
     pub fn from_config(config: &ModelConfig, default_eps: f64) -> Result<Self, EngineError> {
         Ok(Self {
             vocab_size: config.size("vocab_size")?,
