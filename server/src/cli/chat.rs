@@ -5,7 +5,7 @@ use std::io::{self, BufRead as _, IsTerminal as _, Write};
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::client::{Client, ClientError, ServerArgs};
+use super::client::{Client, ClientError, ServerArgs, printable};
 
 #[derive(Args, Debug)]
 pub struct ChatArgs {
@@ -121,11 +121,6 @@ impl Conversation {
         chunks.finish();
         Ok(answer)
     }
-}
-
-/// Without control characters: an answer must not steer the terminal.
-fn printable(text: &str) -> String {
-    text.chars().filter(|char| !char.is_control() || matches!(char, '\n' | '\t')).collect()
 }
 
 #[cfg(test)]

@@ -3,6 +3,8 @@
 use serde_json::Value;
 use thiserror::Error;
 
+use super::printable;
+
 /// Longest error text without an error object that is repeated, in characters.
 const MAX_MESSAGE_CHARS: usize = 500;
 
@@ -60,9 +62,9 @@ pub(super) fn error_message(body: &str) -> String {
         .iter()
         .find_map(|pointer| value.pointer(pointer).and_then(Value::as_str));
     match message {
-        Some(message) => message.to_owned(),
+        Some(message) => printable(message),
         None if body.trim().is_empty() => "no reason given".to_owned(),
-        None => body.trim().chars().take(MAX_MESSAGE_CHARS).collect(),
+        None => printable(body.trim()).chars().take(MAX_MESSAGE_CHARS).collect(),
     }
 }
 
@@ -80,6 +82,8 @@ mod tests {
             (r#"{"detail": [{"loc": []}]}"#, r#"{"detail": [{"loc": []}]}"#),
             ("  \n", "no reason given"),
             ("Bad Gateway\n", "Bad Gateway"),
+            ("\u{1b}[2JBad", "[2JBad"),
+            ("{\"error\": \"\\u001b]0;title\\u0007no\"}", "]0;titleno"),
         ] {
             assert_eq!(error_message(body), message, "{body}");
         }

@@ -166,6 +166,11 @@ impl Chunks {
     }
 }
 
+/// Without control characters: what a server sends must not steer the terminal.
+pub fn printable(text: &str) -> String {
+    text.chars().filter(|char| !char.is_control() || matches!(char, '\n' | '\t')).collect()
+}
+
 fn checked(url: &str, response: Response<Body>) -> Result<Response<Body>, ClientError> {
     let status = response.status();
     if status.is_success() {
