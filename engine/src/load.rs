@@ -95,7 +95,7 @@ pub fn load_model(config: &EngineConfig, progress: &mut dyn FnMut(LoadProgress))
         max_model_len: kv.max_model_len,
         block_size: config.block_size,
         num_blocks: kv.num_blocks,
-        kv_dtype: if kv_dtype == KvDtype::F32 { "f32" } else { "bf16" },
+        kv_dtype: format.name(),
         threads,
         generation_defaults: generation_defaults(&config.model_dir, &model_config)?,
     };

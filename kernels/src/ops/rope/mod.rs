@@ -36,11 +36,6 @@ impl RopeTable {
         Ok(Self { cos, sin, rotary_dim })
     }
 
-    /// Elements of a head that rotate.
-    pub fn rotary_dim(&self) -> usize {
-        self.rotary_dim
-    }
-
     /// Positions below this one are in the table.
     pub fn max_positions(&self) -> usize {
         self.cos.len() / (self.rotary_dim / 2)
