@@ -87,7 +87,7 @@ pub fn load_model(config: &EngineConfig, progress: &mut dyn FnMut(LoadProgress))
         vocab_size: shape.vocab_size,
         num_layers: shape.num_layers,
         num_experts: shape.experts_per_moe_layer.iter().copied().max().unwrap_or(0),
-        num_experts_per_tok: model_config.count_or("num_experts_per_tok", 0)?,
+        num_experts_per_tok: inspection.num_experts_per_tok,
         num_parameters: inspection.num_parameters,
         num_active_parameters: inspection.num_active_parameters,
         weight_bytes,

@@ -25,6 +25,7 @@ pub struct AttentionConfig {
     /// Factor on the scores, `head_dim^-0.5` in most families.
     pub scale: f64,
     pub window: Option<usize>,
+    pub names: AttentionNames,
     pub qk_norm: Option<QkNorm>,
     /// Clamp of queries, keys and values after their norms.
     pub clip: Option<f64>,
@@ -50,19 +51,60 @@ impl AttentionConfig {
             out_bias: Bias::No,
             scale: (head_dim as f64).powf(-0.5),
             window: None,
+            names: AttentionNames::default(),
             qk_norm: None,
             clip: None,
-            rope: Rope::from_config(config)?.table(head_dim, max_model_len)?,
+            rope: Rope::from_config(config)?.table(rotary_dim(config, head_dim)?, max_model_len)?,
             rope_style: RopeStyle::Halves,
         })
     }
 }
 
-/// RMS norms on queries and keys before rotation.
+/// Leading dimensions of a head that rotate: `rotary_dim`, or `partial_rotary_factor` of the head.
+fn rotary_dim(config: &ModelConfig, head_dim: usize) -> Result<usize, EngineError> {
+    let nested = config.section("rope_parameters").map(|section| section.opt_float("partial_rotary_factor"));
+    let factor = match nested.transpose()?.flatten() {
+        Some(factor) => factor,
+        None => config.float_or("partial_rotary_factor", 1.0)?,
+    };
+    let rotary_dim = config.count_or("rotary_dim", (head_dim as f64 * factor) as usize)?;
+    if rotary_dim == 0 || rotary_dim > head_dim || !rotary_dim.is_multiple_of(2) {
+        let reason = format!("gives {rotary_dim} of {head_dim} dimensions, expected an even number that fits");
+        return Err(EngineError::Config { key: "partial_rotary_factor", reason });
+    }
+    Ok(rotary_dim)
+}
+
+/// What a family calls its projections and norms under the layer's prefix.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionNames {
+    pub qkv: QkvNames,
+    pub out: &'static str,
+    pub q_norm: &'static str,
+    pub k_norm: &'static str,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub enum QkvNames {
+    /// `q_proj`, `k_proj`, `v_proj`.
+    Apart,
+    /// One matrix: the rows of all query heads, then of all keys, then of all values.
+    Fused(&'static str),
+}
+
+impl Default for AttentionNames {
+    fn default() -> Self {
+        Self { qkv: QkvNames::Apart, out: "o_proj", q_norm: "q_norm", k_norm: "k_norm" }
+    }
+}
+
+/// RMS norms on queries and keys.
 #[derive(Clone, Copy, Debug)]
 pub enum QkNorm {
-    /// Over each head apart.
+    /// Over each head apart, before rotation.
     PerHead { eps: f64 },
+    /// Over each head apart, after rotation.
+    PerRotatedHead { eps: f64 },
     /// Over the whole projection, before the split into heads.
     Whole { eps: f64 },
 }
@@ -78,20 +120,24 @@ pub struct Attention {
 }
 
 impl Attention {
-    /// `{prefix}.{q,k,v,o}_proj` and, with norms, `{prefix}.{q,k}_norm`; its keys and values live in cache site `site`.
+    /// The tensors under `{prefix}.`, by the names in `config`; its keys and values live in cache site `site`.
     pub fn load(loader: &Loader, prefix: &str, config: AttentionConfig, site: usize) -> Result<Self, EngineError> {
         let (q_width, kv_width) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
-        let parts = [("q", q_width), ("k", kv_width), ("v", kv_width)]
-            .map(|(name, rows)| (format!("{prefix}.{name}_proj"), rows));
+        let names = config.names;
+        let name = |part: &str| format!("{prefix}.{part}");
+        let parts = match names.qkv {
+            QkvNames::Apart => vec![(name("q_proj"), q_width), (name("k_proj"), kv_width), (name("v_proj"), kv_width)],
+            QkvNames::Fused(fused) => vec![(name(fused), q_width + 2 * kv_width)],
+        };
         let qkv = Linear::load_fused(loader, &parts, config.hidden_size, config.qkv_bias)?;
-        let out = Linear::load(loader, &format!("{prefix}.o_proj"), config.hidden_size, q_width, config.out_bias)?;
+        let out = Linear::load(loader, &name(names.out), config.hidden_size, q_width, config.out_bias)?;
         let norms = config.qk_norm.map(|kind| {
             let (q_len, k_len, eps) = match kind {
-                QkNorm::PerHead { eps } => (config.head_dim, config.head_dim, eps),
+                QkNorm::PerHead { eps } | QkNorm::PerRotatedHead { eps } => (config.head_dim, config.head_dim, eps),
                 QkNorm::Whole { eps } => (q_width, kv_width, eps),
             };
-            let q_norm = RmsNorm::load(loader, &format!("{prefix}.q_norm"), q_len, eps)?;
-            Ok::<_, EngineError>((kind, q_norm, RmsNorm::load(loader, &format!("{prefix}.k_norm"), k_len, eps)?))
+            let q_norm = RmsNorm::load(loader, &name(names.q_norm), q_len, eps)?;
+            Ok::<_, EngineError>((kind, q_norm, RmsNorm::load(loader, &name(names.k_norm), k_len, eps)?))
         });
         let spec = GqaSpec {
             num_heads: config.num_heads,
@@ -130,6 +176,9 @@ impl Attention {
         let positions = &context.input.positions;
         q = kernels::rope(&q, &self.config.rope, positions, self.config.rope_style)?;
         k = kernels::rope(&k, &self.config.rope, positions, self.config.rope_style)?;
+        if let Some((QkNorm::PerRotatedHead { .. }, q_norm, k_norm)) = &self.norms {
+            (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
+        }
         let rows = Tensor::cat(&[&k.reshape((num_tokens, kv_width))?, &v], 1)?;
         let cache = context.arena.site_mut(self.site);
         cache.write(&rows, &context.input.slot_mapping)?;

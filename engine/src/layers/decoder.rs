@@ -28,8 +28,32 @@ pub enum FeedForward {
 pub struct DecoderLayer {
     pub input_norm: RmsNorm,
     pub mixer: Mixer,
-    pub post_attention_norm: RmsNorm,
+    /// On what attention gave, before it joins the stream.
+    pub attention_out_norm: Option<RmsNorm>,
+    pub feed_forward_norm: RmsNorm,
     pub feed_forward: FeedForward,
+    /// On what the feed-forward half gave, before it joins the stream.
+    pub feed_forward_out_norm: Option<RmsNorm>,
+}
+
+/// Where a layer normalises, and what the norms are called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LayerNorms {
+    /// Before each half: `input_layernorm`, `post_attention_layernorm`.
+    Pre,
+    /// Before and after each half: `input_layernorm`, `post_attention_layernorm`, `pre_mlp_layernorm`,
+    /// `post_mlp_layernorm`.
+    Sandwich,
+}
+
+/// What the output projection has beside its matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HeadKind {
+    Plain,
+    /// `lm_head.bias`.
+    Biased,
+    /// Every column of the matrix is divided by its length (Ling's `norm_head`).
+    ColumnNormalized,
 }
 
 /// Factors that some families put on the stream; 1 where a family has none.
@@ -53,6 +77,7 @@ pub struct Decoder {
     norm: RmsNorm,
     /// `None`: the embedding serves as the output projection too.
     lm_head: Option<PackedWeight>,
+    lm_head_bias: Option<Tensor>,
     multipliers: Multipliers,
     shape: ModelShape,
 }
@@ -64,6 +89,9 @@ pub struct DecoderConfig {
     pub hidden_size: usize,
     pub rms_norm_eps: f64,
     pub tie_word_embeddings: bool,
+    pub embedding_name: &'static str,
+    pub head: HeadKind,
+    pub norms: LayerNorms,
     pub multipliers: Multipliers,
 }
 
@@ -75,6 +103,9 @@ impl DecoderConfig {
             hidden_size: config.size("hidden_size")?,
             rms_norm_eps: config.float_or("rms_norm_eps", default_eps)?,
             tie_word_embeddings: config.flag_or("tie_word_embeddings", false)?,
+            embedding_name: "model.embed_tokens.weight",
+            head: HeadKind::Plain,
+            norms: LayerNorms::Pre,
             multipliers: Multipliers::default(),
         })
     }
@@ -98,11 +129,19 @@ impl Decoder {
         let DecoderConfig { vocab_size, hidden_size, .. } = config;
         let loader = source.loader;
         let layers = load_layers(source, config, parts)?;
-        let embedding = loader.weight("model.embed_tokens.weight", vocab_size, hidden_size)?;
+        let embedding = loader.weight(config.embedding_name, vocab_size, hidden_size)?;
         let norm = RmsNorm::load(loader, "model.norm", hidden_size, config.rms_norm_eps)?;
         let lm_head = match config.tie_word_embeddings {
             true => None,
             false => Some(loader.weight("lm_head.weight", vocab_size, hidden_size)?),
+        };
+        let lm_head = match config.head {
+            HeadKind::ColumnNormalized => Some(normalize_columns(lm_head.as_ref().unwrap_or(&embedding))?),
+            HeadKind::Plain | HeadKind::Biased => lm_head,
+        };
+        let lm_head_bias = match config.head {
+            HeadKind::Biased => Some(loader.vector("lm_head.bias", vocab_size)?),
+            HeadKind::Plain | HeadKind::ColumnNormalized => None,
         };
         let shape = ModelShape {
             vocab_size,
@@ -110,7 +149,7 @@ impl Decoder {
             cache_sites: layers.iter().map(|layer| layer.mixer.cache_site()).collect(),
             experts_per_moe_layer: layers.iter().filter_map(|layer| layer.feed_forward.num_experts()).collect(),
         };
-        Ok(Self { embedding, layers, norm, lm_head, multipliers: config.multipliers, shape })
+        Ok(Self { embedding, layers, norm, lm_head, lm_head_bias, multipliers: config.multipliers, shape })
     }
 }
 
@@ -123,10 +162,17 @@ fn load_layers(
     let mut num_moe_layers = 0;
     let mut load_layer = |idx| {
         let prefix = format!("model.layers.{idx}");
+        let (feed_forward_norm, is_sandwich) = match config.norms {
+            LayerNorms::Pre => ("post_attention_layernorm", false),
+            LayerNorms::Sandwich => ("pre_mlp_layernorm", true),
+        };
+        let sandwich = |part: &str| is_sandwich.then(|| norm(format!("{prefix}.{part}"))).transpose();
         Ok(DecoderLayer {
             input_norm: norm(format!("{prefix}.input_layernorm"))?,
             mixer: (parts.mixer)(&prefix, idx)?,
-            post_attention_norm: norm(format!("{prefix}.post_attention_layernorm"))?,
+            attention_out_norm: sandwich("post_attention_layernorm")?,
+            feed_forward_norm: norm(format!("{prefix}.{feed_forward_norm}"))?,
+            feed_forward_out_norm: sandwich("post_mlp_layernorm")?,
             feed_forward: match (parts.feed_forward)(&prefix, idx)? {
                 FeedForwardParts::Dense(mlp) => FeedForward::Dense(mlp),
                 FeedForwardParts::Moe(moe) => {
@@ -151,11 +197,11 @@ impl Model for Decoder {
         for layer in &self.layers {
             let normed;
             (normed, residual) = enter(&layer.input_norm, delta.take(), residual)?;
-            let attended = layer.mixer.forward(&normed, context)?;
+            let attended = renormed(layer.mixer.forward(&normed, context)?, &layer.attention_out_norm)?;
             let attended = scaled(attended, self.multipliers.residual)?;
             let normed;
-            (normed, residual) = layer.post_attention_norm.forward_residual(&attended, &residual)?;
-            let out = layer.feed_forward.forward(&normed, context)?;
+            (normed, residual) = layer.feed_forward_norm.forward_residual(&attended, &residual)?;
+            let out = renormed(layer.feed_forward.forward(&normed, context)?, &layer.feed_forward_out_norm)?;
             delta = Some(scaled(out, self.multipliers.residual)?);
         }
         let (normed, _) = enter(&self.norm, delta, residual)?;
@@ -163,7 +209,8 @@ impl Model for Decoder {
     }
 
     fn logits(&self, hidden: &Tensor) -> Result<Tensor, EngineError> {
-        let logits = kernels::linear(hidden, self.lm_head.as_ref().unwrap_or(&self.embedding), None)?;
+        let logits =
+            kernels::linear(hidden, self.lm_head.as_ref().unwrap_or(&self.embedding), self.lm_head_bias.as_ref())?;
         scaled(logits, self.multipliers.logits)
     }
 }
@@ -206,6 +253,28 @@ fn enter(norm: &RmsNorm, delta: Option<Tensor>, residual: Tensor) -> Result<(Ten
         Some(delta) => norm.forward_residual(&delta, &residual),
         None => Ok((norm.forward(&residual)?, residual)),
     }
+}
+
+fn renormed(x: Tensor, norm: &Option<RmsNorm>) -> Result<Tensor, EngineError> {
+    match norm {
+        Some(norm) => norm.forward(&x),
+        None => Ok(x),
+    }
+}
+
+/// `w / (‖w‖ + 1e-7)` with the length taken over the vocabulary, for each column of `[vocab_size, hidden_size]`.
+fn normalize_columns(weight: &PackedWeight) -> Result<PackedWeight, EngineError> {
+    let (rows, cols) = (weight.rows(), weight.cols());
+    let mut values = weight.to_f32();
+    let mut squares = vec![0f64; cols];
+    for row in values.chunks_exact(cols) {
+        row.iter().zip(&mut squares).for_each(|(&value, square)| *square += f64::from(value).powi(2));
+    }
+    let factors: Vec<f32> = squares.iter().map(|square| (1.0 / (square.sqrt() + 1e-7)) as f32).collect();
+    for row in values.chunks_exact_mut(cols) {
+        row.iter_mut().zip(&factors).for_each(|(value, factor)| *value *= factor);
+    }
+    Ok(PackedWeight::from_f32(weight.format(), rows, cols, &values)?)
 }
 
 fn scaled(x: Tensor, factor: f64) -> Result<Tensor, EngineError> {

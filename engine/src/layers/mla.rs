@@ -30,8 +30,23 @@ pub struct MlaConfig {
     /// Of the two low-rank norms; the reference fixes it at 1e-6.
     pub lora_norm_eps: f64,
     pub scale: f64,
+    /// Factors on queries and on the latent (LongCat-Flash); 1 elsewhere.
+    pub lora_scales: LoraScales,
     pub rope: Arc<RopeTable>,
     pub rope_style: RopeStyle,
+}
+
+/// Factors that make up for the variance that low ranks lose.
+#[derive(Clone, Copy, Debug)]
+pub struct LoraScales {
+    pub query: f64,
+    pub latent: f64,
+}
+
+impl Default for LoraScales {
+    fn default() -> Self {
+        Self { query: 1.0, latent: 1.0 }
+    }
 }
 
 #[derive(Debug)]
@@ -65,13 +80,16 @@ impl MlaAttention {
             None => Query::Full(Linear::load(loader, &name("q_proj"), q_width, hidden, Bias::No)?),
             Some(rank) => Query::LowRank {
                 down: Linear::load(loader, &name("q_a_proj"), rank, hidden, config.bias)?,
-                norm: RmsNorm::load(loader, &name("q_a_layernorm"), rank, config.lora_norm_eps)?,
+                // What follows is linear, so the factor may act here, once and for all.
+                norm: RmsNorm::load(loader, &name("q_a_layernorm"), rank, config.lora_norm_eps)?
+                    .scaled(config.lora_scales.query)?,
                 up: Linear::load(loader, &name("q_b_proj"), q_width, rank, Bias::No)?,
             },
         };
         let kv_a_width = latent + config.qk_rope_head_dim;
         let kv_a = Linear::load(loader, &name("kv_a_proj_with_mqa"), kv_a_width, hidden, config.bias)?;
-        let kv_a_norm = RmsNorm::load(loader, &name("kv_a_layernorm"), latent, config.lora_norm_eps)?;
+        let kv_a_norm = RmsNorm::load(loader, &name("kv_a_layernorm"), latent, config.lora_norm_eps)?
+            .scaled(config.lora_scales.latent)?;
         let (to_latent, from_latent) = load_kv_b(loader, &name("kv_b_proj.weight"), &config)?;
         let out = Linear::load(loader, &name("o_proj"), hidden, heads * config.v_head_dim, config.bias)?;
         let spec = MlaSpec {

@@ -15,10 +15,20 @@ pub struct Mlp {
 impl Mlp {
     /// `{prefix}.{gate,up,down}_proj`, `width` wide.
     pub fn load(loader: &Loader, prefix: &str, hidden_size: usize, width: usize) -> Result<Self, EngineError> {
+        Self::load_with(loader, prefix, [hidden_size, width], Bias::No)
+    }
+
+    /// The same, `[hidden_size, width]`, with or without biases.
+    pub fn load_with(
+        loader: &Loader,
+        prefix: &str,
+        [hidden_size, width]: [usize; 2],
+        bias: Bias,
+    ) -> Result<Self, EngineError> {
         let parts = ["gate", "up"].map(|name| (format!("{prefix}.{name}_proj"), width));
         Ok(Self {
-            gate_up: Linear::load_fused(loader, &parts, hidden_size, Bias::No)?,
-            down: Linear::load(loader, &format!("{prefix}.down_proj"), hidden_size, width, Bias::No)?,
+            gate_up: Linear::load_fused(loader, &parts, hidden_size, bias)?,
+            down: Linear::load(loader, &format!("{prefix}.down_proj"), hidden_size, width, bias)?,
         })
     }
 

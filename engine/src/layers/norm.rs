@@ -17,6 +17,11 @@ impl RmsNorm {
         Ok(Self { weight: loader.vector(&format!("{name}.weight"), len)?, eps: eps as f32 })
     }
 
+    /// The norm with its output multiplied by `factor`.
+    pub fn scaled(self, factor: f64) -> Result<Self, EngineError> {
+        Ok(Self { weight: (self.weight * factor)?, ..self })
+    }
+
     /// Over the last dimension.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor, EngineError> {
         Ok(kernels::rms_norm(x, &self.weight, self.eps)?)

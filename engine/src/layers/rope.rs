@@ -22,6 +22,7 @@ pub struct Rope {
 enum Scaling {
     None,
     Linear { factor: f64 },
+    NtkAlpha { alpha: f64 },
     Llama3 { factor: f64, low_freq_factor: f64, high_freq_factor: f64, original_len: f64 },
     Yarn(Yarn),
 }
@@ -83,6 +84,11 @@ impl Rope {
         let plain = (0..dim / 2).map(|i| self.theta.powf(-2.0 * i as f64 / dim as f64));
         match &self.scaling {
             Scaling::None => (plain.map(|f| f as f32).collect(), 1.0),
+            Scaling::NtkAlpha { alpha } => {
+                let theta = self.theta * alpha.powf(dim as f64 / (dim as f64 - 2.0));
+                let frequency = |i: usize| theta.powf(-2.0 * i as f64 / dim as f64) as f32;
+                ((0..dim / 2).map(frequency).collect(), 1.0)
+            }
             Scaling::Linear { factor } => (plain.map(|f| (f / factor) as f32).collect(), 1.0),
             Scaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_len } => {
                 let stretch = |f: f64| {
@@ -115,6 +121,9 @@ impl Scaling {
         let original_len = section.float_or("original_max_position_embeddings", max_len)?;
         match kind {
             "default" => Ok(Self::None),
+            // Hunyuan's static NTK; without `alpha` the base is stretched only past the positions a model is made for,
+            // which are never served.
+            "dynamic" => Ok(section.opt_float("alpha")?.map_or(Self::None, |alpha| Self::NtkAlpha { alpha })),
             "linear" => Ok(Self::Linear { factor: section.float_or("factor", 1.0)? }),
             "llama3" => Ok(Self::Llama3 {
                 factor: section.float_or("factor", 1.0)?,
@@ -133,7 +142,7 @@ impl Scaling {
                 attention_factor: section.opt_float("attention_factor")?,
             })),
             other => {
-                let reason = format!("has type `{other}`, supported are default, linear, llama3, yarn");
+                let reason = format!("has type `{other}`, supported are default, linear, dynamic, llama3, yarn");
                 Err(EngineError::Config { key: "rope_scaling", reason })
             }
         }

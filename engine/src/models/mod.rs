@@ -1,7 +1,14 @@
 //! One file per family, each turning a config and a checkpoint into a [`Model`]; [`ARCHITECTURES`] lists them.
 
+mod bailing;
 mod deepseek;
+mod ernie;
+mod fine_grained;
+mod glm4_moe;
 mod granite_moe;
+mod hunyuan;
+mod minicpm;
+mod minimax;
 mod mixtral;
 mod olmoe;
 mod qwen_moe;
@@ -65,6 +72,7 @@ pub struct ForwardContext<'a> {
 }
 
 /// What a family's loader works from.
+#[derive(Clone, Copy)]
 pub struct ModelSource<'a, 'c> {
     pub config: &'a ModelConfig,
     pub loader: &'a Loader<'c>,
@@ -88,9 +96,17 @@ pub static ARCHITECTURES: &[Architecture] = &[
     Architecture { model_type: "qwen3_moe", load: qwen_moe::load_qwen3, ignored: nothing },
     Architecture { model_type: "olmoe", load: olmoe::load, ignored: nothing },
     Architecture { model_type: "granitemoe", load: granite_moe::load, ignored: nothing },
-    Architecture { model_type: "deepseek_v2", load: deepseek::load_v2, ignored: deepseek::is_mtp_tensor },
-    Architecture { model_type: "deepseek_v3", load: deepseek::load_v3, ignored: deepseek::is_mtp_tensor },
-    Architecture { model_type: "kimi_k2", load: deepseek::load_v3, ignored: deepseek::is_mtp_tensor },
+    Architecture { model_type: "deepseek_v2", load: deepseek::load_v2, ignored: fine_grained::is_mtp_tensor },
+    Architecture { model_type: "deepseek_v3", load: deepseek::load_v3, ignored: fine_grained::is_mtp_tensor },
+    Architecture { model_type: "kimi_k2", load: deepseek::load_v3, ignored: fine_grained::is_mtp_tensor },
+    Architecture { model_type: "pangu_ultra_moe", load: deepseek::load_pangu, ignored: fine_grained::is_mtp_tensor },
+    Architecture { model_type: "glm4_moe", load: glm4_moe::load_glm, ignored: fine_grained::is_mtp_tensor },
+    Architecture { model_type: "dots1", load: glm4_moe::load_dots, ignored: nothing },
+    Architecture { model_type: "ernie4_5_moe", load: ernie::load, ignored: is_mtp_named },
+    Architecture { model_type: "hunyuan_v1_moe", load: hunyuan::load, ignored: nothing },
+    Architecture { model_type: "minimax_m2", load: minimax::load, ignored: fine_grained::is_mtp_tensor },
+    Architecture { model_type: "minicpm", load: minicpm::load, ignored: nothing },
+    Architecture { model_type: "bailing_moe", load: bailing::load, ignored: fine_grained::is_mtp_tensor },
 ];
 
 /// Looks a `model_type` up.
@@ -105,6 +121,11 @@ pub fn architecture(model_type: &str) -> Result<&'static Architecture, EngineErr
 pub fn is_ignored_everywhere(config: &ModelConfig, name: &str) -> bool {
     let tied = config.flag_or("tie_word_embeddings", false).unwrap_or(false);
     name.ends_with("rotary_emb.inv_freq") || tied && name == "lm_head.weight"
+}
+
+/// Multi-token-prediction tensors that say so in their name.
+fn is_mtp_named(_: &ModelConfig, name: &str) -> bool {
+    name.split('.').any(|part| part.starts_with("mtp"))
 }
 
 fn nothing(_: &ModelConfig, _: &str) -> bool {

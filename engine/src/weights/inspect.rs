@@ -84,8 +84,11 @@ pub fn inspect(model_dir: &Path) -> Result<Inspection, EngineError> {
         let class = if is_ignored(name) { TensorClass::Ignored } else { classify(name) };
         tally.add(name, class, entry.dtype, &entry.shape, entry.num_bytes as u64);
     }
-    let num_experts = config.size(num_experts_key(&config))?;
-    let num_experts_per_tok = config.size("num_experts_per_tok")?;
+    let num_experts = first_count(
+        &config,
+        &["num_local_experts", "num_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts"],
+    )?;
+    let num_experts_per_tok = first_count(&config, &["num_experts_per_tok", "moe_k", "moe_topk"])?;
     let num_parameters = tally.parameters(|class| class != TensorClass::Ignored);
     let num_idle = tally.parameters(|class| class == TensorClass::Experts) / num_experts as u64
         * num_experts.saturating_sub(num_experts_per_tok) as u64;
@@ -157,28 +160,34 @@ fn layer_of(name: &str) -> Option<&str> {
 fn classify(name: &str) -> TensorClass {
     let has = |part: &str| name.contains(part);
     match () {
-        () if has("embed_tokens.") => TensorClass::Embedding,
+        () if has("embed_tokens.") || has("word_embeddings.") => TensorClass::Embedding,
         () if name.starts_with("lm_head.") => TensorClass::LmHead,
         () if has("norm.") => TensorClass::Norms,
-        () if has(".self_attn.") => TensorClass::Attention,
-        () if has(".shared_expert") => TensorClass::SharedExperts,
+        () if has(".self_attn.") || has(".attention.") => TensorClass::Attention,
+        () if has(".shared_expert") || has(".shared_mlp.") => TensorClass::SharedExperts,
         () if has(".experts.") || has(".input_linear.") || has(".output_linear.") => TensorClass::Experts,
-        () if has(".gate.") || has(".router.") => TensorClass::Router,
+        () if has(".gate.") || has(".router.") || has("e_score_correction_bias") => TensorClass::Router,
         () if has(".mlp.") => TensorClass::DenseFfn,
         () => TensorClass::Other,
     }
 }
 
-/// Families spell the number of routed experts differently, and transformers 5 re-saves some under another key.
-fn num_experts_key(config: &ModelConfig) -> &'static str {
-    let keys = ["num_local_experts", "num_experts", "n_routed_experts"];
-    keys.into_iter().find(|key| config.get(key).is_some()).unwrap_or("num_experts")
+/// A count under the first of several spellings that is there; of a list with one entry per layer, the largest.
+fn first_count(config: &ModelConfig, keys: &[&'static str]) -> Result<usize, EngineError> {
+    let key = keys.iter().copied().find(|key| config.get(key).is_some()).unwrap_or(keys[0]);
+    if config.get(key).is_some_and(serde_json::Value::is_array) {
+        let reason = "is an empty list".to_owned();
+        return config.counts(key)?.into_iter().max().ok_or(EngineError::Config { key, reason });
+    }
+    config.size(key)
 }
 
 /// Numbers that one layer keeps per token. The config may say anything: no tensor was compared with it.
 fn cache_width(config: &ModelConfig) -> Result<u64, EngineError> {
-    if config.get("kv_lora_rank").is_some() {
-        return Ok((config.size("kv_lora_rank")? + config.size("qk_rope_head_dim")?) as u64);
+    let latent_keys = ["kv_lora_rank", "attention_kv_lora_dim"];
+    if latent_keys.iter().any(|key| config.get(key).is_some()) {
+        let rotary = first_count(config, &["qk_rope_head_dim", "attention_qk_rope_dim"])?;
+        return Ok((first_count(config, &latent_keys)? + rotary) as u64);
     }
     let num_heads = config.size("num_attention_heads")?;
     let num_kv_heads = config.count_or("num_key_value_heads", num_heads)?;

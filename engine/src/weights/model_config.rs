@@ -24,6 +24,19 @@ impl ModelConfig {
         }
     }
 
+    /// The same configuration with keys of one spelling in another, where the other is absent.
+    pub fn renamed(&self, pairs: &[(&str, &str)]) -> Self {
+        let mut keys = self.keys.clone();
+        for (from, to) in pairs {
+            if let Some(value) = self.get(from)
+                && self.get(to).is_none()
+            {
+                keys.insert((*to).to_owned(), value.clone());
+            }
+        }
+        Self { keys }
+    }
+
     /// The value, where the key is present and not null.
     pub fn get(&self, key: &str) -> Option<&Value> {
         self.keys.get(key).filter(|value| !value.is_null())

@@ -142,4 +142,13 @@ invariant! {
     deepseek_v2 "deepseek_v2-grouped"
     deepseek_v3 "deepseek_v3-base"
     kimi_k2 "kimi_k2-base"
+    pangu_ultra_moe "pangu_ultra_moe-base"
+    glm4_moe "glm4_moe-qknorm"
+    dots1 "dots1-window"
+    ernie4_5_moe "ernie4_5_moe-interval"
+    hunyuan_v1_moe "hunyuan_v1_moe-base"
+    minimax_m2 "minimax_m2-base"
+    minicpm_moe "minicpm_moe-base"
+    bailing_moe "bailing_moe-base"
+    bailing_moe_v2 "bailing_moe_v2-base"
 }

@@ -1,0 +1,64 @@
+//! Hunyuan MoE v1 (Hunyuan-A13B): norms on rotated queries and keys, one shared expert of the routed width, NTK by `alpha`.
+
+use kernels::{RouterSpec, Scoring};
+
+use super::{Model, ModelSource};
+use crate::error::EngineError;
+use crate::layers::attention::{Attention, AttentionConfig, AttentionNames, QkNorm};
+use crate::layers::decoder::{Decoder, DecoderConfig, FeedForwardParts, LayerParts, Mixer};
+use crate::layers::mlp::Mlp;
+use crate::layers::moe::{self, ExpertShape, MoeParts, SharedExpert};
+use crate::weights::model_config::ModelConfig;
+
+pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
+    let ModelSource { config, loader, max_model_len } = *source;
+    config.expect_silu()?;
+    let decoder = DecoderConfig::from_config(config, 1e-5)?;
+    let bias = config.flag_or("attention_bias", false)?.into();
+    let has_norm = config.flag_or("use_qk_norm", true)?;
+    let attention = AttentionConfig {
+        qkv_bias: bias,
+        out_bias: bias,
+        names: AttentionNames { q_norm: "query_layernorm", k_norm: "key_layernorm", ..AttentionNames::default() },
+        qk_norm: has_norm.then_some(QkNorm::PerRotatedHead { eps: decoder.rms_norm_eps }),
+        ..AttentionConfig::from_config(config, max_model_len)?
+    };
+    // The reference takes this width for routed and shared experts, whatever `moe_intermediate_size` says.
+    let width = config.size("intermediate_size")?;
+    let mixer = |prefix: &str, idx: usize| {
+        Ok(Mixer::Gqa(Attention::load(loader, &format!("{prefix}.self_attn"), attention.clone(), idx)?))
+    };
+    let feed_forward = |prefix: &str, idx: usize| {
+        let mlp = format!("{prefix}.mlp");
+        let num_experts = of_layer(config, "num_experts", idx)?;
+        let shape = ExpertShape { num_experts, hidden_size: decoder.hidden_size, width };
+        let spec = RouterSpec {
+            top_k: of_layer(config, "moe_topk", idx)?,
+            scoring: Scoring::Softmax,
+            bias: None,
+            groups: None,
+            renormalize: Some(0.0),
+            scale: 1.0,
+        };
+        Ok(FeedForwardParts::Moe(MoeParts {
+            gate: moe::load_gate(loader, &format!("{mlp}.gate.wg"), shape)?,
+            spec,
+            experts: moe::load_experts(loader, &format!("{mlp}.experts"), moe::PROJECTIONS, shape)?,
+            shared: Some(SharedExpert {
+                mlp: Mlp::load(loader, &format!("{mlp}.shared_mlp"), decoder.hidden_size, width)?,
+                gate: None,
+            }),
+        }))
+    };
+    let parts = LayerParts { mixer: &mixer, feed_forward: &feed_forward };
+    Ok(Box::new(Decoder::load(source, decoder, parts)?))
+}
+
+/// A count that is one number for all layers, or a list with one for each.
+fn of_layer(config: &ModelConfig, key: &'static str, idx: usize) -> Result<usize, EngineError> {
+    if config.get(key).is_some_and(|value| value.is_array()) {
+        let error = || EngineError::Config { key, reason: format!("has no positive entry for layer {idx}") };
+        return config.counts(key)?.get(idx).copied().filter(|&count| count > 0).ok_or_else(error);
+    }
+    config.size(key)
+}

@@ -1,0 +1,55 @@
+//! MiniCPM and MiniCPM-MoE-8x2B (arXiv 2404.06395): scaled embedding, residual adds scaled by depth, scaled head.
+
+use kernels::{RouterSpec, Scoring};
+
+use super::{Model, ModelSource};
+use crate::error::EngineError;
+use crate::layers::attention::{Attention, AttentionConfig};
+use crate::layers::decoder::{Decoder, DecoderConfig, FeedForwardParts, LayerParts, Mixer, Multipliers};
+use crate::layers::mlp::Mlp;
+use crate::layers::moe::{self, ExpertShape, MoeParts};
+
+pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
+    let ModelSource { config, loader, max_model_len } = *source;
+    config.expect_silu()?;
+    let decoder = DecoderConfig::from_config(config, 1e-5)?;
+    let depth = config.size("num_hidden_layers")? as f64;
+    let base_width = config.float_or("dim_model_base", decoder.hidden_size as f64)?;
+    let decoder = DecoderConfig {
+        multipliers: Multipliers {
+            embedding: config.float_or("scale_emb", 1.0)?,
+            residual: config.float_or("scale_depth", 1.0)? / depth.sqrt(),
+            logits: base_width / decoder.hidden_size as f64,
+        },
+        ..decoder
+    };
+    let attention = AttentionConfig::from_config(config, max_model_len)?;
+    let width = config.size("intermediate_size")?;
+    let num_experts = config.count_or("num_experts", 0)?;
+    let shape = ExpertShape { num_experts, hidden_size: decoder.hidden_size, width };
+    let spec = RouterSpec {
+        top_k: config.count_or("num_experts_per_tok", 2)?,
+        scoring: Scoring::Softmax,
+        bias: None,
+        groups: None,
+        renormalize: Some(0.0),
+        scale: 1.0,
+    };
+    let mixer = |prefix: &str, idx: usize| {
+        Ok(Mixer::Gqa(Attention::load(loader, &format!("{prefix}.self_attn"), attention.clone(), idx)?))
+    };
+    let feed_forward = |prefix: &str, _: usize| {
+        let mlp = format!("{prefix}.mlp");
+        if num_experts == 0 {
+            return Ok(FeedForwardParts::Dense(Mlp::load(loader, &mlp, shape.hidden_size, width)?));
+        }
+        Ok(FeedForwardParts::Moe(MoeParts {
+            gate: moe::load_gate(loader, &format!("{mlp}.gate"), shape)?,
+            spec: spec.clone(),
+            experts: moe::load_experts(loader, &format!("{mlp}.experts"), ["w1", "w3", "w2"], shape)?,
+            shared: None,
+        }))
+    };
+    let parts = LayerParts { mixer: &mixer, feed_forward: &feed_forward };
+    Ok(Box::new(Decoder::load(source, decoder, parts)?))
+}
