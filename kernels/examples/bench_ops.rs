@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use candle_core::{Device, Tensor};
 use kernels::{
-    ExpertWeights, GqaSpec, KvFormat, PackedWeight, PagedBatch, PagedCache, TopK, WeightFormat, grouped_swiglu, linear,
-    paged_attention, pool,
+    Expert, ExpertWeights, GqaSpec, KvFormat, PackedWeight, PagedBatch, PagedCache, Reach, TopK, WeightFormat,
+    grouped_swiglu, linear, paged_attention, pool,
 };
 
 type AnyResult<T> = Result<T, Box<dyn std::error::Error>>;
@@ -101,7 +101,10 @@ fn bench_linear(num_tokens: usize, rows: usize, cols: usize) -> AnyResult<()> {
 fn bench_experts(num_tokens: usize, [hidden_size, intermediate, num_experts, k]: [usize; 4]) -> AnyResult<()> {
     const LAYERS: usize = 3;
     let expert = || {
-        Ok(ExpertWeights { gate_up: weight(2 * intermediate, hidden_size)?, down: weight(hidden_size, intermediate)? })
+        Ok(Expert::Glu(ExpertWeights::swiglu(
+            weight(2 * intermediate, hidden_size)?,
+            weight(hidden_size, intermediate)?,
+        )))
     };
     let layers: Vec<Vec<_>> =
         (0..LAYERS).map(|_| (0..num_experts).map(|_| expert()).collect()).collect::<AnyResult<_>>()?;
@@ -123,7 +126,7 @@ fn bench_experts(num_tokens: usize, [hidden_size, intermediate, num_experts, k]:
 }
 
 fn bench_attention(rows: usize, context_len: usize) -> AnyResult<()> {
-    let spec = GqaSpec { num_heads: 9, num_kv_heads: 3, head_dim: 64, scale: 0.125, window: None };
+    let spec = GqaSpec { num_heads: 9, num_kv_heads: 3, head_dim: 64, scale: 0.125, reach: Reach::Full };
     let width = 2 * spec.num_kv_heads * spec.head_dim;
     let num_blocks = context_len / 16;
     let mut cache = PagedCache::new(KvFormat::F32, 16, width, num_blocks)?;
@@ -137,7 +140,7 @@ fn bench_attention(rows: usize, context_len: usize) -> AnyResult<()> {
     };
     let q = tensor(&[rows, spec.num_heads, spec.head_dim])?;
     let seconds = best_time(|| {
-        black_box(paged_attention(&q, &cache, &batch, &spec)?);
+        black_box(paged_attention(&q, &cache, &batch, &spec, None)?);
         Ok(())
     })?;
     let pairs = rows * context_len - rows * (rows - 1) / 2;

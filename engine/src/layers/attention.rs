@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use kernels::{GqaSpec, RopeStyle, RopeTable};
+use kernels::{GqaSpec, Reach, RopeStyle, RopeTable};
 
 use super::linear::{Bias, Linear};
-use super::norm::RmsNorm;
+use super::norm::Norm;
 use super::rope::Rope;
 use crate::error::EngineError;
 use crate::models::{CacheSite, ForwardContext};
@@ -24,13 +24,31 @@ pub struct AttentionConfig {
     pub out_bias: Bias,
     /// Factor on the scores, `head_dim^-0.5` in most families.
     pub scale: f64,
-    pub window: Option<usize>,
+    pub reach: Reach,
+    /// A learned score per head that takes part in its softmax: `{prefix}.sinks [num_heads]`.
+    pub has_sinks: bool,
     pub names: AttentionNames,
     pub qk_norm: Option<QkNorm>,
     /// Clamp of queries, keys and values after their norms.
     pub clip: Option<f64>,
-    pub rope: Arc<RopeTable>,
+    /// `None`: positions do not rotate.
+    pub rope: Option<Arc<RopeTable>>,
     pub rope_style: RopeStyle,
+    pub temperature: Option<QueryTemperature>,
+}
+
+/// Queries grow with their position: `q * (1 + scale * ln(1 + floor((position + 1) / floor)))` (Llama 4's NoPE layers).
+#[derive(Clone, Copy, Debug)]
+pub struct QueryTemperature {
+    pub scale: f64,
+    pub floor: f64,
+}
+
+impl QueryTemperature {
+    fn factor(&self, position: u32) -> f32 {
+        let step = ((f64::from(position) + 1.0) / self.floor).floor();
+        (1.0 + self.scale * (1.0 + step).ln()) as f32
+    }
 }
 
 impl AttentionConfig {
@@ -50,11 +68,13 @@ impl AttentionConfig {
             qkv_bias: Bias::No,
             out_bias: Bias::No,
             scale: (head_dim as f64).powf(-0.5),
-            window: None,
+            reach: Reach::Full,
+            has_sinks: false,
             names: AttentionNames::default(),
             qk_norm: None,
             clip: None,
-            rope: Rope::from_config(config)?.table(rotary_dim(config, head_dim)?, max_model_len)?,
+            rope: Some(Rope::from_config(config)?.table(rotary_dim(config, head_dim)?, max_model_len)?),
+            temperature: None,
             rope_style: RopeStyle::Halves,
         })
     }
@@ -105,6 +125,8 @@ pub enum QkNorm {
     PerHead { eps: f64 },
     /// Over each head apart, after rotation.
     PerRotatedHead { eps: f64 },
+    /// Over each head apart, after rotation, without weights.
+    PerRotatedHeadUnit { eps: f64 },
     /// Over the whole projection, before the split into heads.
     Whole { eps: f64 },
 }
@@ -113,7 +135,8 @@ pub enum QkNorm {
 pub struct Attention {
     qkv: Linear,
     out: Linear,
-    norms: Option<(QkNorm, RmsNorm, RmsNorm)>,
+    norms: Option<(QkNorm, Norm, Norm)>,
+    sinks: Option<Vec<f32>>,
     config: AttentionConfig,
     spec: GqaSpec,
     site: usize,
@@ -132,21 +155,28 @@ impl Attention {
         let qkv = Linear::load_fused(loader, &parts, config.hidden_size, config.qkv_bias)?;
         let out = Linear::load(loader, &name(names.out), config.hidden_size, q_width, config.out_bias)?;
         let norms = config.qk_norm.map(|kind| {
+            if let QkNorm::PerRotatedHeadUnit { eps } = kind {
+                let unit = || Norm::unit(config.head_dim, eps);
+                return Ok((kind, unit()?, unit()?));
+            }
             let (q_len, k_len, eps) = match kind {
-                QkNorm::PerHead { eps } | QkNorm::PerRotatedHead { eps } => (config.head_dim, config.head_dim, eps),
+                QkNorm::PerHead { eps } | QkNorm::PerRotatedHead { eps } | QkNorm::PerRotatedHeadUnit { eps } => {
+                    (config.head_dim, config.head_dim, eps)
+                }
                 QkNorm::Whole { eps } => (q_width, kv_width, eps),
             };
-            let q_norm = RmsNorm::load(loader, &name(names.q_norm), q_len, eps)?;
-            Ok::<_, EngineError>((kind, q_norm, RmsNorm::load(loader, &name(names.k_norm), k_len, eps)?))
+            let q_norm = Norm::load(loader, &name(names.q_norm), q_len, eps)?;
+            Ok::<_, EngineError>((kind, q_norm, Norm::load(loader, &name(names.k_norm), k_len, eps)?))
         });
         let spec = GqaSpec {
             num_heads: config.num_heads,
             num_kv_heads: config.num_kv_heads,
             head_dim: config.head_dim,
             scale: config.scale as f32,
-            window: config.window,
+            reach: config.reach,
         };
-        Ok(Self { qkv, out, norms: norms.transpose()?, config, spec, site })
+        let sinks = config.has_sinks.then(|| loader.floats(&name("sinks"), &[config.num_heads])).transpose()?;
+        Ok(Self { qkv, out, norms: norms.transpose()?, sinks, config, spec, site })
     }
 
     pub fn cache_site(&self) -> CacheSite {
@@ -174,15 +204,21 @@ impl Attention {
             (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
         }
         let positions = &context.input.positions;
-        q = kernels::rope(&q, &self.config.rope, positions, self.config.rope_style)?;
-        k = kernels::rope(&k, &self.config.rope, positions, self.config.rope_style)?;
-        if let Some((QkNorm::PerRotatedHead { .. }, q_norm, k_norm)) = &self.norms {
+        if let Some(rope) = &self.config.rope {
+            q = kernels::rope(&q, rope, positions, self.config.rope_style)?;
+            k = kernels::rope(&k, rope, positions, self.config.rope_style)?;
+        }
+        if let Some((QkNorm::PerRotatedHead { .. } | QkNorm::PerRotatedHeadUnit { .. }, q_norm, k_norm)) = &self.norms {
             (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
+        }
+        if let Some(temperature) = self.config.temperature {
+            let factors: Vec<f32> = positions.iter().map(|&position| temperature.factor(position)).collect();
+            q = q.broadcast_mul(&Tensor::from_vec(factors, (num_tokens, 1, 1), q.device())?)?;
         }
         let rows = Tensor::cat(&[&k.reshape((num_tokens, kv_width))?, &v], 1)?;
         let cache = context.arena.site_mut(self.site);
         cache.write(&rows, &context.input.slot_mapping)?;
-        let attended = kernels::paged_attention(&q, cache, &context.input.paged, &self.spec)?;
+        let attended = kernels::paged_attention(&q, cache, &context.input.paged, &self.spec, self.sinks.as_deref())?;
         self.out.forward(&attended)
     }
 }

@@ -9,7 +9,7 @@ use candle_core::Tensor;
 use kernels::{MlaSpec, PackedWeight, RopeStyle, RopeTable};
 
 use super::linear::{Bias, Linear};
-use super::norm::RmsNorm;
+use super::norm::Norm;
 use crate::error::EngineError;
 use crate::models::{CacheSite, ForwardContext};
 use crate::weights::loader::Loader;
@@ -53,7 +53,7 @@ impl Default for LoraScales {
 pub struct MlaAttention {
     query: Query,
     kv_a: Linear,
-    kv_a_norm: RmsNorm,
+    kv_a_norm: Norm,
     /// Per head `[kv_lora_rank, qk_nope_head_dim]`.
     to_latent: Vec<PackedWeight>,
     /// Per head `[v_head_dim, kv_lora_rank]`.
@@ -67,7 +67,7 @@ pub struct MlaAttention {
 #[derive(Debug)]
 enum Query {
     Full(Linear),
-    LowRank { down: Linear, norm: RmsNorm, up: Linear },
+    LowRank { down: Linear, norm: Norm, up: Linear },
 }
 
 impl MlaAttention {
@@ -81,14 +81,14 @@ impl MlaAttention {
             Some(rank) => Query::LowRank {
                 down: Linear::load(loader, &name("q_a_proj"), rank, hidden, config.bias)?,
                 // What follows is linear, so the factor may act here, once and for all.
-                norm: RmsNorm::load(loader, &name("q_a_layernorm"), rank, config.lora_norm_eps)?
+                norm: Norm::load(loader, &name("q_a_layernorm"), rank, config.lora_norm_eps)?
                     .scaled(config.lora_scales.query)?,
                 up: Linear::load(loader, &name("q_b_proj"), q_width, rank, Bias::No)?,
             },
         };
         let kv_a_width = latent + config.qk_rope_head_dim;
         let kv_a = Linear::load(loader, &name("kv_a_proj_with_mqa"), kv_a_width, hidden, config.bias)?;
-        let kv_a_norm = RmsNorm::load(loader, &name("kv_a_layernorm"), latent, config.lora_norm_eps)?
+        let kv_a_norm = Norm::load(loader, &name("kv_a_layernorm"), latent, config.lora_norm_eps)?
             .scaled(config.lora_scales.latent)?;
         let (to_latent, from_latent) = load_kv_b(loader, &name("kv_b_proj.weight"), &config)?;
         let out = Linear::load(loader, &name("o_proj"), hidden, heads * config.v_head_dim, config.bias)?;

@@ -2,6 +2,7 @@
 
 pub mod attention;
 pub mod decoder;
+pub mod ends;
 pub mod linear;
 pub mod mla;
 pub mod mlp;

@@ -1,7 +1,7 @@
 //! The mixture-of-experts layer: router, routed experts, shared expert.
 
 use candle_core::Tensor;
-use kernels::{ExpertWeights, RouterSpec};
+use kernels::{Expert, ExpertWeights, PackedWeight, RouterSpec, TopK};
 
 use super::linear::{Bias, Linear};
 use super::mlp::Mlp;
@@ -25,10 +25,21 @@ pub struct ExpertShape {
 pub struct Moe {
     gate: Linear,
     spec: RouterSpec,
-    experts: Vec<ExpertWeights>,
+    experts: Vec<Expert>,
     shared: Option<SharedExpert>,
+    weighting: Weighting,
     /// Among the model's MoE layers, for the routing statistics.
     moe_idx: usize,
+}
+
+/// Where a router's weights act.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Weighting {
+    /// On what the experts give.
+    #[default]
+    Output,
+    /// On what the experts get (Llama 4).
+    Input,
 }
 
 /// Runs for every token beside the routed experts.
@@ -45,16 +56,17 @@ pub struct MoeParts {
     /// Router weights `[num_experts, hidden_size]`.
     pub gate: Linear,
     pub spec: RouterSpec,
-    pub experts: Vec<ExpertWeights>,
+    pub experts: Vec<Expert>,
     pub shared: Option<SharedExpert>,
+    pub weighting: Weighting,
 }
 
 impl Moe {
     /// Refuses a router that cannot choose among the experts: at load, not in the first step.
     pub fn new(parts: MoeParts, moe_idx: usize) -> Result<Self, EngineError> {
-        let MoeParts { gate, spec, experts, shared } = parts;
+        let MoeParts { gate, spec, experts, shared, weighting } = parts;
         spec.check(experts.len())?;
-        Ok(Self { gate, spec, experts, shared, moe_idx })
+        Ok(Self { gate, spec, experts, shared, weighting, moe_idx })
     }
 
     pub fn num_experts(&self) -> usize {
@@ -65,12 +77,37 @@ impl Moe {
     pub fn forward(&self, x: &Tensor, context: &mut ForwardContext) -> Result<Tensor, EngineError> {
         let topk = kernels::route(&self.gate.forward(x)?, &self.spec)?;
         context.routing.record(self.moe_idx, &topk);
-        let routed = kernels::grouped_swiglu(x, &self.experts, &topk)?;
+        let routed = match self.weighting {
+            Weighting::Output => kernels::grouped_swiglu(x, &self.experts, &topk)?,
+            Weighting::Input => weigh_inputs(x, &self.experts, &topk)?,
+        };
         match &self.shared {
             None => Ok(routed),
             Some(shared) => Ok((routed + shared.forward(x)?)?),
         }
     }
+}
+
+/// `Σ expert(weight * x)` over the slots of each token, in slot order.
+fn weigh_inputs(x: &Tensor, experts: &[Expert], topk: &TopK) -> Result<Tensor, EngineError> {
+    let num_tokens = x.dim(0)?;
+    let mut sum: Option<Tensor> = None;
+    for slot in 0..topk.k {
+        let of_slot = |pair: usize| pair * topk.k + slot;
+        let weights: Vec<f32> = (0..num_tokens).map(|token| topk.weights[of_slot(token)]).collect();
+        let choice = TopK {
+            experts: (0..num_tokens).map(|token| topk.experts[of_slot(token)]).collect(),
+            weights: vec![1.0; num_tokens],
+            k: 1,
+        };
+        let weighted = x.broadcast_mul(&Tensor::from_vec(weights, (num_tokens, 1), x.device())?)?;
+        let out = kernels::grouped_swiglu(&weighted, experts, &choice)?;
+        sum = Some(match sum {
+            Some(sum) => (sum + out)?,
+            None => out,
+        });
+    }
+    Ok(sum.expect("a router chooses at least one expert"))
 }
 
 impl SharedExpert {
@@ -99,7 +136,7 @@ pub fn load_experts(
     prefix: &str,
     names: [&str; 3],
     shape: ExpertShape,
-) -> Result<Vec<ExpertWeights>, EngineError> {
+) -> Result<Vec<Expert>, EngineError> {
     let fused = format!("{prefix}.gate_up_proj");
     if loader.has(&fused) {
         return load_stacked_experts(loader, [&fused, &format!("{prefix}.down_proj")], shape);
@@ -110,19 +147,32 @@ pub fn load_experts(
             let name = |part: &str| format!("{prefix}.{idx}.{part}.weight");
             let gate_up =
                 loader.fused_weight(&[(name(gate), shape.width), (name(up), shape.width)], shape.hidden_size)?;
-            Ok(ExpertWeights { gate_up, down: loader.weight(&name(down), shape.hidden_size, shape.width)? })
+            let down = loader.weight(&name(down), shape.hidden_size, shape.width)?;
+            Ok(Expert::Glu(ExpertWeights::swiglu(gate_up, down)))
         })
         .collect()
 }
 
 /// Experts stacked in two tensors: `[E, 2I, H]` with the gate's rows first, and `[E, H, I]`.
-pub fn load_stacked_experts(
-    loader: &Loader,
-    names: [&str; 2],
-    shape: ExpertShape,
-) -> Result<Vec<ExpertWeights>, EngineError> {
+pub fn load_stacked_experts(loader: &Loader, names: [&str; 2], shape: ExpertShape) -> Result<Vec<Expert>, EngineError> {
     let ExpertShape { num_experts, hidden_size, width } = shape;
     let gate_up = loader.stacked_weights(names[0], [num_experts, 2 * width, hidden_size])?;
     let down = loader.stacked_weights(names[1], [num_experts, hidden_size, width])?;
-    Ok(gate_up.into_iter().zip(down).map(|(gate_up, down)| ExpertWeights { gate_up, down }).collect())
+    let expert = |(gate_up, down)| Expert::Glu(ExpertWeights::swiglu(gate_up, down));
+    Ok(gate_up.into_iter().zip(down).map(expert).collect())
+}
+
+/// Matrices stored as `[experts, in, out]`, each as `[out, in]`; `shape` is `[experts, out, in]`.
+pub fn load_transposed(loader: &Loader, name: &str, shape: [usize; 3]) -> Result<Vec<PackedWeight>, EngineError> {
+    let [num_experts, rows, cols] = shape;
+    let stored = loader.borrow_stacked(name, [num_experts, cols, rows])?;
+    stored
+        .iter()
+        .map(|weight| loader.made(weight.format(), [rows, cols], &transposed(&weight.to_f32(), rows)))
+        .collect()
+}
+
+/// `[rows, cols]` to `[cols, rows]`.
+pub fn transposed(values: &[f32], cols: usize) -> Vec<f32> {
+    (0..cols).flat_map(|col| values.iter().skip(col).step_by(cols).copied()).collect()
 }

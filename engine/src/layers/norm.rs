@@ -1,34 +1,73 @@
-//! Root-mean-square normalisation.
+//! Normalisation: root-mean-square, or layer norm with a bias in the one family that has it.
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 
 use crate::error::EngineError;
 use crate::weights::loader::Loader;
 
 #[derive(Debug)]
-pub struct RmsNorm {
+pub struct Norm {
     weight: Tensor,
+    /// Of a layer norm; an RMS norm has none.
+    bias: Option<Tensor>,
     eps: f32,
 }
 
-impl RmsNorm {
-    /// `{name}.weight [len]`.
+/// Which of the two a family takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormKind {
+    Rms,
+    /// `{name}.bias` beside the weight.
+    Layer,
+}
+
+impl Norm {
+    /// An RMS norm: `{name}.weight [len]`.
     pub fn load(loader: &Loader, name: &str, len: usize, eps: f64) -> Result<Self, EngineError> {
-        Ok(Self { weight: loader.vector(&format!("{name}.weight"), len)?, eps: eps as f32 })
+        Self::load_kind(loader, name, len, (NormKind::Rms, eps))
+    }
+
+    /// An RMS norm without weights.
+    pub fn unit(len: usize, eps: f64) -> Result<Self, EngineError> {
+        Ok(Self { weight: Tensor::ones(len, DType::F32, &Device::Cpu)?, bias: None, eps: eps as f32 })
+    }
+
+    /// Either kind.
+    pub fn load_kind(
+        loader: &Loader,
+        name: &str,
+        len: usize,
+        (kind, eps): (NormKind, f64),
+    ) -> Result<Self, EngineError> {
+        let bias = match kind {
+            NormKind::Rms => None,
+            NormKind::Layer => Some(loader.vector(&format!("{name}.bias"), len)?),
+        };
+        Ok(Self { weight: loader.vector(&format!("{name}.weight"), len)?, bias, eps: eps as f32 })
     }
 
     /// The norm with its output multiplied by `factor`.
     pub fn scaled(self, factor: f64) -> Result<Self, EngineError> {
-        Ok(Self { weight: (self.weight * factor)?, ..self })
+        let bias = self.bias.map(|bias| bias * factor).transpose()?;
+        Ok(Self { weight: (self.weight * factor)?, bias, ..self })
     }
 
     /// Over the last dimension.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor, EngineError> {
-        Ok(kernels::rms_norm(x, &self.weight, self.eps)?)
+        match &self.bias {
+            None => Ok(kernels::rms_norm(x, &self.weight, self.eps)?),
+            Some(bias) => Ok(kernels::layer_norm(x, &self.weight, bias, self.eps)?),
+        }
     }
 
     /// `(norm(x + residual), x + residual)`.
     pub fn forward_residual(&self, x: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor), EngineError> {
-        Ok(kernels::rms_norm_residual(x, residual, &self.weight, self.eps)?)
+        match &self.bias {
+            None => Ok(kernels::rms_norm_residual(x, residual, &self.weight, self.eps)?),
+            Some(_) => {
+                let sum = (x + residual)?;
+                Ok((self.forward(&sum)?, sum))
+            }
+        }
     }
 }

@@ -23,6 +23,7 @@ enum Scaling {
     None,
     Linear { factor: f64 },
     NtkAlpha { alpha: f64 },
+    LongRope { factors: Vec<f64>, amplitude: f64 },
     Llama3 { factor: f64, low_freq_factor: f64, high_freq_factor: f64, original_len: f64 },
     Yarn(Yarn),
 }
@@ -60,6 +61,10 @@ impl Rope {
             return Err(EngineError::Limit { what: "the rotary width of a head", value: dim as u64, allowed });
         }
         let (frequencies, amplitude) = self.frequencies(dim);
+        if frequencies.len() != dim / 2 {
+            let reason = format!("has {} factors, expected {}", frequencies.len(), dim / 2);
+            return Err(EngineError::Config { key: "rope_scaling", reason });
+        }
         // f32 throughout, as the reference computes angles.
         let angles = (0..max_len).flat_map(|position| frequencies.iter().map(move |&f| position as f32 * f));
         let (cos, sin) = angles
@@ -88,6 +93,10 @@ impl Rope {
                 let theta = self.theta * alpha.powf(dim as f64 / (dim as f64 - 2.0));
                 let frequency = |i: usize| theta.powf(-2.0 * i as f64 / dim as f64) as f32;
                 ((0..dim / 2).map(frequency).collect(), 1.0)
+            }
+            Scaling::LongRope { factors, amplitude } => {
+                let stretched = plain.zip(factors).map(|(f, factor)| (f / factor) as f32);
+                (stretched.collect(), *amplitude)
             }
             Scaling::Linear { factor } => (plain.map(|f| (f / factor) as f32).collect(), 1.0),
             Scaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_len } => {
@@ -121,6 +130,7 @@ impl Scaling {
         let original_len = section.float_or("original_max_position_embeddings", max_len)?;
         match kind {
             "default" => Ok(Self::None),
+            "longrope" | "su" => Self::longrope(section, config),
             // Hunyuan's static NTK; without `alpha` the base is stretched only past the positions a model is made for,
             // which are never served.
             "dynamic" => Ok(section.opt_float("alpha")?.map_or(Self::None, |alpha| Self::NtkAlpha { alpha })),
@@ -142,10 +152,27 @@ impl Scaling {
                 attention_factor: section.opt_float("attention_factor")?,
             })),
             other => {
-                let reason = format!("has type `{other}`, supported are default, linear, dynamic, llama3, yarn");
+                let reason =
+                    format!("has type `{other}`, supported are default, linear, dynamic, llama3, longrope, yarn");
                 Err(EngineError::Config { key: "rope_scaling", reason })
             }
         }
+    }
+}
+
+impl Scaling {
+    /// LongRoPE (arXiv 2402.13753) with its factors for short contexts, which the reference of Phi-3.5-MoE always takes.
+    fn longrope(section: &ModelConfig, config: &ModelConfig) -> Result<Self, EngineError> {
+        let key = "rope_scaling.short_factor";
+        let reason = || EngineError::Config { key, reason: "is missing, or not a list of numbers".into() };
+        let list = section.get("short_factor").and_then(|list| list.as_array()).ok_or_else(reason)?;
+        let factors: Vec<f64> = list.iter().map(|item| item.as_f64().ok_or_else(reason)).collect::<Result<_, _>>()?;
+        let max_len = config.count_or("max_position_embeddings", 0)? as f64;
+        let original = config.float_or("original_max_position_embeddings", max_len)?;
+        let original = section.float_or("original_max_position_embeddings", original)?;
+        let stretch = max_len / original;
+        let formula = if stretch <= 1.0 { 1.0 } else { (1.0 + stretch.ln() / original.ln()).sqrt() };
+        Ok(Self::LongRope { factors, amplitude: section.float_or("short_mscale", formula)? })
     }
 }
 

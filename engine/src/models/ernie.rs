@@ -6,7 +6,8 @@ use super::fine_grained::{ChoiceBias, FineGrained};
 use super::{Model, ModelSource};
 use crate::error::EngineError;
 use crate::layers::attention::{Attention, AttentionConfig};
-use crate::layers::decoder::{Decoder, DecoderConfig, HeadKind, LayerParts, Mixer};
+use crate::layers::decoder::{Decoder, LayerParts, Mixer};
+use crate::layers::ends::{DecoderConfig, HeadKind};
 use crate::layers::moe::ExpertShape;
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {

@@ -1,10 +1,13 @@
 //! GLM-4.5 and GLM-4.6 (MoE), and dots.llm1: grouped-query attention over DeepSeek-V3's experts.
 
+use kernels::Reach;
+
 use super::fine_grained::{ChoiceBias, FineGrained, sigmoid_router};
 use super::{Model, ModelSource};
 use crate::error::EngineError;
 use crate::layers::attention::{Attention, AttentionConfig, QkNorm};
-use crate::layers::decoder::{Decoder, DecoderConfig, LayerParts, Mixer};
+use crate::layers::decoder::{Decoder, LayerParts, Mixer};
+use crate::layers::ends::DecoderConfig;
 
 /// Partial rotation, optional norms per head, biases on queries, keys and values only.
 pub fn load_glm(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
@@ -30,9 +33,10 @@ pub fn load_dots(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         qk_norm: Some(QkNorm::PerHead { eps: decoder.rms_norm_eps }),
         ..AttentionConfig::from_config(config, source.max_model_len)?
     };
-    let window = config.opt_count("sliding_window")?;
+    let window = config.window("sliding_window")?;
     let first_window = config.count_or("max_window_layers", usize::MAX)?;
-    let of_layer = |idx| AttentionConfig { window: window.filter(|_| idx >= first_window), ..attention.clone() };
+    let of_layer =
+        |idx| AttentionConfig { reach: if idx >= first_window { window } else { Reach::Full }, ..attention.clone() };
     load(source, decoder, &of_layer)
 }
 

@@ -5,9 +5,10 @@ use kernels::{RouterSpec, Scoring};
 use super::{Model, ModelSource};
 use crate::error::EngineError;
 use crate::layers::attention::{Attention, AttentionConfig, AttentionNames, QkNorm};
-use crate::layers::decoder::{Decoder, DecoderConfig, FeedForwardParts, LayerParts, Mixer};
+use crate::layers::decoder::{Decoder, FeedForwardParts, LayerParts, Mixer};
+use crate::layers::ends::DecoderConfig;
 use crate::layers::mlp::Mlp;
-use crate::layers::moe::{self, ExpertShape, MoeParts, SharedExpert};
+use crate::layers::moe::{self, ExpertShape, MoeParts, SharedExpert, Weighting};
 use crate::weights::model_config::ModelConfig;
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
@@ -48,6 +49,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
                 mlp: Mlp::load(loader, &format!("{mlp}.shared_mlp"), decoder.hidden_size, width)?,
                 gate: None,
             }),
+            weighting: Weighting::default(),
         }))
     };
     let parts = LayerParts { mixer: &mixer, feed_forward: &feed_forward };

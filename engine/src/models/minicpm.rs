@@ -5,9 +5,10 @@ use kernels::{RouterSpec, Scoring};
 use super::{Model, ModelSource};
 use crate::error::EngineError;
 use crate::layers::attention::{Attention, AttentionConfig};
-use crate::layers::decoder::{Decoder, DecoderConfig, FeedForwardParts, LayerParts, Mixer, Multipliers};
+use crate::layers::decoder::{Decoder, FeedForwardParts, LayerParts, Mixer};
+use crate::layers::ends::{DecoderConfig, Multipliers};
 use crate::layers::mlp::Mlp;
-use crate::layers::moe::{self, ExpertShape, MoeParts};
+use crate::layers::moe::{self, ExpertShape, MoeParts, Weighting};
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let ModelSource { config, loader, max_model_len } = *source;
@@ -48,6 +49,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
             spec: spec.clone(),
             experts: moe::load_experts(loader, &format!("{mlp}.experts"), ["w1", "w3", "w2"], shape)?,
             shared: None,
+            weighting: Weighting::default(),
         }))
     };
     let parts = LayerParts { mixer: &mixer, feed_forward: &feed_forward };

@@ -5,8 +5,9 @@ use kernels::{RouterSpec, Scoring};
 use super::{Model, ModelSource};
 use crate::error::EngineError;
 use crate::layers::attention::{Attention, AttentionConfig, QkNorm};
-use crate::layers::decoder::{Decoder, DecoderConfig, FeedForwardParts, LayerParts, Mixer};
-use crate::layers::moe::{self, ExpertShape, MoeParts};
+use crate::layers::decoder::{Decoder, FeedForwardParts, LayerParts, Mixer};
+use crate::layers::ends::DecoderConfig;
+use crate::layers::moe::{self, ExpertShape, MoeParts, Weighting};
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let ModelSource { config, loader, max_model_len } = *source;
@@ -40,6 +41,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
             },
             experts: moe::load_experts(loader, &format!("{block}.experts"), ["w1", "w3", "w2"], shape)?,
             shared: None,
+            weighting: Weighting::default(),
         }))
     };
     let parts = LayerParts { mixer: &mixer, feed_forward: &feed_forward };

@@ -5,8 +5,9 @@ use kernels::{RouterSpec, Scoring};
 use super::{Model, ModelSource};
 use crate::error::EngineError;
 use crate::layers::attention::{Attention, AttentionConfig};
-use crate::layers::decoder::{Decoder, DecoderConfig, FeedForwardParts, LayerParts, Mixer};
-use crate::layers::moe::{self, ExpertShape, MoeParts};
+use crate::layers::decoder::{Decoder, FeedForwardParts, LayerParts, Mixer};
+use crate::layers::ends::DecoderConfig;
+use crate::layers::moe::{self, ExpertShape, MoeParts, Weighting};
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let ModelSource { config, loader, max_model_len } = *source;
@@ -18,7 +19,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         width: config.size("intermediate_size")?,
     };
     let attention = AttentionConfig {
-        window: config.opt_size("sliding_window")?,
+        reach: config.window("sliding_window")?,
         ..AttentionConfig::from_config(config, max_model_len)?
     };
     let spec = RouterSpec {
@@ -39,6 +40,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
             spec: spec.clone(),
             experts: moe::load_experts(loader, &format!("{block}.experts"), ["w1", "w3", "w2"], shape)?,
             shared: None,
+            weighting: Weighting::default(),
         }))
     };
     let parts = LayerParts { mixer: &mixer, feed_forward: &feed_forward };

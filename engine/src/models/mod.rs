@@ -5,12 +5,16 @@ mod deepseek;
 mod ernie;
 mod fine_grained;
 mod glm4_moe;
+mod gpt_oss;
 mod granite_moe;
 mod hunyuan;
+mod llama4;
+mod longcat;
 mod minicpm;
 mod minimax;
 mod mixtral;
 mod olmoe;
+mod phimoe;
 mod qwen_moe;
 
 use candle_core::Tensor;
@@ -84,6 +88,8 @@ pub struct ModelSource<'a, 'c> {
 pub struct Architecture {
     /// `model_type` of config.json.
     pub model_type: &'static str,
+    /// Attentions of a layer that keep something per token.
+    pub sites_per_layer: u64,
     pub load: fn(&ModelSource) -> Result<Box<dyn Model>, EngineError>,
     /// Tensors of published checkpoints that serving has no use for.
     pub ignored: fn(&ModelConfig, &str) -> bool,
@@ -91,22 +97,62 @@ pub struct Architecture {
 
 /// Every architecture this build serves.
 pub static ARCHITECTURES: &[Architecture] = &[
-    Architecture { model_type: "mixtral", load: mixtral::load, ignored: nothing },
-    Architecture { model_type: "qwen2_moe", load: qwen_moe::load_qwen2, ignored: nothing },
-    Architecture { model_type: "qwen3_moe", load: qwen_moe::load_qwen3, ignored: nothing },
-    Architecture { model_type: "olmoe", load: olmoe::load, ignored: nothing },
-    Architecture { model_type: "granitemoe", load: granite_moe::load, ignored: nothing },
-    Architecture { model_type: "deepseek_v2", load: deepseek::load_v2, ignored: fine_grained::is_mtp_tensor },
-    Architecture { model_type: "deepseek_v3", load: deepseek::load_v3, ignored: fine_grained::is_mtp_tensor },
-    Architecture { model_type: "kimi_k2", load: deepseek::load_v3, ignored: fine_grained::is_mtp_tensor },
-    Architecture { model_type: "pangu_ultra_moe", load: deepseek::load_pangu, ignored: fine_grained::is_mtp_tensor },
-    Architecture { model_type: "glm4_moe", load: glm4_moe::load_glm, ignored: fine_grained::is_mtp_tensor },
-    Architecture { model_type: "dots1", load: glm4_moe::load_dots, ignored: nothing },
-    Architecture { model_type: "ernie4_5_moe", load: ernie::load, ignored: is_mtp_named },
-    Architecture { model_type: "hunyuan_v1_moe", load: hunyuan::load, ignored: nothing },
-    Architecture { model_type: "minimax_m2", load: minimax::load, ignored: fine_grained::is_mtp_tensor },
-    Architecture { model_type: "minicpm", load: minicpm::load, ignored: nothing },
-    Architecture { model_type: "bailing_moe", load: bailing::load, ignored: fine_grained::is_mtp_tensor },
+    Architecture { model_type: "mixtral", sites_per_layer: 1, load: mixtral::load, ignored: nothing },
+    Architecture { model_type: "qwen2_moe", sites_per_layer: 1, load: qwen_moe::load_qwen2, ignored: nothing },
+    Architecture { model_type: "qwen3_moe", sites_per_layer: 1, load: qwen_moe::load_qwen3, ignored: nothing },
+    Architecture { model_type: "olmoe", sites_per_layer: 1, load: olmoe::load, ignored: nothing },
+    Architecture { model_type: "granitemoe", sites_per_layer: 1, load: granite_moe::load, ignored: nothing },
+    Architecture {
+        model_type: "deepseek_v2",
+        sites_per_layer: 1,
+        load: deepseek::load_v2,
+        ignored: fine_grained::is_mtp_tensor,
+    },
+    Architecture {
+        model_type: "deepseek_v3",
+        sites_per_layer: 1,
+        load: deepseek::load_v3,
+        ignored: fine_grained::is_mtp_tensor,
+    },
+    Architecture {
+        model_type: "kimi_k2",
+        sites_per_layer: 1,
+        load: deepseek::load_v3,
+        ignored: fine_grained::is_mtp_tensor,
+    },
+    Architecture {
+        model_type: "pangu_ultra_moe",
+        sites_per_layer: 1,
+        load: deepseek::load_pangu,
+        ignored: fine_grained::is_mtp_tensor,
+    },
+    Architecture {
+        model_type: "glm4_moe",
+        sites_per_layer: 1,
+        load: glm4_moe::load_glm,
+        ignored: fine_grained::is_mtp_tensor,
+    },
+    Architecture { model_type: "dots1", sites_per_layer: 1, load: glm4_moe::load_dots, ignored: nothing },
+    Architecture { model_type: "ernie4_5_moe", sites_per_layer: 1, load: ernie::load, ignored: is_mtp_named },
+    Architecture { model_type: "hunyuan_v1_moe", sites_per_layer: 1, load: hunyuan::load, ignored: nothing },
+    Architecture {
+        model_type: "minimax_m2",
+        sites_per_layer: 1,
+        load: minimax::load,
+        ignored: fine_grained::is_mtp_tensor,
+    },
+    Architecture { model_type: "minicpm", sites_per_layer: 1, load: minicpm::load, ignored: nothing },
+    Architecture { model_type: "longcat_flash", sites_per_layer: 2, load: longcat::load, ignored: longcat::is_ignored },
+    Architecture { model_type: "llama4", sites_per_layer: 1, load: llama4::load, ignored: llama4::is_vision_tensor },
+    Architecture { model_type: "llama4_text", sites_per_layer: 1, load: llama4::load, ignored: nothing },
+    Architecture { model_type: "gpt_oss", sites_per_layer: 1, load: gpt_oss::load, ignored: nothing },
+    Architecture { model_type: "phimoe", sites_per_layer: 1, load: phimoe::load, ignored: nothing },
+    Architecture {
+        model_type: "bailing_moe",
+        sites_per_layer: 1,
+        load: bailing::load,
+        ignored: fine_grained::is_mtp_tensor,
+    },
 ];
 
 /// Looks a `model_type` up.

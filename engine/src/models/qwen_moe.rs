@@ -1,14 +1,15 @@
 //! Qwen2-MoE and Qwen3-MoE: dense and sparse layers mixed; Qwen2 gates a shared expert, Qwen3 normalises heads.
 
-use kernels::{RouterSpec, Scoring};
+use kernels::{Reach, RouterSpec, Scoring};
 
 use super::{Model, ModelSource};
 use crate::error::EngineError;
 use crate::layers::attention::{Attention, AttentionConfig, QkNorm};
-use crate::layers::decoder::{Decoder, DecoderConfig, FeedForwardParts, LayerParts, Mixer};
+use crate::layers::decoder::{Decoder, FeedForwardParts, LayerParts, Mixer};
+use crate::layers::ends::DecoderConfig;
 use crate::layers::linear::{Bias, Linear};
 use crate::layers::mlp::Mlp;
-use crate::layers::moe::{self, ExpertShape, MoeParts, SharedExpert};
+use crate::layers::moe::{self, ExpertShape, MoeParts, SharedExpert, Weighting};
 use crate::weights::model_config::ModelConfig;
 
 pub fn load_qwen2(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
@@ -33,7 +34,7 @@ pub fn load_qwen2(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         }))
     };
     let mixer = |prefix: &str, idx: usize| {
-        let attention = AttentionConfig { window: windows.of_layer(idx), ..attention.clone() };
+        let attention = AttentionConfig { reach: windows.of_layer(idx), ..attention.clone() };
         Ok(Mixer::Gqa(Attention::load(loader, &format!("{prefix}.self_attn"), attention, idx)?))
     };
     let sparse = SparseLayers::from_config(config, config.size("num_experts")?)?;
@@ -46,14 +47,14 @@ pub fn load_qwen3(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let ModelSource { config, loader, max_model_len } = *source;
     let decoder = DecoderConfig::from_config(config, 1e-6)?;
     let bias = config.flag_or("attention_bias", false)?.into();
-    let window = match config.flag_or("use_sliding_window", false)? {
-        true => config.opt_size("sliding_window")?,
-        false => None,
+    let reach = match config.flag_or("use_sliding_window", false)? {
+        true => config.window("sliding_window")?,
+        false => Reach::Full,
     };
     let attention = AttentionConfig {
         qkv_bias: bias,
         out_bias: bias,
-        window,
+        reach,
         qk_norm: Some(QkNorm::PerHead { eps: decoder.rms_norm_eps }),
         ..AttentionConfig::from_config(config, max_model_len)?
     };
@@ -73,21 +74,22 @@ pub fn load_qwen3(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
 
 /// Sliding windows of Qwen2-MoE: every other layer below `max_window_layers`, if switched on at all.
 struct Qwen2Windows {
-    window: Option<usize>,
+    window: Reach,
     max_window_layers: usize,
 }
 
 impl Qwen2Windows {
     fn from_config(config: &ModelConfig) -> Result<Self, EngineError> {
         let window = match config.flag_or("use_sliding_window", false)? {
-            true => config.opt_size("sliding_window")?,
-            false => None,
+            true => config.window("sliding_window")?,
+            false => Reach::Full,
         };
         Ok(Self { window, max_window_layers: config.count_or("max_window_layers", 28)? })
     }
 
-    fn of_layer(&self, idx: usize) -> Option<usize> {
-        self.window.filter(|_| (idx + 1) % 2 == 1 && idx < self.max_window_layers)
+    fn of_layer(&self, idx: usize) -> Reach {
+        let is_sliding = (idx + 1) % 2 == 1 && idx < self.max_window_layers;
+        if is_sliding { self.window } else { Reach::Full }
     }
 }
 
@@ -139,6 +141,7 @@ impl SparseLayers {
             spec: self.spec.clone(),
             experts: moe::load_experts(loader, &format!("{mlp}.experts"), moe::PROJECTIONS, self.shape)?,
             shared: shared(prefix)?,
+            weighting: Weighting::default(),
         }))
     }
 }

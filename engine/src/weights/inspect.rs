@@ -88,13 +88,13 @@ pub fn inspect(model_dir: &Path) -> Result<Inspection, EngineError> {
         &config,
         &["num_local_experts", "num_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts"],
     )?;
-    let num_experts_per_tok = first_count(&config, &["num_experts_per_tok", "moe_k", "moe_topk"])?;
+    let num_experts_per_tok = first_count(&config, &["num_experts_per_tok", "experts_per_token", "moe_k", "moe_topk"])?;
     let num_parameters = tally.parameters(|class| class != TensorClass::Ignored);
     let num_idle = tally.parameters(|class| class == TensorClass::Experts) / num_experts as u64
         * num_experts.saturating_sub(num_experts_per_tok) as u64;
     let dtypes = tally.dtypes_by_size();
     let (kv_dtype, kv_element_bytes) = if dtypes.first() == Some(&Dtype::F32) { ("f32", 4) } else { ("bf16", 2) };
-    let num_layers = config.size("num_hidden_layers")?;
+    let num_layers = first_count(&config, &["num_hidden_layers", "num_layers"])?;
     Ok(Inspection {
         architecture: model_type.to_owned(),
         num_layers,
@@ -108,7 +108,9 @@ pub fn inspect(model_dir: &Path) -> Result<Inspection, EngineError> {
         num_active_parameters: num_parameters - num_idle,
         weight_bytes: checkpoint.total_bytes(),
         kv_dtype,
-        kv_bytes_per_token: cache_width(&config)?.saturating_mul(num_layers as u64).saturating_mul(kv_element_bytes),
+        kv_bytes_per_token: cache_width(&config)?
+            .saturating_mul(architecture.sites_per_layer * num_layers as u64)
+            .saturating_mul(kv_element_bytes),
         dtypes: dtypes.iter().map(|dtype| format!("{dtype:?}").to_lowercase()).collect(),
         classes: tally.classes.into_values().collect(),
     })
@@ -128,9 +130,13 @@ impl Tally {
         let size = self.classes.entry(class).or_insert(empty);
         size.num_tensors += 1;
         size.num_bytes += num_bytes;
-        if !name.ends_with("_scale_inv") {
-            size.num_parameters += shape.iter().map(|&size| size as u64).product::<u64>();
-        }
+        // Scales are no parameters; a byte of MXFP4 holds two.
+        let per_element = match () {
+            () if name.ends_with("_scale_inv") || name.ends_with("_scales") => 0,
+            () if name.ends_with("_blocks") => 2,
+            () => 1,
+        };
+        size.num_parameters += per_element * shape.iter().map(|&size| size as u64).product::<u64>();
         match self.bytes_by_dtype.iter_mut().find(|(known, _)| *known == dtype) {
             Some((_, bytes)) => *bytes += num_bytes,
             None => self.bytes_by_dtype.push((dtype, num_bytes)),
@@ -153,7 +159,7 @@ impl Tally {
 
 /// `17` of `model.layers.17.mlp…`.
 fn layer_of(name: &str) -> Option<&str> {
-    name.strip_prefix("model.layers.")?.split('.').next()
+    name.split_once("model.layers.")?.1.split('.').next()
 }
 
 /// Sorts a tensor by its name, in the spellings of every supported architecture.
@@ -161,13 +167,13 @@ fn classify(name: &str) -> TensorClass {
     let has = |part: &str| name.contains(part);
     match () {
         () if has("embed_tokens.") || has("word_embeddings.") => TensorClass::Embedding,
-        () if name.starts_with("lm_head.") => TensorClass::LmHead,
+        () if has("lm_head.") => TensorClass::LmHead,
         () if has("norm.") => TensorClass::Norms,
         () if has(".self_attn.") || has(".attention.") => TensorClass::Attention,
         () if has(".shared_expert") || has(".shared_mlp.") => TensorClass::SharedExperts,
         () if has(".experts.") || has(".input_linear.") || has(".output_linear.") => TensorClass::Experts,
         () if has(".gate.") || has(".router.") || has("e_score_correction_bias") => TensorClass::Router,
-        () if has(".mlp.") => TensorClass::DenseFfn,
+        () if has(".mlp.") || has(".mlps.") || has(".feed_forward.") => TensorClass::DenseFfn,
         () => TensorClass::Other,
     }
 }

@@ -12,6 +12,9 @@ use super::fp8;
 use crate::config::WeightDtype;
 use crate::error::EngineError;
 
+/// Where multimodal checkpoints keep the language model's tensors.
+const NESTED_PREFIX: &str = "language_model.";
+
 /// Bytes read so far and in all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LoadProgress {
@@ -23,6 +26,8 @@ pub struct LoadProgress {
 pub struct Loader<'a> {
     checkpoint: &'a Checkpoint,
     total_bytes: u64,
+    /// Of every name: multimodal checkpoints keep their language model under one.
+    prefix: &'static str,
     dtype: WeightDtype,
     state: RefCell<LoadState<'a>>,
 }
@@ -37,11 +42,13 @@ struct LoadState<'a> {
 impl<'a> Loader<'a> {
     pub fn new(checkpoint: &'a Checkpoint, dtype: WeightDtype, progress: &'a mut dyn FnMut(LoadProgress)) -> Self {
         let state = LoadState { taken: BTreeSet::new(), done_bytes: 0, weight_bytes: 0, progress };
-        Self { checkpoint, total_bytes: checkpoint.total_bytes(), dtype, state: RefCell::new(state) }
+        let is_nested = checkpoint.iter().any(|(name, _)| name.starts_with(NESTED_PREFIX));
+        let prefix = if is_nested { NESTED_PREFIX } else { "" };
+        Self { checkpoint, total_bytes: checkpoint.total_bytes(), prefix, dtype, state: RefCell::new(state) }
     }
 
     pub fn has(&self, name: &str) -> bool {
-        self.checkpoint.get(name).is_some()
+        self.checkpoint.get(&format!("{}{name}", self.prefix)).is_some()
     }
 
     /// A matrix `[rows, cols]` for [`kernels::linear`].
@@ -66,6 +73,36 @@ impl<'a> Loader<'a> {
         weight_format(name, entry)?;
         let stride = entry.num_bytes / count;
         (0..count).map(|idx| self.keep(vec![self.stored(name, entry, idx * stride, [rows, cols])?])).collect()
+    }
+
+    /// The matrices of a stacked tensor `[count, rows, cols]`, borrowed: for those that change on their way in.
+    pub fn borrow_stacked(
+        &self,
+        name: &str,
+        [count, rows, cols]: [usize; 3],
+    ) -> Result<Vec<PackedWeight>, EngineError> {
+        let entry = self.take(name, &[count, rows, cols])?;
+        let stride = entry.num_bytes / count;
+        (0..count).map(|idx| self.stored(name, entry, idx * stride, [rows, cols])).collect()
+    }
+
+    /// The stored bytes of a tensor of bytes.
+    pub fn bytes(&self, name: &str, shape: &[usize]) -> Result<&'a [u8], EngineError> {
+        let entry = self.take(name, shape)?;
+        match entry.dtype {
+            Dtype::U8 => Ok(self.checkpoint.bytes(entry)),
+            other => Err(EngineError::TensorDtype { name: name.into(), dtype: format!("{other:?}") }),
+        }
+    }
+
+    /// A matrix that was made from others, in the format that was asked for, else in `format`.
+    pub fn made(
+        &self,
+        format: WeightFormat,
+        [rows, cols]: [usize; 2],
+        values: &[f32],
+    ) -> Result<PackedWeight, EngineError> {
+        self.keep(vec![PackedWeight::from_f32(format, rows, cols, values)?])
     }
 
     /// A vector in f32: norm weights, biases.
@@ -104,6 +141,7 @@ impl<'a> Loader<'a> {
     }
 
     fn take(&self, name: &str, shape: &[usize]) -> Result<&'a TensorEntry, EngineError> {
+        let name = &format!("{}{name}", self.prefix);
         let entry = self.checkpoint.get(name).ok_or_else(|| EngineError::MissingTensor { name: name.into() })?;
         if entry.shape != shape {
             let (found, expected) = (entry.shape.clone(), shape.to_vec());

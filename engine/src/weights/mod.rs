@@ -11,4 +11,5 @@ mod gguf_types;
 pub mod inspect;
 pub mod loader;
 pub mod model_config;
+pub mod mxfp4;
 pub mod upcycle;

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use kernels::Reach;
 use serde_json::{Map, Value};
 
 use super::checkpoint::read_json;
@@ -19,9 +20,17 @@ impl ModelConfig {
     pub fn load(model_dir: &Path) -> Result<Self, EngineError> {
         let path = model_dir.join("config.json");
         match read_json(&path)? {
-            Value::Object(keys) => Ok(Self { keys }),
+            Value::Object(keys) => Ok(Self { keys }.language_model()),
             _ => Err(EngineError::Invalid { path, reason: "it is not a JSON object".into() }),
         }
+    }
+
+    /// Multimodal configurations hold the language model's under `text_config`: its keys win, but for the type.
+    fn language_model(self) -> Self {
+        let Some(text) = self.section("text_config") else { return self };
+        let mut keys = self.keys;
+        keys.extend(text.keys.into_iter().filter(|(key, value)| key != "model_type" && !value.is_null()));
+        Self { keys }
     }
 
     /// The same configuration with keys of one spelling in another, where the other is absent.
@@ -113,6 +122,11 @@ impl ModelConfig {
         let error = || EngineError::Config { key, reason: format!("is {value}, expected a list of counts") };
         let list = value.as_array().ok_or_else(error)?;
         list.iter().map(|item| item.as_u64().map(|count| count as usize).ok_or_else(error)).collect()
+    }
+
+    /// A sliding window; absent is none.
+    pub fn window(&self, key: &'static str) -> Result<Reach, EngineError> {
+        Ok(self.opt_size(key)?.map_or(Reach::Full, Reach::Window))
     }
 
     /// Width of one attention head: `head_dim`, else `hidden_size / num_attention_heads`.

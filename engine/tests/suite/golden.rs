@@ -134,6 +134,14 @@ golden! {
     bailing_moe_v2_plain "bailing_moe_v2-plain"
     pangu_ultra_moe_base "pangu_ultra_moe-base"
     pangu_ultra_moe_vllm "pangu_ultra_moe-vllm"
+    llama4_text "llama4-text"
+    llama4_mm "llama4-mm"
+    gpt_oss_bf16 "gpt_oss-bf16"
+    gpt_oss_mxfp4 "gpt_oss-mxfp4"
+    phimoe_base "phimoe-base"
+    phimoe_plain "phimoe-plain"
+    longcat_flash_base "longcat_flash-base"
+    longcat_flash_bias "longcat_flash-bias"
 }
 
 /// A folder that nobody tests is a promise that nobody keeps.

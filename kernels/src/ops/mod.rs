@@ -4,6 +4,7 @@ pub(crate) mod attention;
 pub(crate) mod embedding;
 pub(crate) mod grouped_swiglu;
 pub(crate) mod head_linear;
+pub(crate) mod layer_norm;
 pub(crate) mod linear;
 pub(crate) mod mla_attention;
 pub(crate) mod paged_attention;

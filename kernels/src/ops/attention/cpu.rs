@@ -53,8 +53,11 @@ fn run_tile<E: Element>(op: &Attention<'_>, tile: &Tile, out: &Disjoint<'_, f32>
     let first_position = op.batch.context_lens[tile.seq_idx] as usize - rows.len();
     let mut queries = vec![0.0; tile.pairs.len() * key_dim];
     let mut visible = Vec::with_capacity(tile.pairs.len());
+    let mut sinks = Vec::new();
     for (pair, query) in tile.pairs.clone().zip(queries.chunks_exact_mut(key_dim.max(1))) {
-        op.gather_query(rows.start + pair / group_size, tile.kv_head * group_size + pair % group_size, query);
+        let head = tile.kv_head * group_size + pair % group_size;
+        op.gather_query(rows.start + pair / group_size, head, query);
+        sinks.extend(op.sinks.map(|sinks| sinks[head]));
         visible.push(op.visible(first_position + pair / group_size));
     }
     // Rows of later pairs are later positions, so both ends rise with the pair.
@@ -64,6 +67,7 @@ fn run_tile<E: Element>(op: &Attention<'_>, tile: &Tile, out: &Disjoint<'_, f32>
     let values = dispatch::run(TileKernel {
         queries: &queries,
         visible: &visible,
+        sinks: &sinks,
         context: &context,
         key: key_start + tile.kv_head * key_dim..key_start + (tile.kv_head + 1) * key_dim,
         value: value_start + tile.kv_head * value_dim..value_start + (tile.kv_head + 1) * value_dim,
@@ -100,6 +104,8 @@ struct TileKernel<'a, E> {
     queries: &'a [f32],
     /// Indices into `context`, per pair.
     visible: &'a [Range<usize>],
+    /// Per pair, or none at all.
+    sinks: &'a [f32],
     context: &'a [&'a [E]],
     /// Elements of a cache row.
     key: Range<usize>,
@@ -125,10 +131,16 @@ impl<E: Element> Kernel for TileKernel<'_, E> {
             }
         }
         let mut sums = Vec::with_capacity(num_pairs);
-        for (range, scores) in self.visible.iter().zip(scores.chunks_exact_mut(self.context.len())) {
-            let scores = &mut scores[range.clone()];
-            let max = max(lanes, scores);
-            sums.push(exp_sum(lanes, scores, max));
+        for (pair, scores) in scores.chunks_exact_mut(self.context.len()).enumerate() {
+            let scores = &mut scores[self.visible[pair].clone()];
+            let largest = max(lanes, scores);
+            sums.push(match self.sinks.get(pair) {
+                None => exp_sum(lanes, scores, largest),
+                Some(&sink) => {
+                    let largest = largest.max(sink);
+                    exp_sum(lanes, scores, largest) + (sink - largest).exp()
+                }
+            });
         }
         let mut out = vec![0.0; num_pairs * self.value.len()];
         for first in (0..num_pairs).step_by(band_pairs) {

@@ -6,6 +6,7 @@ mod reference;
 #[cfg(test)]
 mod tests;
 
+use super::paged_attention::Reach;
 use crate::paged_cache::{PagedBatch, PagedCache};
 
 /// Where the heads lie in a cache row, in elements.
@@ -30,7 +31,9 @@ pub(crate) struct Attention<'a> {
     pub(crate) batch: &'a PagedBatch,
     pub(crate) heads: HeadLayout,
     pub(crate) scale: f32,
-    pub(crate) window: Option<usize>,
+    pub(crate) reach: Reach,
+    /// A score per head that takes part in its softmax and has no value, `[num_heads]`.
+    pub(crate) sinks: Option<&'a [f32]>,
 }
 
 impl Attention<'_> {
@@ -46,7 +49,11 @@ impl Attention<'_> {
 
     /// Positions that the row at `position` sees, as a half-open range.
     fn visible(&self, position: usize) -> std::ops::Range<usize> {
-        let start = self.window.map_or(0, |window| (position + 1).saturating_sub(window));
+        let start = match self.reach {
+            Reach::Full => 0,
+            Reach::Window(window) => (position + 1).saturating_sub(window),
+            Reach::Chunk(chunk) => position / chunk * chunk,
+        };
         start..position + 1
     }
 }

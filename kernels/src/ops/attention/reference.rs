@@ -36,9 +36,10 @@ fn attend(op: &Attention<'_>, (seq_idx, row, position): (usize, usize, usize), h
         query.iter().zip(key).map(|(&q, k)| f64::from(q) * k).sum::<f64>() * f64::from(op.scale)
     };
     let scores: Vec<f64> = context.iter().map(score).collect();
-    let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let sink = op.sinks.map(|sinks| f64::from(sinks[head]));
+    let max = scores.iter().copied().chain(sink).fold(f64::NEG_INFINITY, f64::max);
     let exps: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
-    let sum: f64 = exps.iter().sum();
+    let sum = exps.iter().sum::<f64>() + sink.map_or(0.0, |sink| (sink - max).exp());
     (0..heads.value_dim)
         .map(|i| exps.iter().zip(&context).map(|(exp, row)| exp * row[value_start + i]).sum::<f64>() / sum)
         .map(|value| value as f32)

@@ -4,7 +4,7 @@ use candle_core::Tensor;
 
 use super::{Attention, HeadLayout, reference};
 use crate::ops::mla_attention::{MlaSpec, mla_attention};
-use crate::ops::paged_attention::{GqaSpec, paged_attention};
+use crate::ops::paged_attention::{GqaSpec, Reach, paged_attention};
 use crate::paged_cache::{KvFormat, PagedBatch, PagedCache};
 use crate::testing::{Numbers, assert_close, bits, values};
 
@@ -67,19 +67,20 @@ fn whole(lens: &[usize]) -> Vec<Chunk> {
 const LENS: [usize; 4] = [1, 37, 70, 16];
 
 fn gqa_specs() -> Vec<GqaSpec> {
-    let spec = |num_heads, num_kv_heads, head_dim, window| GqaSpec {
+    let spec = |num_heads, num_kv_heads, head_dim, reach| GqaSpec {
         num_heads,
         num_kv_heads,
         head_dim,
         scale: 1.0 / (head_dim as f32).sqrt(),
-        window,
+        reach,
     };
     vec![
-        spec(4, 4, 16, None),
-        spec(9, 3, 64, None),
-        spec(6, 2, 24, Some(7)),
-        spec(20, 1, 112, Some(33)),
-        spec(2, 1, 5, Some(1)),
+        spec(4, 4, 16, Reach::Full),
+        spec(9, 3, 64, Reach::Full),
+        spec(6, 2, 24, Reach::Window(7)),
+        spec(20, 1, 112, Reach::Window(33)),
+        spec(2, 1, 5, Reach::Window(1)),
+        spec(6, 2, 24, Reach::Chunk(9)),
     ]
 }
 
@@ -94,7 +95,9 @@ fn grouped_heads_agree_with_the_reference() {
     let mut numbers = Numbers::new(1);
     for spec in gqa_specs() {
         let (q, kv) = gqa_rows(&mut numbers, &spec);
-        for format in [KvFormat::F32, KvFormat::Bf16] {
+        let sinks = numbers.normal(spec.num_heads);
+        for (format, sinks) in [(KvFormat::F32, None), (KvFormat::Bf16, None), (KvFormat::F32, Some(sinks.as_slice()))]
+        {
             let world = World::new(format, 16, &kv);
             let chunks = [
                 Chunk { seq: 2, first: 30, end: 70 },
@@ -102,7 +105,7 @@ fn grouped_heads_agree_with_the_reference() {
                 Chunk { seq: 1, first: 36, end: 37 },
             ];
             let (q, batch) = (gather(&q, &chunks), world.batch(&chunks));
-            let GqaSpec { num_heads, num_kv_heads, head_dim, scale, window } = spec;
+            let GqaSpec { num_heads, num_kv_heads, head_dim, scale, reach } = spec;
             let heads = HeadLayout {
                 num_heads,
                 group_size: num_heads / num_kv_heads,
@@ -113,8 +116,8 @@ fn grouped_heads_agree_with_the_reference() {
             };
             let q_values = values(&q);
             let parts = [(q_values.as_slice(), head_dim)];
-            let op = Attention { q: &parts, cache: &world.cache, batch: &batch, heads, scale, window };
-            let y = paged_attention(&q, &world.cache, &batch, &spec).unwrap();
+            let op = Attention { q: &parts, cache: &world.cache, batch: &batch, heads, scale, reach, sinks };
+            let y = paged_attention(&q, &world.cache, &batch, &spec, sinks).unwrap();
             assert_eq!(y.dims(), [42, num_heads * head_dim]);
             assert_close(&values(&y), &reference::forward(&op), 2e-6);
         }
@@ -143,10 +146,11 @@ fn grouped_heads_do_not_depend_on_chunks_batches_or_blocks() {
     let mut numbers = Numbers::new(2);
     for spec in gqa_specs() {
         let (q, kv) = gqa_rows(&mut numbers, &spec);
+        let sinks = numbers.normal(spec.num_heads);
         for format in [KvFormat::F32, KvFormat::Bf16] {
             check_chunking([&World::new(format, 16, &kv), &World::new(format, 5, &kv)], |world, chunks| {
                 let batch = world.batch(chunks);
-                bits(&paged_attention(&gather(&q, chunks), &world.cache, &batch, &spec).unwrap())
+                bits(&paged_attention(&gather(&q, chunks), &world.cache, &batch, &spec, Some(&sinks)).unwrap())
             });
         }
     }
@@ -183,7 +187,15 @@ fn latent_heads_agree_with_the_reference() {
             };
             let (latent_values, rope_values) = (values(&latent), values(&rope));
             let parts = [(latent_values.as_slice(), latent_dim), (rope_values.as_slice(), rope_dim)];
-            let op = Attention { q: &parts, cache: &world.cache, batch: &batch, heads, scale, window: None };
+            let op = Attention {
+                q: &parts,
+                cache: &world.cache,
+                batch: &batch,
+                heads,
+                scale,
+                reach: Reach::Full,
+                sinks: None,
+            };
             let y = mla_attention(&latent, &rope, &world.cache, &batch, &spec).unwrap();
             assert_eq!(y.dims(), [5, num_heads, latent_dim]);
             assert_close(&values(&y), &reference::forward(&op), 2e-6);
@@ -208,13 +220,13 @@ fn latent_heads_do_not_depend_on_chunks_batches_or_blocks() {
 
 #[test]
 fn a_nan_in_the_cache_spoils_no_row_that_cannot_see_it() {
-    let spec = GqaSpec { num_heads: 2, num_kv_heads: 1, head_dim: 16, scale: 0.25, window: Some(4) };
+    let spec = GqaSpec { num_heads: 2, num_kv_heads: 1, head_dim: 16, scale: 0.25, reach: Reach::Window(4) };
     let mut numbers = Numbers::new(5);
     let mut kv = numbers.normal(12 * 32);
     kv[6 * 32..7 * 32].fill(f32::NAN);
     let world = World::new(KvFormat::F32, 4, &[crate::testing::tensor(&kv, &[12, 32])]);
     let batch = world.batch(&[Chunk { seq: 0, first: 0, end: 12 }]);
-    let y = paged_attention(&numbers.tensor(&[12, 2, 16]), &world.cache, &batch, &spec).unwrap();
+    let y = paged_attention(&numbers.tensor(&[12, 2, 16]), &world.cache, &batch, &spec, None).unwrap();
     for (row, y) in values(&y).chunks(32).enumerate() {
         assert_eq!(y.iter().any(|value| value.is_nan()), (6..10).contains(&row), "row {row}");
     }
@@ -222,26 +234,26 @@ fn a_nan_in_the_cache_spoils_no_row_that_cannot_see_it() {
 
 #[test]
 fn no_rows_are_no_output() {
-    let spec = GqaSpec { num_heads: 2, num_kv_heads: 1, head_dim: 16, scale: 0.25, window: None };
+    let spec = GqaSpec { num_heads: 2, num_kv_heads: 1, head_dim: 16, scale: 0.25, reach: Reach::Full };
     let cache = PagedCache::new(KvFormat::F32, 4, 32, 1).unwrap();
     let batch = PagedBatch { cu_seqlens: vec![0], block_offsets: vec![0], ..PagedBatch::default() };
-    let y = paged_attention(&Numbers::new(6).tensor(&[0, 2, 16]), &cache, &batch, &spec).unwrap();
+    let y = paged_attention(&Numbers::new(6).tensor(&[0, 2, 16]), &cache, &batch, &spec, None).unwrap();
     assert_eq!(y.dims(), [0, 32]);
 }
 
 #[test]
 fn refuses_what_does_not_fit() {
-    let spec = GqaSpec { num_heads: 4, num_kv_heads: 2, head_dim: 8, scale: 0.25, window: None };
+    let spec = GqaSpec { num_heads: 4, num_kv_heads: 2, head_dim: 8, scale: 0.25, reach: Reach::Full };
     let mut numbers = Numbers::new(7);
     let world = World::new(KvFormat::F32, 4, &[numbers.tensor(&[10, 32])]);
     let good = world.batch(&[Chunk { seq: 0, first: 8, end: 10 }]);
     let q = numbers.tensor(&[2, 4, 8]);
-    let attend = |q: &Tensor, batch: &PagedBatch, spec: &GqaSpec| paged_attention(q, &world.cache, batch, spec);
+    let attend = |q: &Tensor, batch: &PagedBatch, spec: &GqaSpec| paged_attention(q, &world.cache, batch, spec, None);
     assert!(attend(&q, &good, &spec).is_ok());
     assert!(attend(&numbers.tensor(&[3, 4, 8]), &good, &spec).is_err());
     assert!(attend(&q, &good, &GqaSpec { num_kv_heads: 3, ..spec }).is_err());
     assert!(attend(&q, &good, &GqaSpec { num_kv_heads: 4, ..spec }).is_err());
-    assert!(attend(&q, &good, &GqaSpec { window: Some(0), ..spec }).is_err());
+    assert!(attend(&q, &good, &GqaSpec { reach: Reach::Window(0), ..spec }).is_err());
     let refused = [
         PagedBatch { cu_seqlens: vec![0, 3], ..good.clone() },
         PagedBatch { cu_seqlens: vec![0], ..good.clone() },

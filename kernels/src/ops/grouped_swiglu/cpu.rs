@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::GroupedSwiglu;
+use super::{Expert, ExpertWeights, GluActivation, GroupedSwiglu};
 use crate::dispatch;
 use crate::matmul::{BLOCK_OUTS, BLOCK_ROWS, BlockInput, part};
 use crate::memory::Disjoint;
@@ -26,7 +26,7 @@ pub(crate) fn grouped_swiglu(op: &GroupedSwiglu<'_>, x: &[f32]) -> Vec<f32> {
         let plan = Plan::new(op, first..first + out.len() / op.hidden_size);
         let activated = plan.gate_up(x);
         let y = plan.down(&activated);
-        plan.combine(&y, out);
+        plan.combine(x, &y, out);
     }
     out
 }
@@ -41,7 +41,7 @@ struct Plan<'a> {
     /// Row of each pair, counted from `first_pair`.
     rows: Vec<usize>,
     /// Experts in use and their rows, cut into blocks.
-    blocks: Vec<(usize, Range<usize>)>,
+    blocks: Vec<(&'a ExpertWeights, Range<usize>)>,
 }
 
 impl<'a> Plan<'a> {
@@ -53,10 +53,13 @@ impl<'a> Plan<'a> {
             starts[expert as usize + 1] += 1;
         }
         let mut blocks = Vec::new();
-        for expert in 0..op.experts.len() {
+        for (expert, weights) in op.experts.iter().enumerate() {
             let end = starts[expert] + starts[expert + 1];
-            blocks
-                .extend((starts[expert]..end).step_by(BLOCK_ROWS).map(|row| (expert, row..end.min(row + BLOCK_ROWS))));
+            // Identity experts keep their rows, so that the sort stays simple, but no block computes them.
+            if let Expert::Glu(weights) = weights {
+                let rows = (starts[expert]..end).step_by(BLOCK_ROWS);
+                blocks.extend(rows.map(|row| (weights, row..end.min(row + BLOCK_ROWS))));
+            }
             starts[expert + 1] = end;
         }
         let (mut sorted, mut rows) = (vec![0; pairs.len()], Vec::with_capacity(pairs.len()));
@@ -79,7 +82,7 @@ impl<'a> Plan<'a> {
         pool::parallel_if(work, self.blocks.len() * outs_per_block, |task_idx| {
             let (expert, rows) = &self.blocks[task_idx / outs_per_block];
             let outs = part(task_idx % outs_per_block, BLOCK_OUTS, intermediate);
-            let weight = &self.op.experts[*expert].gate_up;
+            let weight = &expert.gate_up;
             let input = BlockInput::new(self.pairs[rows.clone()].iter().map(|pair| {
                 let token = pair / self.op.topk.k;
                 &x[token * hidden_size..(token + 1) * hidden_size]
@@ -87,10 +90,15 @@ impl<'a> Plan<'a> {
             let (mut gate, mut up) = ([0.0; BLOCK_ROWS * BLOCK_OUTS], [0.0; BLOCK_ROWS * BLOCK_OUTS]);
             input.multiply(weight, outs.clone(), &mut gate);
             input.multiply(weight, intermediate + outs.start..intermediate + outs.end, &mut up);
+            if let Some(biases) = &expert.biases {
+                let (gate_bias, up_bias) = biases.gate_up.split_at(intermediate);
+                add_to_rows(&mut gate[..rows.len() * outs.len()], &gate_bias[outs.clone()]);
+                add_to_rows(&mut up[..rows.len() * outs.len()], &up_bias[outs.clone()]);
+            }
             for ((row, gate), up) in rows.clone().zip(gate.chunks_exact(outs.len())).zip(up.chunks_exact(outs.len())) {
                 // SAFETY: each (row, out) belongs to exactly one task.
                 let out = unsafe { target.part(row * intermediate + outs.start, outs.len()) };
-                dispatch::run(SiluMul { gate, up, out });
+                activate(expert.activation, (gate, up), out);
             }
         });
         activated
@@ -109,7 +117,10 @@ impl<'a> Plan<'a> {
             let input =
                 BlockInput::new(rows.clone().map(|row| &activated[row * intermediate..(row + 1) * intermediate]));
             let mut block = [0.0; BLOCK_ROWS * BLOCK_OUTS];
-            input.multiply(&self.op.experts[*expert].down, outs.clone(), &mut block);
+            input.multiply(&expert.down, outs.clone(), &mut block);
+            if let Some(biases) = &expert.biases {
+                add_to_rows(&mut block[..rows.len() * outs.len()], &biases.down[outs.clone()]);
+            }
             for (row, values) in rows.clone().zip(block.chunks_exact(outs.len())) {
                 // SAFETY: each (row, out) belongs to exactly one task.
                 unsafe { target.part(row * hidden_size + outs.start, outs.len()) }.copy_from_slice(values);
@@ -119,7 +130,7 @@ impl<'a> Plan<'a> {
     }
 
     /// Sums the weighted outputs of each token in slot order; `out` is zero and holds the tokens of this plan.
-    fn combine(&self, y: &[f32], out: &mut [f32]) {
+    fn combine(&self, x: &[f32], y: &[f32], out: &mut [f32]) {
         let (hidden_size, k) = (self.op.hidden_size, self.op.topk.k);
         let num_tokens = out.len() / hidden_size;
         let target = Disjoint::new(out);
@@ -129,11 +140,30 @@ impl<'a> Plan<'a> {
                 let out = unsafe { target.part(token * hidden_size, hidden_size) };
                 for pair in token * k..(token + 1) * k {
                     let weight = self.op.topk.weights[self.first_pair + pair];
-                    let row = self.rows[pair];
-                    let y = &y[row * hidden_size..(row + 1) * hidden_size];
+                    let y = match self.op.experts[self.op.topk.experts[self.first_pair + pair] as usize] {
+                        Expert::Glu(_) => &y[self.rows[pair] * hidden_size..][..hidden_size],
+                        Expert::Identity => &x[(self.first_pair / k + token) * hidden_size..][..hidden_size],
+                    };
                     out.iter_mut().zip(y).for_each(|(out, y)| *out += weight * y);
                 }
             }
         });
+    }
+}
+
+fn add_to_rows(rows: &mut [f32], bias: &[f32]) {
+    for row in rows.chunks_exact_mut(bias.len()) {
+        row.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
+    }
+}
+
+fn activate(activation: GluActivation, (gate, up): (&[f32], &[f32]), out: &mut [f32]) {
+    match activation {
+        GluActivation::Silu => dispatch::run(SiluMul { gate, up, out }),
+        GluActivation::ClampedSwish { alpha, limit } => {
+            for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
+                *out = GluActivation::clamped_swish(alpha, limit, gate, up);
+            }
+        }
     }
 }

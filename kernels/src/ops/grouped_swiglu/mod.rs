@@ -15,31 +15,78 @@ use crate::weight::PackedWeight;
 
 const OP: &str = "grouped_swiglu";
 
-/// One expert: `down(silu(gate x) * up x)`.
+/// What the router can choose.
+#[derive(Debug, Clone)]
+pub enum Expert {
+    Glu(ExpertWeights),
+    /// Gives back its input and costs nothing (zero-computation experts of LongCat-Flash).
+    Identity,
+}
+
+/// A gated linear unit: `down(act(gate x, up x))`.
 #[derive(Debug, Clone)]
 pub struct ExpertWeights {
     /// Gate rows first; `[2 * intermediate, hidden_size]`
     pub gate_up: PackedWeight,
     /// `[hidden_size, intermediate]`
     pub down: PackedWeight,
+    pub biases: Option<ExpertBiases>,
+    pub activation: GluActivation,
+}
+
+impl ExpertWeights {
+    /// SwiGLU without biases, what most families have.
+    pub fn swiglu(gate_up: PackedWeight, down: PackedWeight) -> Self {
+        Self { gate_up, down, biases: None, activation: GluActivation::Silu }
+    }
+}
+
+/// Added to the outputs of the two matrices.
+#[derive(Debug, Clone)]
+pub struct ExpertBiases {
+    /// `[2 * intermediate]`, the gate's first
+    pub gate_up: Vec<f32>,
+    /// `[hidden_size]`
+    pub down: Vec<f32>,
+}
+
+/// How gate and up become one.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum GluActivation {
+    /// `silu(gate) * up` (Shazeer, 2020)
+    Silu,
+    /// `g * sigmoid(alpha * g) * (u + 1)` with `g = min(gate, limit)` and `u` clamped to `±limit` (gpt-oss).
+    ClampedSwish { alpha: f32, limit: f32 },
+}
+
+impl GluActivation {
+    /// The activation of one pair, for all but the vectorised [`Self::Silu`].
+    fn clamped_swish(alpha: f32, limit: f32, gate: f32, up: f32) -> f32 {
+        let (gate, up) = (gate.min(limit), up.clamp(-limit, limit));
+        gate / (1.0 + (-alpha * gate).exp()) * (up + 1.0)
+    }
 }
 
 /// `Σ weight * expert(x)` over the slots of each token, summed in slot order. Experts without a token are not read.
 /// Fails if the experts' shapes do not fit `x`, or `topk` names an expert that does not exist.
 pub fn grouped_swiglu(
     x: &Tensor, /* [num_tokens, hidden_size] */
-    experts: &[ExpertWeights],
+    experts: &[Expert],
     topk: &TopK,
 ) -> Result<Tensor /* [num_tokens, hidden_size] */> {
     let [num_tokens, hidden_size] = Input { op: OP, what: "x", tensor: x }.dims("[num_tokens, hidden_size]")?;
     check::length(OP, "number of chosen experts", topk.experts.len(), num_tokens * topk.k)?;
     check::length(OP, "number of expert weights", topk.weights.len(), num_tokens * topk.k)?;
-    let intermediate = experts.first().map_or(0, |expert| expert.down.cols());
-    for expert in experts {
+    let intermediate = experts.iter().find_map(Expert::glu).map_or(0, |expert| expert.down.cols());
+    for expert in experts.iter().filter_map(Expert::glu) {
         check::length(OP, "width of gate_up", expert.gate_up.cols(), hidden_size)?;
         check::length(OP, "rows of gate_up", expert.gate_up.rows(), 2 * intermediate)?;
         check::length(OP, "width of down", expert.down.cols(), intermediate)?;
         check::length(OP, "rows of down", expert.down.rows(), hidden_size)?;
+        if let Some(biases) = &expert.biases {
+            check::length(OP, "bias of gate_up", biases.gate_up.len(), 2 * intermediate)?;
+            check::length(OP, "bias of down", biases.down.len(), hidden_size)?;
+        }
     }
     for &expert in &topk.experts {
         check::below(OP, "expert", expert as usize, experts.len())?;
@@ -47,11 +94,20 @@ pub fn grouped_swiglu(
     Ok(x.apply_op1_no_bwd(&GroupedSwiglu { num_tokens, hidden_size, intermediate, experts, topk })?)
 }
 
+impl Expert {
+    fn glu(&self) -> Option<&ExpertWeights> {
+        match self {
+            Self::Glu(expert) => Some(expert),
+            Self::Identity => None,
+        }
+    }
+}
+
 struct GroupedSwiglu<'a> {
     num_tokens: usize,
     hidden_size: usize,
     intermediate: usize,
-    experts: &'a [ExpertWeights],
+    experts: &'a [Expert],
     topk: &'a TopK,
 }
 

@@ -1,6 +1,6 @@
 //! Oracle of `grouped_swiglu`: one token and one slot at a time.
 
-use super::GroupedSwiglu;
+use super::{Expert, ExpertWeights, GluActivation, GroupedSwiglu};
 use crate::ops::{linear, swiglu};
 
 pub(crate) fn grouped_swiglu(op: &GroupedSwiglu<'_>, x: &[f32]) -> Vec<f32> {
@@ -10,8 +10,10 @@ pub(crate) fn grouped_swiglu(op: &GroupedSwiglu<'_>, x: &[f32]) -> Vec<f32> {
         let mut sum = vec![0.0; op.hidden_size];
         for slot in token * op.topk.k..(token + 1) * op.topk.k {
             let expert = &op.experts[op.topk.experts[slot] as usize];
-            let gate_up = linear::reference(&x[row.clone()], &expert.gate_up, None);
-            let y = linear::reference(&swiglu::reference(&gate_up, op.intermediate), &expert.down, None);
+            let y = match expert {
+                Expert::Identity => x[row.clone()].to_vec(),
+                Expert::Glu(expert) => glu(expert, &x[row.clone()], op.intermediate),
+            };
             for (sum, y) in sum.iter_mut().zip(y) {
                 *sum += f64::from(op.topk.weights[slot]) * f64::from(y);
             }
@@ -19,4 +21,21 @@ pub(crate) fn grouped_swiglu(op: &GroupedSwiglu<'_>, x: &[f32]) -> Vec<f32> {
         out[row].iter_mut().zip(sum).for_each(|(out, sum)| *out = sum as f32);
     }
     out
+}
+
+fn glu(expert: &ExpertWeights, x: &[f32], intermediate: usize) -> Vec<f32> {
+    let biases = expert.biases.as_ref();
+    let gate_up = linear::reference(x, &expert.gate_up, biases.map(|biases| biases.gate_up.as_slice()));
+    let activated = match expert.activation {
+        GluActivation::Silu => swiglu::reference(&gate_up, intermediate),
+        GluActivation::ClampedSwish { alpha, limit } => {
+            let (gate, up) = gate_up.split_at(intermediate);
+            let pairs = gate.iter().zip(up).map(|(&gate, &up)| {
+                let (gate, up) = (f64::from(gate.min(limit)), f64::from(up.clamp(-limit, limit)));
+                (gate / (1.0 + (-f64::from(alpha) * gate).exp()) * (up + 1.0)) as f32
+            });
+            pairs.collect()
+        }
+    };
+    linear::reference(&activated, &expert.down, biases.map(|biases| biases.down.as_slice()))
 }

@@ -1,19 +1,18 @@
 //! Parity with the oracle, row invariance to the bit, and refused inputs.
 
-use super::{ExpertWeights, GroupedSwiglu, TopK, grouped_swiglu, reference};
+use super::{Expert, ExpertBiases, ExpertWeights, GluActivation, GroupedSwiglu, TopK, grouped_swiglu, reference};
 use crate::testing::{Numbers, assert_close, bits, tensor, values};
 use crate::weight::{PackedWeight, WeightFormat};
 
-fn experts(numbers: &mut Numbers, format: WeightFormat, shape: [usize; 3]) -> Vec<ExpertWeights> {
+fn experts(numbers: &mut Numbers, format: WeightFormat, shape: [usize; 3]) -> Vec<Expert> {
     let [num_experts, hidden_size, intermediate] = shape;
     let mut weight = |rows: usize, cols: usize| {
         let values: Vec<f32> = numbers.normal(rows * cols).iter().map(|value| value / (cols as f32).sqrt()).collect();
         PackedWeight::from_f32(format, rows, cols, &values).unwrap()
     };
     (0..num_experts)
-        .map(|_| ExpertWeights {
-            gate_up: weight(2 * intermediate, hidden_size),
-            down: weight(hidden_size, intermediate),
+        .map(|_| {
+            Expert::Glu(ExpertWeights::swiglu(weight(2 * intermediate, hidden_size), weight(hidden_size, intermediate)))
         })
         .collect()
 }
@@ -50,16 +49,51 @@ fn agrees_with_the_reference() {
     }
 }
 
+/// The last expert gives back its input, the others are clamped and have biases.
+fn varied(numbers: &mut Numbers, shape: [usize; 3]) -> Vec<Expert> {
+    let [_, hidden_size, intermediate] = shape;
+    let mut experts = experts(numbers, WeightFormat::Bf16, shape);
+    for expert in &mut experts {
+        let Expert::Glu(weights) = expert else { continue };
+        weights.biases =
+            Some(ExpertBiases { gate_up: numbers.normal(2 * intermediate), down: numbers.normal(hidden_size) });
+        weights.activation = GluActivation::ClampedSwish { alpha: 1.702, limit: 1.5 };
+    }
+    *experts.last_mut().unwrap() = Expert::Identity;
+    experts
+}
+
+#[test]
+fn identity_biases_and_clamps_agree_with_the_reference() {
+    let mut numbers = Numbers::new(5);
+    for [num_tokens, num_experts, hidden_size, intermediate, k] in
+        [[1, 2, 8, 8, 2], [70, 5, 35, 19, 3], [9, 1, 6, 4, 1]]
+    {
+        let experts = varied(&mut numbers, [num_experts, hidden_size, intermediate]);
+        let topk = choose(&mut numbers, num_tokens, num_experts, k);
+        let x = numbers.normal(num_tokens * hidden_size);
+        let op = GroupedSwiglu { num_tokens, hidden_size, intermediate, experts: &experts, topk: &topk };
+        let y = grouped_swiglu(&tensor(&x, &[num_tokens, hidden_size]), &experts, &topk).unwrap();
+        assert_close(&values(&y), &reference::grouped_swiglu(&op, &x), 1e-5);
+    }
+}
+
 #[test]
 fn a_row_does_not_depend_on_its_batch() {
     let mut numbers = Numbers::new(2);
-    let experts = experts(&mut numbers, WeightFormat::Bf16, [6, 75, 50]);
-    let topk = choose(&mut numbers, 150, 6, 3);
+    let plain = experts(&mut numbers, WeightFormat::Bf16, [6, 75, 50]);
+    let varied = varied(&mut numbers, [6, 75, 50]);
+    check_rows(&mut numbers, &plain);
+    check_rows(&mut numbers, &varied);
+}
+
+fn check_rows(numbers: &mut Numbers, experts: &[Expert]) {
+    let topk = choose(numbers, 150, 6, 3);
     let x = numbers.tensor(&[150, 75]);
     let part = |first: usize, len: usize| {
         let pairs = first * 3..(first + len) * 3;
         let topk = TopK { experts: topk.experts[pairs.clone()].to_vec(), weights: topk.weights[pairs].to_vec(), k: 3 };
-        bits(&grouped_swiglu(&x.narrow(0, first, len).unwrap(), &experts, &topk).unwrap())
+        bits(&grouped_swiglu(&x.narrow(0, first, len).unwrap(), experts, &topk).unwrap())
     };
     let alone: Vec<_> = (0..150).map(|row| part(row, 1)).collect();
     for num_tokens in (1..=40).chain([150]) {
@@ -91,6 +125,7 @@ fn refuses_what_does_not_fit() {
     assert!(grouped_swiglu(&x, &experts, &topk(vec![0, 2], 1)).is_err());
     assert!(grouped_swiglu(&x, &experts, &topk(vec![0], 1)).is_err());
     assert!(grouped_swiglu(&numbers.tensor(&[2, 9]), &experts, &topk(vec![0, 1], 1)).is_err());
-    let swapped = [ExpertWeights { gate_up: experts[0].down.clone(), down: experts[0].gate_up.clone() }];
+    let Expert::Glu(first) = &experts[0] else { unreachable!("all are gated") };
+    let swapped = [Expert::Glu(ExpertWeights::swiglu(first.down.clone(), first.gate_up.clone()))];
     assert!(grouped_swiglu(&x, &swapped, &topk(vec![0, 0], 1)).is_err());
 }

@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp2, Layout, Shape, Tensor};
 
 use super::attention::{self, Attention, HeadLayout};
+use super::paged_attention::Reach;
 use crate::check::{self, Input, f32_output, f32_slice};
 use crate::error::Result;
 use crate::paged_cache::{PagedBatch, PagedCache};
@@ -69,7 +70,7 @@ impl CustomOp2 for MlaAttention<'_> {
         };
         let q = [(f32_slice(q_latent, latent_layout)?, latent_dim), (f32_slice(q_rope, rope_layout)?, rope_dim)];
         let (cache, batch) = (self.cache, self.batch);
-        let out = attention::forward(&Attention { q: &q, cache, batch, heads, scale, window: None });
+        let out = attention::forward(&Attention { q: &q, cache, batch, heads, scale, reach: Reach::Full, sinks: None });
         Ok(f32_output(out, latent_layout.shape().clone()))
     }
 }

@@ -18,11 +18,21 @@ pub struct GqaSpec {
     pub head_dim: usize,
     /// Multiplies the scores.
     pub scale: f32,
-    /// A row at position `i` sees `j` iff `i - window < j <= i`; `None` sees all.
-    pub window: Option<usize>,
+    pub reach: Reach,
 }
 
-/// `softmax(scale * q · Kᵀ) · V` for each row over the context of its sequence. A row of the cache holds the keys
+/// Which positions `j <= i` a row at position `i` sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reach {
+    Full,
+    /// The last so many, its own included: `i - window < j`.
+    Window(usize),
+    /// Those of its own chunk of so many: `i / chunk == j / chunk` (Llama 4).
+    Chunk(usize),
+}
+
+/// `softmax(scale * q · Kᵀ) · V` for each row over the context of its sequence. A sink is one more score of its head, with
+/// no value behind it (gpt-oss). A row of the cache holds the keys
 /// `[num_kv_heads * head_dim]`, then the values. Fails if the shapes do not fit, or the batch names rows or blocks that
 /// do not exist.
 pub fn paged_attention(
@@ -30,22 +40,28 @@ pub fn paged_attention(
     cache: &PagedCache, /* width 2 * num_kv_heads * head_dim */
     batch: &PagedBatch,
     spec: &GqaSpec,
+    sinks: Option<&[f32]>, /* [num_heads] */
 ) -> Result<Tensor /* [num_tokens, num_heads * head_dim] */> {
     let input = Input { op: OP, what: "q", tensor: q };
     let [num_tokens, _, _] = input.dims("[num_tokens, num_heads, head_dim]")?;
     input.has_dims(&[num_tokens, spec.num_heads, spec.head_dim])?;
-    if spec.num_kv_heads == 0 || !spec.num_heads.is_multiple_of(spec.num_kv_heads) || spec.window == Some(0) {
-        return Err(KernelError::Invalid { op: OP, reason: format!("impossible heads or window: {spec:?}") });
+    let sees_nothing = matches!(spec.reach, Reach::Window(0) | Reach::Chunk(0));
+    if spec.num_kv_heads == 0 || !spec.num_heads.is_multiple_of(spec.num_kv_heads) || sees_nothing {
+        return Err(KernelError::Invalid { op: OP, reason: format!("impossible heads or reach: {spec:?}") });
     }
     check::length(OP, "width of the cache", cache.width(), 2 * spec.num_kv_heads * spec.head_dim)?;
+    if let Some(sinks) = sinks {
+        check::length(OP, "number of sinks", sinks.len(), spec.num_heads)?;
+    }
     batch.check(OP, num_tokens, cache)?;
-    Ok(q.apply_op1_no_bwd(&PagedAttention { cache, batch, spec })?)
+    Ok(q.apply_op1_no_bwd(&PagedAttention { cache, batch, spec, sinks })?)
 }
 
 struct PagedAttention<'a> {
     cache: &'a PagedCache,
     batch: &'a PagedBatch,
     spec: &'a GqaSpec,
+    sinks: Option<&'a [f32]>,
 }
 
 impl CustomOp1 for PagedAttention<'_> {
@@ -54,7 +70,7 @@ impl CustomOp1 for PagedAttention<'_> {
     }
 
     fn cpu_fwd(&self, q: &CpuStorage, q_layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let GqaSpec { num_heads, num_kv_heads, head_dim, scale, window } = *self.spec;
+        let GqaSpec { num_heads, num_kv_heads, head_dim, scale, reach } = *self.spec;
         let heads = HeadLayout {
             num_heads,
             group_size: num_heads / num_kv_heads,
@@ -64,7 +80,15 @@ impl CustomOp1 for PagedAttention<'_> {
             value_dim: head_dim,
         };
         let q = [(f32_slice(q, q_layout)?, head_dim)];
-        let out = attention::forward(&Attention { q: &q, cache: self.cache, batch: self.batch, heads, scale, window });
+        let out = attention::forward(&Attention {
+            q: &q,
+            cache: self.cache,
+            batch: self.batch,
+            heads,
+            scale,
+            reach,
+            sinks: self.sinks,
+        });
         Ok(f32_output(out, (q_layout.dims()[0], num_heads * head_dim)))
     }
 }

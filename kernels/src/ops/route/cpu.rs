@@ -41,7 +41,7 @@ fn route_row(logits: &[f32], spec: &RouterSpec, scratch: &mut Scratch, out: (&mu
     scores.extend_from_slice(logits);
     match spec.scoring {
         Scoring::Softmax => dispatch::run(Softmax { values: scores }),
-        Scoring::SoftmaxTopK => {}
+        Scoring::SoftmaxTopK | Scoring::SparseMixer { .. } => {}
         Scoring::Sigmoid => scores.iter_mut().for_each(|score| *score = 1.0 / (1.0 + (-*score).exp())),
     }
     choice.clear();
@@ -55,8 +55,10 @@ fn route_row(logits: &[f32], spec: &RouterSpec, scratch: &mut Scratch, out: (&mu
     for (weight, &expert) in weights.iter_mut().zip(experts.iter()) {
         *weight = scores[expert as usize];
     }
-    if spec.scoring == Scoring::SoftmaxTopK {
-        dispatch::run(Softmax { values: weights });
+    match spec.scoring {
+        Scoring::SoftmaxTopK => dispatch::run(Softmax { values: weights }),
+        Scoring::SparseMixer { jitter } => sparse_mixer(scores, jitter, experts, weights),
+        Scoring::Softmax | Scoring::Sigmoid => {}
     }
     let divisor = spec.renormalize.map_or(1.0, |eps| weights.iter().sum::<f32>() + eps);
     weights.iter_mut().for_each(|weight| *weight = *weight / divisor * spec.scale);
@@ -101,6 +103,17 @@ fn take_best(scores: &mut [f32], out: &mut [u32]) {
         let (idx, _) = best.expect("the spec was checked to choose no more than there are");
         *out = idx as u32;
         scores[idx] = f32::NAN;
+    }
+}
+
+/// The weights of the chosen experts, see [`Scoring::SparseMixer`].
+fn sparse_mixer(logits: &[f32], jitter: f32, experts: &[u32], weights: &mut [f32]) {
+    for (slot, weight) in weights.iter_mut().enumerate() {
+        let best = logits[experts[slot] as usize];
+        let is_near = |logit: f32| (best - logit) / logit.abs().max(best) <= 2.0 * jitter;
+        let is_taken = |idx: usize| experts[..slot].contains(&(idx as u32));
+        let near = logits.iter().enumerate().filter(|&(idx, &logit)| !is_taken(idx) && is_near(logit));
+        *weight = 1.0 / near.map(|(_, logit)| (logit - best).exp()).sum::<f32>();
     }
 }
 

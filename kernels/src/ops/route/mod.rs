@@ -14,7 +14,7 @@ use crate::error::{KernelError, Result};
 const OP: &str = "route";
 
 /// How logits become scores.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Scoring {
     /// Softmax over all experts (Qwen-MoE, DeepSeek-V2).
     Softmax,
@@ -22,6 +22,9 @@ pub enum Scoring {
     SoftmaxTopK,
     /// Each logit by itself (DeepSeek-V3, Kimi K2).
     Sigmoid,
+    /// SparseMixer (arXiv 2310.00811, as Phi-3.5-MoE evaluates it): each slot takes the best logit left; its weight is its
+    /// softmax among those not yet taken that lie within `2 * jitter` of it, relative to the larger magnitude.
+    SparseMixer { jitter: f32 },
 }
 
 /// The score of a group of experts.

@@ -5,7 +5,7 @@ use super::{GroupScore, RouterSpec, Scoring};
 pub(crate) fn route_row(logits: &[f32], spec: &RouterSpec, experts: &mut [u32], weights: &mut [f32]) {
     let scores = match spec.scoring {
         Scoring::Softmax => softmax(logits),
-        Scoring::SoftmaxTopK => logits.to_vec(),
+        Scoring::SoftmaxTopK | Scoring::SparseMixer { .. } => logits.to_vec(),
         Scoring::Sigmoid => logits.iter().map(|&logit| (1.0 / (1.0 + (-f64::from(logit)).exp())) as f32).collect(),
     };
     let mut choice = scores.clone();
@@ -19,6 +19,20 @@ pub(crate) fn route_row(logits: &[f32], spec: &RouterSpec, experts: &mut [u32], 
     }
     if spec.scoring == Scoring::SoftmaxTopK {
         weights.copy_from_slice(&softmax(weights));
+    }
+    if let Scoring::SparseMixer { jitter } = spec.scoring {
+        let mut left: Vec<f64> = logits.iter().map(|&logit| f64::from(logit)).collect();
+        for (weight, &expert) in weights.iter_mut().zip(experts.iter()) {
+            let best = left[expert as usize];
+            let sum: f64 = (left.iter().zip(logits))
+                .filter(|&(_, &logit)| {
+                    (best - f64::from(logit)) / f64::from(logit).abs().max(best) <= 2.0 * f64::from(jitter)
+                })
+                .map(|(left, _)| (left - best).exp())
+                .sum();
+            *weight = (1.0 / sum) as f32;
+            left[expert as usize] = f64::NEG_INFINITY;
+        }
     }
     let divisor = match spec.renormalize {
         Some(eps) => (weights.iter().copied().map(f64::from).sum::<f64>() + f64::from(eps)) as f32,

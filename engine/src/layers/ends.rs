@@ -1,0 +1,155 @@
+//! What stands around the layers of a decoder: embedding, last norm, output projection.
+
+use candle_core::Tensor;
+use kernels::PackedWeight;
+
+use super::norm::{Norm, NormKind};
+use crate::error::EngineError;
+use crate::weights::loader::Loader;
+use crate::weights::model_config::ModelConfig;
+
+/// A decoder's sizes and what it has beside its layers.
+#[derive(Clone, Copy, Debug)]
+pub struct DecoderConfig {
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    pub norm_kind: NormKind,
+    pub rms_norm_eps: f64,
+    pub tie_word_embeddings: bool,
+    pub embedding_name: &'static str,
+    pub head: HeadKind,
+    pub norms: LayerNorms,
+    pub multipliers: Multipliers,
+}
+
+/// Where a layer normalises, and what the norms are called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LayerNorms {
+    /// Before each half: `input_layernorm`, `post_attention_layernorm`.
+    Pre,
+    /// Before and after each half: `input_layernorm`, `post_attention_layernorm`, `pre_mlp_layernorm`,
+    /// `post_mlp_layernorm`.
+    Sandwich,
+}
+
+/// What the output projection has beside its matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HeadKind {
+    Plain,
+    /// `lm_head.bias`.
+    Biased,
+    /// Every column of the matrix is divided by its length (Ling's `norm_head`).
+    ColumnNormalized,
+}
+
+/// Factors that some families put on the stream; 1 where a family has none.
+#[derive(Clone, Copy, Debug)]
+pub struct Multipliers {
+    pub embedding: f64,
+    pub residual: f64,
+    pub logits: f64,
+}
+
+impl Default for Multipliers {
+    fn default() -> Self {
+        Self { embedding: 1.0, residual: 1.0, logits: 1.0 }
+    }
+}
+
+impl DecoderConfig {
+    /// The usual keys. `default_eps` is what transformers takes for the family where `rms_norm_eps` is absent.
+    pub fn from_config(config: &ModelConfig, default_eps: f64) -> Result<Self, EngineError> {
+        Ok(Self {
+            vocab_size: config.size("vocab_size")?,
+            hidden_size: config.size("hidden_size")?,
+            norm_kind: NormKind::Rms,
+            rms_norm_eps: config.float_or("rms_norm_eps", default_eps)?,
+            tie_word_embeddings: config.flag_or("tie_word_embeddings", false)?,
+            embedding_name: "model.embed_tokens.weight",
+            head: HeadKind::Plain,
+            norms: LayerNorms::Pre,
+            multipliers: Multipliers::default(),
+        })
+    }
+
+    /// The norm `{name}` over the hidden state.
+    pub fn load_norm(&self, loader: &Loader, name: &str) -> Result<Norm, EngineError> {
+        Norm::load_kind(loader, name, self.hidden_size, (self.norm_kind, self.rms_norm_eps))
+    }
+}
+
+#[derive(Debug)]
+pub struct Ends {
+    embedding: PackedWeight,
+    norm: Norm,
+    /// `None`: the embedding serves as the output projection too.
+    lm_head: Option<PackedWeight>,
+    lm_head_bias: Option<Tensor>,
+    multipliers: Multipliers,
+}
+
+impl Ends {
+    /// The embedding, `model.norm`, and `lm_head` where it is not tied.
+    pub fn load(loader: &Loader, config: DecoderConfig) -> Result<Self, EngineError> {
+        let DecoderConfig { vocab_size, hidden_size, .. } = config;
+        let embedding = loader.weight(config.embedding_name, vocab_size, hidden_size)?;
+        let norm = config.load_norm(loader, "model.norm")?;
+        let lm_head = match config.tie_word_embeddings {
+            true => None,
+            false => Some(loader.weight("lm_head.weight", vocab_size, hidden_size)?),
+        };
+        let (lm_head, lm_head_bias) = match config.head {
+            HeadKind::Plain => (lm_head, None),
+            HeadKind::Biased => (lm_head, Some(loader.vector("lm_head.bias", vocab_size)?)),
+            HeadKind::ColumnNormalized => (Some(normalize_columns(lm_head.as_ref().unwrap_or(&embedding))?), None),
+        };
+        Ok(Self { embedding, norm, lm_head, lm_head_bias, multipliers: config.multipliers })
+    }
+
+    pub fn multipliers(&self) -> Multipliers {
+        self.multipliers
+    }
+
+    /// `[num_tokens, hidden_size]`
+    pub fn embed(&self, input_ids: &[u32]) -> Result<Tensor, EngineError> {
+        scaled(kernels::embedding(input_ids, &self.embedding)?, self.multipliers.embedding)
+    }
+
+    /// The normalised last hidden state, of what the last layer left over and the stream.
+    pub fn leave(&self, delta: Option<Tensor>, residual: Tensor) -> Result<Tensor, EngineError> {
+        Ok(enter(&self.norm, delta, residual)?.0)
+    }
+
+    /// `[rows, hidden_size]` to `[rows, vocab_size]`.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor, EngineError> {
+        let weight = self.lm_head.as_ref().unwrap_or(&self.embedding);
+        scaled(kernels::linear(hidden, weight, self.lm_head_bias.as_ref())?, self.multipliers.logits)
+    }
+}
+
+/// Adds what the half before left over and normalises: `(normed, residual stream)`.
+pub fn enter(norm: &Norm, delta: Option<Tensor>, residual: Tensor) -> Result<(Tensor, Tensor), EngineError> {
+    match delta {
+        Some(delta) => norm.forward_residual(&delta, &residual),
+        None => Ok((norm.forward(&residual)?, residual)),
+    }
+}
+
+pub fn scaled(x: Tensor, factor: f64) -> Result<Tensor, EngineError> {
+    if factor == 1.0 { Ok(x) } else { Ok((x * factor)?) }
+}
+
+/// `w / (‖w‖ + 1e-7)` with the length taken over the vocabulary, for each column of `[vocab_size, hidden_size]`.
+fn normalize_columns(weight: &PackedWeight) -> Result<PackedWeight, EngineError> {
+    let (rows, cols) = (weight.rows(), weight.cols());
+    let mut values = weight.to_f32();
+    let mut squares = vec![0f64; cols];
+    for row in values.chunks_exact(cols) {
+        row.iter().zip(&mut squares).for_each(|(&value, square)| *square += f64::from(value).powi(2));
+    }
+    let factors: Vec<f32> = squares.iter().map(|square| (1.0 / (square.sqrt() + 1e-7)) as f32).collect();
+    for row in values.chunks_exact_mut(cols) {
+        row.iter_mut().zip(&factors).for_each(|(value, factor)| *value *= factor);
+    }
+    Ok(PackedWeight::from_f32(weight.format(), rows, cols, &values)?)
+}

@@ -1,0 +1,144 @@
+//! gpt-oss: attention sinks, alternating windows, clamped and biased experts, in bf16 or MXFP4.
+
+use kernels::{Expert, ExpertBiases, ExpertWeights, GluActivation, Reach, RouterSpec, Scoring, WeightFormat};
+
+use super::{Model, ModelSource};
+use crate::error::EngineError;
+use crate::layers::attention::{Attention, AttentionConfig};
+use crate::layers::decoder::{Decoder, FeedForwardParts, LayerParts, Mixer};
+use crate::layers::ends::DecoderConfig;
+use crate::layers::linear::{Bias, Linear};
+use crate::layers::moe::{self, ExpertShape, MoeParts, Weighting};
+use crate::weights::loader::Loader;
+use crate::weights::model_config::ModelConfig;
+use crate::weights::mxfp4;
+
+/// Steepness of the activation's sigmoid, fixed in the reference.
+const ALPHA: f32 = 1.702;
+
+pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
+    let ModelSource { config, loader, max_model_len } = *source;
+    let decoder = DecoderConfig::from_config(config, 1e-5)?;
+    let bias = config.flag_or("attention_bias", true)?.into();
+    let attention = AttentionConfig {
+        qkv_bias: bias,
+        out_bias: bias,
+        has_sinks: true,
+        ..AttentionConfig::from_config(config, max_model_len)?
+    };
+    let window = config.window("sliding_window")?;
+    let shape = ExpertShape {
+        num_experts: config.size("num_local_experts")?,
+        hidden_size: decoder.hidden_size,
+        width: config.size("intermediate_size")?,
+    };
+    let top_k = match config.opt_count("num_experts_per_tok")? {
+        Some(top_k) => top_k,
+        None => config.size("experts_per_token")?,
+    };
+    let activation = GluActivation::ClampedSwish { alpha: ALPHA, limit: config.float_or("swiglu_limit", 7.0)? as f32 };
+    let mixer = |prefix: &str, idx: usize| {
+        let reach = if is_sliding(config, idx)? { window } else { Reach::Full };
+        let attention = AttentionConfig { reach, ..attention.clone() };
+        Ok(Mixer::Gqa(Attention::load(loader, &format!("{prefix}.self_attn"), attention, idx)?))
+    };
+    let feed_forward = |prefix: &str, _: usize| {
+        let gate = format!("{prefix}.mlp.router");
+        Ok(FeedForwardParts::Moe(MoeParts {
+            gate: Linear::load(loader, &gate, shape.num_experts, shape.hidden_size, Bias::Yes)?,
+            spec: RouterSpec {
+                top_k,
+                scoring: Scoring::SoftmaxTopK,
+                bias: None,
+                groups: None,
+                renormalize: None,
+                scale: 1.0,
+            },
+            experts: load_experts(loader, &format!("{prefix}.mlp.experts"), shape, activation)?,
+            shared: None,
+            weighting: Weighting::default(),
+        }))
+    };
+    let parts = LayerParts { mixer: &mixer, feed_forward: &feed_forward };
+    Ok(Box::new(Decoder::load(source, decoder, parts)?))
+}
+
+/// `layer_types`, by default sliding on even layers.
+fn is_sliding(config: &ModelConfig, idx: usize) -> Result<bool, EngineError> {
+    let Some(types) = config.get("layer_types").and_then(|types| types.as_array()) else {
+        return Ok(idx.is_multiple_of(2));
+    };
+    match types.get(idx).and_then(|kind| kind.as_str()) {
+        Some("sliding_attention") => Ok(true),
+        Some("full_attention") => Ok(false),
+        other => {
+            let reason = format!("has {other:?} for layer {idx}, expected sliding_attention or full_attention");
+            Err(EngineError::Config { key: "layer_types", reason })
+        }
+    }
+}
+
+fn load_experts(
+    loader: &Loader,
+    prefix: &str,
+    shape: ExpertShape,
+    activation: GluActivation,
+) -> Result<Vec<Expert>, EngineError> {
+    let ExpertShape { num_experts, hidden_size, width } = shape;
+    let gate_up =
+        Stacked { loader, name: format!("{prefix}.gate_up_proj"), shape: [num_experts, 2 * width, hidden_size] };
+    let down = Stacked { loader, name: format!("{prefix}.down_proj"), shape: [num_experts, hidden_size, width] };
+    let gate_up_bias = loader.floats(&format!("{}_bias", gate_up.name), &[num_experts, 2 * width])?;
+    let down_bias = loader.floats(&format!("{}_bias", down.name), &[num_experts, hidden_size])?;
+    let weights = gate_up.load(&gate_first)?.into_iter().zip(down.load(&|rows, _| rows)?);
+    let biases = gate_up_bias.chunks_exact(2 * width).zip(down_bias.chunks_exact(hidden_size));
+    let expert = |((gate_up, down), (gate_up_bias, down_bias)): (_, (&[f32], &[f32]))| {
+        let biases = ExpertBiases { gate_up: gate_first(gate_up_bias.to_vec(), 1), down: down_bias.to_vec() };
+        Expert::Glu(ExpertWeights { gate_up, down, biases: Some(biases), activation })
+    };
+    Ok(weights.zip(biases).map(expert).collect())
+}
+
+/// Rows of `cols` values, gate and up alternating, to all of the gate before all of up.
+fn gate_first(rows: Vec<f32>, cols: usize) -> Vec<f32> {
+    let of = |parity: usize| rows.chunks_exact(cols).skip(parity).step_by(2).flatten().copied();
+    of(0).chain(of(1)).collect()
+}
+
+/// Experts stacked in one tensor: bf16 as `[experts, in, out]`, MXFP4 as `[experts, out, in]`.
+struct Stacked<'a, 'c> {
+    loader: &'a Loader<'c>,
+    name: String,
+    /// `[experts, out, in]`
+    shape: [usize; 3],
+}
+
+impl Stacked<'_, '_> {
+    /// Each expert's matrix `[out, in]`, its rows put in order by `arrange(values, in)`.
+    fn load(&self, arrange: &dyn Fn(Vec<f32>, usize) -> Vec<f32>) -> Result<Vec<kernels::PackedWeight>, EngineError> {
+        let [num_experts, rows, cols] = self.shape;
+        let blocks_name = format!("{}_blocks", self.name);
+        if !self.loader.has(&blocks_name) {
+            let stored = self.loader.borrow_stacked(&self.name, [num_experts, cols, rows])?;
+            return stored
+                .iter()
+                .map(|weight| {
+                    let values = arrange(moe::transposed(&weight.to_f32(), rows), cols);
+                    self.loader.made(weight.format(), [rows, cols], &values)
+                })
+                .collect();
+        }
+        let num_blocks = cols / mxfp4::BLOCK;
+        let blocks = self.loader.bytes(&blocks_name, &[num_experts, rows, num_blocks, mxfp4::BLOCK_BYTES])?;
+        let scales = self.loader.bytes(&format!("{}_scales", self.name), &[num_experts, rows, num_blocks])?;
+        let experts =
+            blocks.chunks_exact(rows * num_blocks * mxfp4::BLOCK_BYTES).zip(scales.chunks_exact(rows * num_blocks));
+        experts
+            .map(|(blocks, scales)| {
+                // Every MXFP4 value is a bf16 value.
+                let values = arrange(mxfp4::expand(blocks, scales), cols);
+                self.loader.made(WeightFormat::Bf16, [rows, cols], &values)
+            })
+            .collect()
+    }
+}

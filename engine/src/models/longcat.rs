@@ -1,0 +1,170 @@
+//! LongCat-Flash: two latent attentions and two dense networks per layer, with a shortcut mixture of experts across them, a
+//! share of whose experts compute nothing.
+
+use candle_core::Tensor;
+use kernels::{Expert, RouterSpec, Scoring};
+
+use super::deepseek::mla_config;
+use super::{CacheSite, ForwardContext, Model, ModelShape, ModelSource};
+use crate::error::EngineError;
+use crate::layers::ends::{DecoderConfig, Ends, enter};
+use crate::layers::linear::Linear;
+use crate::layers::mla::{LoraScales, MlaAttention, MlaConfig};
+use crate::layers::mlp::Mlp;
+use crate::layers::moe::{self, ExpertShape, Moe, MoeParts, Weighting};
+use crate::layers::norm::Norm;
+use crate::weights::model_config::ModelConfig;
+
+struct LongCat {
+    ends: Ends,
+    layers: Vec<Layer>,
+    shape: ModelShape,
+}
+
+struct Layer {
+    halves: [Half; 2],
+    moe: Moe,
+}
+
+/// One attention with its dense network.
+struct Half {
+    input_norm: Norm,
+    attention: MlaAttention,
+    post_attention_norm: Norm,
+    mlp: Mlp,
+}
+
+pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
+    let config = &source.config.renamed(&[("num_layers", "num_hidden_layers")]);
+    config.expect_silu()?;
+    let decoder = DecoderConfig::from_config(config, 1e-5)?;
+    let attention = attention_config(config, source.max_model_len)?;
+    let layers = (0..config.size("num_hidden_layers")?)
+        .map(|idx| Layer::load(&ModelSource { config, ..*source }, &decoder, &attention, idx))
+        .collect::<Result<Vec<_>, _>>()?;
+    let sites = layers.iter().flat_map(|layer| layer.halves.each_ref().map(|half| half.attention.cache_site()));
+    let shape = ModelShape {
+        vocab_size: decoder.vocab_size,
+        num_layers: layers.len(),
+        cache_sites: sites.collect::<Vec<CacheSite>>(),
+        experts_per_moe_layer: layers.iter().map(|layer| layer.moe.num_experts()).collect(),
+    };
+    Ok(Box::new(LongCat { ends: Ends::load(source.loader, decoder)?, layers, shape }))
+}
+
+/// Multi-token prediction, and the matrices that transformers saves for experts that have none.
+pub fn is_ignored(config: &ModelConfig, name: &str) -> bool {
+    let num_experts = config.count_or("n_routed_experts", usize::MAX).unwrap_or(usize::MAX);
+    let expert = name.split_once(".mlp.experts.").and_then(|(_, rest)| rest.split('.').next()?.parse::<usize>().ok());
+    name.starts_with("model.mtp.") || expert.is_some_and(|expert| expert >= num_experts)
+}
+
+/// Factors `sqrt(hidden_size / rank)` make up for what the low ranks lose.
+fn attention_config(config: &ModelConfig, max_model_len: usize) -> Result<MlaConfig, EngineError> {
+    let attention = mla_config(config, max_model_len)?;
+    let factor = |is_on: bool, rank: usize| match is_on {
+        true => (attention.hidden_size as f64 / rank as f64).sqrt(),
+        false => 1.0,
+    };
+    let query = match attention.q_lora_rank {
+        Some(rank) => factor(config.flag_or("mla_scale_q_lora", true)?, rank),
+        None => 1.0,
+    };
+    let latent = factor(config.flag_or("mla_scale_kv_lora", true)?, attention.kv_lora_rank);
+    Ok(MlaConfig { lora_scales: LoraScales { query, latent }, ..attention })
+}
+
+impl Layer {
+    fn load(
+        source: &ModelSource,
+        decoder: &DecoderConfig,
+        attention: &MlaConfig,
+        idx: usize,
+    ) -> Result<Self, EngineError> {
+        let ModelSource { config, loader, .. } = *source;
+        let prefix = format!("model.layers.{idx}");
+        let dense_width = config.size("ffn_hidden_size")?;
+        let load_half = |half: usize| {
+            let site = 2 * idx + half;
+            Ok::<_, EngineError>(Half {
+                input_norm: decoder.load_norm(loader, &format!("{prefix}.input_layernorm.{half}"))?,
+                attention: MlaAttention::load(loader, &format!("{prefix}.self_attn.{half}"), attention.clone(), site)?,
+                post_attention_norm: decoder.load_norm(loader, &format!("{prefix}.post_attention_layernorm.{half}"))?,
+                mlp: Mlp::load(loader, &format!("{prefix}.mlps.{half}"), decoder.hidden_size, dense_width)?,
+            })
+        };
+        let moe = load_moe(source, &format!("{prefix}.mlp"), decoder.hidden_size)?;
+        Ok(Self { halves: [load_half(0)?, load_half(1)?], moe: Moe::new(moe, idx)? })
+    }
+
+    /// Takes and gives `(what the layer before left over, residual stream)`.
+    fn forward(
+        &self,
+        delta: Option<Tensor>,
+        residual: Tensor,
+        context: &mut ForwardContext,
+    ) -> Result<(Tensor, Tensor), EngineError> {
+        let [first, second] = &self.halves;
+        let (normed, residual) = enter(&first.input_norm, delta, residual)?;
+        let attended = first.attention.forward(&normed, context)?;
+        let (normed, residual) = first.post_attention_norm.forward_residual(&attended, &residual)?;
+        let shortcut = self.moe.forward(&normed, context)?;
+        let (normed, residual) = second.input_norm.forward_residual(&first.mlp.forward(&normed)?, &residual)?;
+        let attended = second.attention.forward(&normed, context)?;
+        let (normed, residual) = second.post_attention_norm.forward_residual(&attended, &residual)?;
+        Ok(((second.mlp.forward(&normed)? + shortcut)?, residual))
+    }
+}
+
+/// Softmax over real and zero-computation experts; the bias steers the choice, raw probabilities, scaled, are the weights.
+fn load_moe(source: &ModelSource, prefix: &str, hidden_size: usize) -> Result<MoeParts, EngineError> {
+    let ModelSource { config, loader, .. } = *source;
+    let num_identity = config.count_or("zero_expert_num", 0)?;
+    if config.text_or("zero_expert_type", "identity")? != "identity" {
+        let reason = "is not `identity`, the only supported kind".into();
+        return Err(EngineError::Config { key: "zero_expert_type", reason });
+    }
+    let shape = ExpertShape {
+        num_experts: config.size("n_routed_experts")?,
+        hidden_size,
+        width: config.size("expert_ffn_hidden_size")?,
+    };
+    let num_choices = shape.num_experts + num_identity;
+    let has_bias = config.flag_or("router_bias", false)?.into();
+    let router = format!("{prefix}.router");
+    let mut experts = moe::load_experts(loader, &format!("{prefix}.experts"), moe::PROJECTIONS, shape)?;
+    experts.extend((0..num_identity).map(|_| Expert::Identity));
+    Ok(MoeParts {
+        gate: Linear::load(loader, &format!("{router}.classifier"), num_choices, hidden_size, has_bias)?,
+        spec: RouterSpec {
+            top_k: config.size("moe_topk")?,
+            scoring: Scoring::Softmax,
+            bias: Some(loader.floats(&format!("{router}.e_score_correction_bias"), &[num_choices])?),
+            groups: None,
+            renormalize: None,
+            scale: config.float_or("routed_scaling_factor", 1.0)? as f32,
+        },
+        experts,
+        shared: None,
+        weighting: Weighting::default(),
+    })
+}
+
+impl Model for LongCat {
+    fn shape(&self) -> &ModelShape {
+        &self.shape
+    }
+
+    fn hidden(&self, context: &mut ForwardContext) -> Result<Tensor, EngineError> {
+        let (mut delta, mut residual) = (None, self.ends.embed(&context.input.input_ids)?);
+        for layer in &self.layers {
+            let (left, stream) = layer.forward(delta, residual, context)?;
+            (delta, residual) = (Some(left), stream);
+        }
+        self.ends.leave(delta, residual)
+    }
+
+    fn logits(&self, hidden: &Tensor) -> Result<Tensor, EngineError> {
+        self.ends.logits(hidden)
+    }
+}
