@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use scheduler::{Batch, Outcome, Progress, Request, RequestId, Scheduler, Update};
+use scheduler::{Batch, Outcome, Progress, Request, RequestId, Scheduler, SchedulerStats, Update};
 use tokio::sync::mpsc;
 
 use crate::error::{EngineError, GenerationError};
@@ -66,7 +66,9 @@ impl StepLoop {
         for (_, entry) in self.entries.drain() {
             entry.send(Event::Failed(error.clone()));
         }
-        self.shared.publish(&self.scheduler.stats());
+        // The sequences ended with their requests, and their blocks go with the loop.
+        let idle = SchedulerStats { num_running: 0, num_waiting: 0, num_used_blocks: 0, ..self.scheduler.stats() };
+        self.shared.publish(&idle);
         self.shared.announce_end();
     }
 

@@ -88,8 +88,8 @@ fn rotary_dim(config: &ModelConfig, head_dim: usize) -> Result<usize, EngineErro
         None => config.float_or("partial_rotary_factor", 1.0)?,
     };
     let rotary_dim = config.count_or("rotary_dim", (head_dim as f64 * factor) as usize)?;
-    if rotary_dim == 0 || rotary_dim > head_dim || !rotary_dim.is_multiple_of(2) {
-        let reason = format!("gives {rotary_dim} of {head_dim} dimensions, expected an even number that fits");
+    if rotary_dim > head_dim {
+        let reason = format!("gives {rotary_dim} of {head_dim} dimensions");
         return Err(EngineError::Config { key: "partial_rotary_factor", reason });
     }
     Ok(rotary_dim)

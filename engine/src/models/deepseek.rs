@@ -21,8 +21,11 @@ pub fn load_v2(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
 }
 
 pub fn load_v3(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
-    source.config.expect_text("scoring_func", &["sigmoid"])?;
-    source.config.expect_text("topk_method", &["noaux_tc"])?;
+    let defaults = [("n_group", 8.0), ("topk_group", 4.0), ("routed_scaling_factor", 2.5)];
+    let config = &source.config.with_defaults(&defaults);
+    let source = &ModelSource { config, ..*source };
+    config.expect_text("scoring_func", &["sigmoid"])?;
+    config.expect_text("topk_method", &["noaux_tc"])?;
     let layers = FineGrained {
         choice_bias: Some(ChoiceBias::Vector("gate.e_score_correction_bias")),
         ..FineGrained::from_config(source.config, sigmoid_router(source.config)?)?
@@ -32,7 +35,7 @@ pub fn load_v3(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
 
 /// DeepSeek-V3 with sandwich norms, without groups; published with keys of its own, re-saved with DeepSeek's.
 pub fn load_pangu(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
-    let config = &pangu_keys(source.config);
+    let config = &pangu_keys(source.config).with_defaults(&[("rope_theta", 25.6e6), ("routed_scaling_factor", 2.5)]);
     let source = &ModelSource { config, ..*source };
     let has_bias = config.flag_or("router_enable_expert_bias", false)?;
     let layers = FineGrained {

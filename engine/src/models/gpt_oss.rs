@@ -17,7 +17,8 @@ use crate::weights::mxfp4;
 const ALPHA: f32 = 1.702;
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
-    let ModelSource { config, loader, max_model_len } = *source;
+    let config = &source.config.with_defaults(&[("rope_theta", 1.5e5)]);
+    let ModelSource { loader, max_model_len, .. } = *source;
     let decoder = DecoderConfig::from_config(config, 1e-5)?;
     let bias = config.flag_or("attention_bias", true)?.into();
     let attention = AttentionConfig {

@@ -35,7 +35,7 @@ struct Half {
 }
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
-    let config = &source.config.renamed(&[("num_layers", "num_hidden_layers")]);
+    let config = &source.config.renamed(&[("num_layers", "num_hidden_layers")]).with_defaults(&[("rope_theta", 1e7)]);
     config.expect_silu()?;
     let decoder = DecoderConfig::from_config(config, 1e-5)?;
     let attention = attention_config(config, source.max_model_len)?;

@@ -135,8 +135,9 @@ fn a_full_queue_refuses_and_loses_nothing() {
 #[test]
 fn shutdown_ends_every_request_exactly_once() {
     let engine = start(EngineConfig { max_num_seqs: 2, ..config(&golden_dir("mixtral-base")) });
-    let generations: Vec<Generation> =
+    let mut generations: Vec<Generation> =
         (0..5).map(|_| engine.submit(request(&[1, 54], 2000)).expect("accepted")).collect();
+    await_token(&mut generations[0]);
     engine.shutdown();
     for generation in generations {
         assert_eq!(events(generation).last(), Some(&Event::Failed(GenerationError::ShuttingDown)));
