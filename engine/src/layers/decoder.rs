@@ -20,7 +20,7 @@ pub enum Mixer {
 #[derive(Debug)]
 pub enum FeedForward {
     Dense(Mlp),
-    Moe(Moe),
+    Moe(Box<Moe>),
 }
 
 #[derive(Debug)]
@@ -51,7 +51,13 @@ pub struct LayerParts<'a> {
 /// A feed-forward half before it knows its place among the MoE layers.
 pub enum FeedForwardParts {
     Dense(Mlp),
-    Moe(MoeParts),
+    Moe(Box<MoeParts>),
+}
+
+impl FeedForwardParts {
+    pub fn moe(parts: MoeParts) -> Self {
+        Self::Moe(Box::new(parts))
+    }
 }
 
 impl Decoder {
@@ -92,7 +98,7 @@ fn load_layers(
                 FeedForwardParts::Dense(mlp) => FeedForward::Dense(mlp),
                 FeedForwardParts::Moe(moe) => {
                     num_moe_layers += 1;
-                    FeedForward::Moe(Moe::new(moe, num_moe_layers - 1)?)
+                    FeedForward::Moe(Box::new(Moe::new(*moe, num_moe_layers - 1)?))
                 }
             },
         })

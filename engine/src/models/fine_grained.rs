@@ -84,7 +84,7 @@ impl FineGrained {
                 Some(Mlp::load_with(loader, &format!("{mlp}.shared_experts"), sizes, self.bias)?)
             }
         };
-        Ok(FeedForwardParts::Moe(MoeParts {
+        Ok(FeedForwardParts::moe(MoeParts {
             gate: moe::load_gate(loader, &format!("{mlp}.gate"), shape)?,
             spec: RouterSpec { bias, ..self.spec.clone() },
             experts: moe::load_experts(loader, &format!("{mlp}.experts"), moe::PROJECTIONS, shape)?,

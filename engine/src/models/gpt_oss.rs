@@ -45,7 +45,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     };
     let feed_forward = |prefix: &str, _: usize| {
         let gate = format!("{prefix}.mlp.router");
-        Ok(FeedForwardParts::Moe(MoeParts {
+        Ok(FeedForwardParts::moe(MoeParts {
             gate: Linear::load(loader, &gate, shape.num_experts, shape.hidden_size, Bias::Yes)?,
             spec: RouterSpec {
                 top_k,

@@ -46,7 +46,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let feed_forward = |prefix: &str, _: usize| {
         let block = format!("{prefix}.block_sparse_moe");
         let names = ["input_linear", "output_linear"].map(|part| format!("{block}.{part}.weight"));
-        Ok(FeedForwardParts::Moe(MoeParts {
+        Ok(FeedForwardParts::moe(MoeParts {
             gate: moe::load_gate(loader, &format!("{block}.router.layer"), shape)?,
             spec: spec.clone(),
             experts: moe::load_stacked_experts(loader, [&names[0], &names[1]], shape)?,

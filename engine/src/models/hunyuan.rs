@@ -41,7 +41,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
             renormalize: Some(0.0),
             scale: 1.0,
         };
-        Ok(FeedForwardParts::Moe(MoeParts {
+        Ok(FeedForwardParts::moe(MoeParts {
             gate: moe::load_gate(loader, &format!("{mlp}.gate.wg"), shape)?,
             spec,
             experts: moe::load_experts(loader, &format!("{mlp}.experts"), moe::PROJECTIONS, shape)?,

@@ -44,7 +44,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         if !is_moe {
             return Ok(FeedForwardParts::Dense(Mlp::load(loader, &block, shape.hidden_size, dense_width)?));
         }
-        Ok(FeedForwardParts::Moe(MoeParts {
+        Ok(FeedForwardParts::moe(MoeParts {
             gate: moe::load_gate(loader, &format!("{block}.router"), shape)?,
             spec: spec.clone(),
             experts: load_experts(loader, &format!("{block}.experts"), shape)?,

@@ -44,7 +44,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         if num_experts == 0 {
             return Ok(FeedForwardParts::Dense(Mlp::load(loader, &mlp, shape.hidden_size, width)?));
         }
-        Ok(FeedForwardParts::Moe(MoeParts {
+        Ok(FeedForwardParts::moe(MoeParts {
             gate: moe::load_gate(loader, &format!("{mlp}.gate"), shape)?,
             spec: spec.clone(),
             experts: moe::load_experts(loader, &format!("{mlp}.experts"), ["w1", "w3", "w2"], shape)?,

@@ -30,7 +30,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let feed_forward = |prefix: &str, _: usize| {
         let block = format!("{prefix}.block_sparse_moe");
         let bias = loader.floats(&format!("{block}.e_score_correction_bias"), &[shape.num_experts])?;
-        Ok(FeedForwardParts::Moe(MoeParts {
+        Ok(FeedForwardParts::moe(MoeParts {
             gate: moe::load_gate(loader, &format!("{block}.gate"), shape)?,
             spec: RouterSpec {
                 top_k,

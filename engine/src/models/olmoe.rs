@@ -38,7 +38,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         Ok(Mixer::Gqa(Attention::load(loader, &format!("{prefix}.self_attn"), attention.clone(), idx)?))
     };
     let feed_forward = |prefix: &str, _: usize| {
-        Ok(FeedForwardParts::Moe(MoeParts {
+        Ok(FeedForwardParts::moe(MoeParts {
             gate: moe::load_gate(loader, &format!("{prefix}.mlp.gate"), shape)?,
             spec: spec.clone(),
             experts: moe::load_experts(loader, &format!("{prefix}.mlp.experts"), moe::PROJECTIONS, shape)?,

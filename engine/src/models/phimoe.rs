@@ -48,7 +48,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     };
     let feed_forward = |prefix: &str, _: usize| {
         let block = format!("{prefix}.block_sparse_moe");
-        Ok(FeedForwardParts::Moe(MoeParts {
+        Ok(FeedForwardParts::moe(MoeParts {
             gate: moe::load_gate(loader, &format!("{block}.gate"), shape)?,
             spec: spec.clone(),
             experts: moe::load_experts(loader, &format!("{block}.experts"), ["w1", "w3", "w2"], shape)?,

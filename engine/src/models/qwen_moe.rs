@@ -136,7 +136,7 @@ impl SparseLayers {
         if self.mlp_only_layers.contains(&idx) || !(idx + 1).is_multiple_of(self.decoder_sparse_step) {
             return Ok(FeedForwardParts::Dense(Mlp::load(loader, &mlp, self.shape.hidden_size, self.dense_width)?));
         }
-        Ok(FeedForwardParts::Moe(MoeParts {
+        Ok(FeedForwardParts::moe(MoeParts {
             gate: moe::load_gate(loader, &format!("{mlp}.gate"), self.shape)?,
             spec: self.spec.clone(),
             experts: moe::load_experts(loader, &format!("{mlp}.experts"), moe::PROJECTIONS, self.shape)?,
