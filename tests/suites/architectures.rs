@@ -53,4 +53,17 @@ served! {
     deepseek_v3: "deepseek_v3-base";
     kimi_k2: "kimi_k2-base";
     kimi_k2_with_tiktoken: "kimi_k2-tiktoken";
+    longcat_flash: "longcat_flash-base";
+    pangu_ultra_moe: "pangu_ultra_moe-base";
+    bailing_moe: "bailing_moe-base";
+    bailing_moe_v2: "bailing_moe_v2-base";
+    glm4_moe: "glm4_moe-base";
+    dots1: "dots1-base";
+    ernie4_5_moe: "ernie4_5_moe-base";
+    hunyuan_v1_moe: "hunyuan_v1_moe-base";
+    minimax_m2: "minimax_m2-base";
+    minicpm_moe: "minicpm_moe-base";
+    gpt_oss: "gpt_oss-mxfp4";
+    phimoe: "phimoe-base";
+    llama4: "llama4-mm";
 }
