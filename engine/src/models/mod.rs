@@ -166,7 +166,7 @@ pub fn architecture(model_type: &str) -> Result<&'static Architecture, EngineErr
 /// Tensors that no family uses: tied output projections saved all the same, and buffers of old transformers versions.
 pub fn is_ignored_everywhere(config: &ModelConfig, name: &str) -> bool {
     let tied = config.flag_or("tie_word_embeddings", false).unwrap_or(false);
-    name.ends_with("rotary_emb.inv_freq") || tied && name == "lm_head.weight"
+    name.ends_with("rotary_emb.inv_freq") || tied && name.ends_with("lm_head.weight")
 }
 
 /// Multi-token-prediction tensors that say so in their name.
