@@ -65,5 +65,6 @@ served! {
     minicpm_moe: "minicpm_moe-base";
     gpt_oss: "gpt_oss-mxfp4";
     phimoe: "phimoe-base";
+    jetmoe: "jetmoe-base";
     llama4: "llama4-mm";
 }

@@ -6,6 +6,7 @@ use super::attention::Attention;
 use super::ends::{DecoderConfig, Ends, LayerNorms, enter, scaled};
 use super::mla::MlaAttention;
 use super::mlp::Mlp;
+use super::moa::MoaAttention;
 use super::moe::{Moe, MoeParts};
 use super::norm::Norm;
 use crate::error::EngineError;
@@ -15,6 +16,7 @@ use crate::models::{CacheSite, ForwardContext, Model, ModelShape, ModelSource};
 pub enum Mixer {
     Gqa(Attention),
     Mla(MlaAttention),
+    Moa(MoaAttention),
 }
 
 #[derive(Debug)]
@@ -68,7 +70,7 @@ impl Decoder {
             vocab_size: config.vocab_size,
             num_layers: layers.len(),
             cache_sites: layers.iter().map(|layer| layer.mixer.cache_site()).collect(),
-            experts_per_moe_layer: layers.iter().filter_map(|layer| layer.feed_forward.num_experts()).collect(),
+            experts_per_moe_layer: layers.iter().flat_map(DecoderLayer::num_experts).collect(),
         };
         Ok(Self { ends: Ends::load(source.loader, config)?, layers, shape })
     }
@@ -87,10 +89,12 @@ fn load_layers(
             LayerNorms::Pre => ("post_attention_layernorm", false),
             LayerNorms::Sandwich => ("pre_mlp_layernorm", true),
         };
+        let mixer = (parts.mixer)(&prefix, idx)?;
+        num_moe_layers += usize::from(mixer.num_experts().is_some());
         let sandwich = |part: &str| is_sandwich.then(|| norm(format!("{prefix}.{part}"))).transpose();
         Ok(DecoderLayer {
             input_norm: norm(format!("{prefix}.input_layernorm"))?,
-            mixer: (parts.mixer)(&prefix, idx)?,
+            mixer,
             attention_out_norm: sandwich("post_attention_layernorm")?,
             feed_forward_norm: norm(format!("{prefix}.{feed_forward_norm}"))?,
             feed_forward_out_norm: sandwich("post_mlp_layernorm")?,
@@ -133,11 +137,26 @@ impl Model for Decoder {
     }
 }
 
+impl DecoderLayer {
+    /// Experts of the routers in the layer, in the order they are asked.
+    fn num_experts(&self) -> impl Iterator<Item = usize> {
+        self.mixer.num_experts().into_iter().chain(self.feed_forward.num_experts())
+    }
+}
+
 impl Mixer {
+    fn num_experts(&self) -> Option<usize> {
+        match self {
+            Self::Gqa(_) | Self::Mla(_) => None,
+            Self::Moa(attention) => Some(attention.num_experts()),
+        }
+    }
+
     fn cache_site(&self) -> CacheSite {
         match self {
             Self::Gqa(attention) => attention.cache_site(),
             Self::Mla(attention) => attention.cache_site(),
+            Self::Moa(attention) => attention.cache_site(),
         }
     }
 
@@ -145,6 +164,7 @@ impl Mixer {
         match self {
             Self::Gqa(attention) => attention.forward(x, context),
             Self::Mla(attention) => attention.forward(x, context),
+            Self::Moa(attention) => attention.forward(x, context),
         }
     }
 }

@@ -15,6 +15,8 @@ pub struct DecoderConfig {
     pub hidden_size: usize,
     pub norm_kind: NormKind,
     pub rms_norm_eps: f64,
+    /// Of the norms within layers; as `rms_norm_eps` in most families.
+    pub layer_norm_eps: f64,
     pub tie_word_embeddings: bool,
     pub embedding_name: &'static str,
     pub head: HeadKind,
@@ -59,11 +61,13 @@ impl Default for Multipliers {
 impl DecoderConfig {
     /// The usual keys. `default_eps` is what transformers takes for the family where `rms_norm_eps` is absent.
     pub fn from_config(config: &ModelConfig, default_eps: f64) -> Result<Self, EngineError> {
+        let rms_norm_eps = config.float_or("rms_norm_eps", default_eps)?;
         Ok(Self {
             vocab_size: config.size("vocab_size")?,
             hidden_size: config.size("hidden_size")?,
             norm_kind: NormKind::Rms,
-            rms_norm_eps: config.float_or("rms_norm_eps", default_eps)?,
+            rms_norm_eps,
+            layer_norm_eps: rms_norm_eps,
             tie_word_embeddings: config.flag_or("tie_word_embeddings", false)?,
             embedding_name: "model.embed_tokens.weight",
             head: HeadKind::Plain,
@@ -72,9 +76,9 @@ impl DecoderConfig {
         })
     }
 
-    /// The norm `{name}` over the hidden state.
+    /// The norm `{name}` of a layer, over the hidden state.
     pub fn load_norm(&self, loader: &Loader, name: &str) -> Result<Norm, EngineError> {
-        Norm::load_kind(loader, name, self.hidden_size, (self.norm_kind, self.rms_norm_eps))
+        Norm::load_kind(loader, name, self.hidden_size, (self.norm_kind, self.layer_norm_eps))
     }
 }
 
@@ -93,7 +97,7 @@ impl Ends {
     pub fn load(loader: &Loader, config: DecoderConfig) -> Result<Self, EngineError> {
         let DecoderConfig { vocab_size, hidden_size, .. } = config;
         let embedding = loader.weight(config.embedding_name, vocab_size, hidden_size)?;
-        let norm = config.load_norm(loader, "model.norm")?;
+        let norm = Norm::load_kind(loader, "model.norm", hidden_size, (config.norm_kind, config.rms_norm_eps))?;
         let lm_head = match config.tie_word_embeddings {
             true => None,
             false => Some(loader.weight("lm_head.weight", vocab_size, hidden_size)?),

@@ -6,6 +6,7 @@ pub mod ends;
 pub mod linear;
 pub mod mla;
 pub mod mlp;
+pub mod moa;
 pub mod moe;
 pub mod norm;
 pub mod rope;

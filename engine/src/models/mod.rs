@@ -8,6 +8,7 @@ mod glm4_moe;
 mod gpt_oss;
 mod granite_moe;
 mod hunyuan;
+mod jetmoe;
 mod llama4;
 mod longcat;
 mod minicpm;
@@ -145,6 +146,7 @@ pub static ARCHITECTURES: &[Architecture] = &[
     Architecture { model_type: "longcat_flash", sites_per_layer: 2, load: longcat::load, ignored: longcat::is_ignored },
     Architecture { model_type: "llama4", sites_per_layer: 1, load: llama4::load, ignored: llama4::is_vision_tensor },
     Architecture { model_type: "llama4_text", sites_per_layer: 1, load: llama4::load, ignored: nothing },
+    Architecture { model_type: "jetmoe", sites_per_layer: 1, load: jetmoe::load, ignored: nothing },
     Architecture { model_type: "gpt_oss", sites_per_layer: 1, load: gpt_oss::load, ignored: nothing },
     Architecture { model_type: "phimoe", sites_per_layer: 1, load: phimoe::load, ignored: nothing },
     Architecture {

@@ -169,7 +169,7 @@ fn classify(name: &str) -> TensorClass {
         () if has("embed_tokens.") || has("word_embeddings.") => TensorClass::Embedding,
         () if has("lm_head.") => TensorClass::LmHead,
         () if has("norm.") => TensorClass::Norms,
-        () if has(".self_attn.") || has(".attention.") => TensorClass::Attention,
+        () if has(".self_attn.") || has(".attention.") || has(".self_attention.kv_proj.") => TensorClass::Attention,
         () if has(".shared_expert") || has(".shared_mlp.") => TensorClass::SharedExperts,
         () if has(".experts.") || has(".input_linear.") || has(".output_linear.") => TensorClass::Experts,
         () if has(".gate.") || has(".router.") || has("e_score_correction_bias") => TensorClass::Router,
@@ -195,9 +195,12 @@ fn cache_width(config: &ModelConfig) -> Result<u64, EngineError> {
         let rotary = first_count(config, &["qk_rope_head_dim", "attention_qk_rope_dim"])?;
         return Ok((first_count(config, &latent_keys)? + rotary) as u64);
     }
-    let num_heads = config.size("num_attention_heads")?;
-    let num_kv_heads = config.count_or("num_key_value_heads", num_heads)?;
-    Ok((2 * num_kv_heads as u64).saturating_mul(config.head_dim()? as u64))
+    let num_kv_heads = first_count(config, &["num_key_value_heads", "num_attention_heads"])?;
+    let head_dim = match config.opt_count("kv_channels")? {
+        Some(head_dim) => head_dim,
+        None => config.head_dim()?,
+    };
+    Ok((2 * num_kv_heads as u64).saturating_mul(head_dim as u64))
 }
 
 #[cfg(test)]

@@ -134,6 +134,8 @@ golden! {
     bailing_moe_v2_plain "bailing_moe_v2-plain"
     pangu_ultra_moe_base "pangu_ultra_moe-base"
     pangu_ultra_moe_vllm "pangu_ultra_moe-vllm"
+    jetmoe_base "jetmoe-base"
+    jetmoe_top3 "jetmoe-top3"
     llama4_text "llama4-text"
     llama4_mm "llama4-mm"
     gpt_oss_bf16 "gpt_oss-bf16"

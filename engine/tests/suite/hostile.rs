@@ -61,7 +61,7 @@ fn configs_that_cannot_be_served_are_refused_at_load() {
         (
             "mixtral-base",
             json!({ "num_key_value_heads": 0 }),
-            "config.json: `num_key_value_heads` is 0, which does not divide num_attention_heads = 4",
+            "config.json: `num_key_value_heads` is 0, expected at least 1",
         ),
         (
             "mixtral-base",
