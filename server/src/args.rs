@@ -15,7 +15,7 @@ use crate::config::Settings;
 ///
 /// Without a subcommand it serves: `moesaic --port 9000` is `moesaic serve --port 9000`.
 #[derive(Debug, Parser)]
-#[command(name = "moesaic", version)]
+#[command(name = "moesaic", version, override_usage = "moesaic [COMMAND]")]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,

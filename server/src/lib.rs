@@ -47,8 +47,36 @@ pub fn main_entry() -> ExitCode {
     match cli::run(args::Cli::from_args(std::env::args_os())) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", causes(&error));
             ExitCode::FAILURE
         }
+    }
+}
+
+/// The error and what it came from, once each: many messages end with their cause already.
+fn causes(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !text.ends_with(&cause) {
+            if !text.is_empty() {
+                text += ": ";
+            }
+            text += &cause;
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context as _;
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let inner = || std::io::Error::other("no such file");
+        let repeated = Err::<(), _>(inner()).context("cannot read x: no such file").unwrap_err();
+        assert_eq!(super::causes(&repeated), "cannot read x: no such file");
+        let apart = Err::<(), _>(inner()).context("cannot start").unwrap_err();
+        assert_eq!(super::causes(&apart), "cannot start: no such file");
     }
 }

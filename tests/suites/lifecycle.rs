@@ -99,6 +99,24 @@ fn an_unknown_architecture_is_named() {
 }
 
 #[test]
+fn damaged_folders_say_what_is_wrong_once() {
+    let empty = Copy::of("mixtral-base");
+    std::fs::remove_file(empty.path("config.json")).expect("the file goes");
+    check_failure(&empty, &["is not a model folder", "config.json", "hint"]);
+
+    let truncated = Copy::of("mixtral-base");
+    let weights = truncated.path("model.safetensors");
+    let bytes = std::fs::read(&weights).expect("the weights");
+    std::fs::write(&weights, &bytes[..bytes.len() / 2]).expect("half of the weights");
+    check_failure(&truncated, &["model.safetensors", "incomplete download"]);
+
+    let missing = Copy::of("mixtral-base");
+    std::fs::remove_file(missing.path("model.safetensors")).expect("the file goes");
+    let (_, output) = Server::fail(SERVER, &missing.folder, &[]);
+    assert_eq!(output.matches("No such file or directory (os error 2)").count(), 1, "{output}");
+}
+
+#[test]
 fn missing_extra_and_misshapen_tensors_are_named() {
     let name = "model.layers.1.input_layernorm.weight";
     let missing = Copy::of("mixtral-base");

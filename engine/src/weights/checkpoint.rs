@@ -62,7 +62,8 @@ impl Checkpoint {
     fn add_file(&mut self, path: &Path) -> Result<(), EngineError> {
         let file = MappedFile::open(path).map_err(|source| EngineError::Read { path: path.into(), source })?;
         let invalid = |reason: String| EngineError::Invalid { path: path.into(), reason };
-        let (header_len, metadata) = SafeTensors::read_metadata(&file).map_err(|e| invalid(e.to_string()))?;
+        let (header_len, metadata) = SafeTensors::read_metadata(&file)
+            .map_err(|e| invalid(format!("{e}; hint: an incomplete download? Fetch the file again")))?;
         let data_start = header_len + size_of::<u64>();
         let file_idx = self.files.len();
         for (name, info) in metadata.tensors() {

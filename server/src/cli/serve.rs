@@ -86,8 +86,16 @@ fn start_loading(app: Arc<App>) -> anyhow::Result<oneshot::Receiver<anyhow::Resu
     let (sender, receiver) = oneshot::channel();
     std::thread::Builder::new().name("load".to_owned()).spawn(move || {
         let result = load(&app).map(|model| {
+            let summary = model.engine.model();
+            tracing::info!(
+                model = %app.model_names[0],
+                threads = summary.threads,
+                max_model_len = summary.max_model_len,
+                kv_cache_tokens = summary.num_blocks * summary.block_size,
+                kv_cache_dtype = summary.kv_dtype,
+                "ready"
+            );
             app.set_model(model);
-            tracing::info!(model = %app.model_names[0], "ready");
         });
         // Nobody listens any more where the server was told to stop meanwhile.
         drop(sender.send(result));
@@ -98,6 +106,10 @@ fn start_loading(app: Arc<App>) -> anyhow::Result<oneshot::Receiver<anyhow::Resu
 fn load(app: &App) -> anyhow::Result<Model> {
     let config = &app.config;
     let model_dir = find_model(config)?;
+    if !model_dir.join("config.json").is_file() {
+        let folder = model_dir.display();
+        bail!("{folder} is not a model folder, it has no config.json; hint: give a Hugging Face folder or a hub id");
+    }
     let tokenizer = Tokenizer::load(&model_dir)?;
     let template = ChatTemplate::load(&model_dir, config.chat_template.as_deref())?;
     if template.is_none() {

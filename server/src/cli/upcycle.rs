@@ -64,11 +64,11 @@ pub fn run(args: UpcycleArgs) -> anyhow::Result<()> {
     })?;
     bar.finish_and_clear();
     println!(
-        "{}: {} parameters, {} in {} shards",
+        "{}: {} parameters, {} in {}",
         args.out.display(),
         HumanCount(report.num_parameters),
         HumanBytes(report.num_bytes),
-        report.num_shards
+        if report.num_shards == 1 { "1 shard".to_owned() } else { format!("{} shards", report.num_shards) }
     );
     println!("serve it with: moesaic serve {}", args.out.display());
     Ok(())

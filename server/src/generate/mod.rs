@@ -94,7 +94,10 @@ fn token_budget(valid: &ValidRequest, prompt_len: usize, limit: usize, param: &'
         reason: format!("prompt has {prompt_len} tokens and {asked} are to be generated, the limit is {limit} in all"),
     };
     match valid.stop.max_tokens {
-        None if rest == 0 => Err(too_long(1)),
+        None if rest == 0 => Err(ApiError::ContextLength {
+            param,
+            reason: format!("prompt has {prompt_len} tokens, the limit is {limit} with at least one generated"),
+        }),
         None if valid.stop.min_tokens > rest => {
             let reason = format!("is {}, the context leaves {rest} tokens", valid.stop.min_tokens);
             Err(ApiError::invalid("min_tokens", reason))
