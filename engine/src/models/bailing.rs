@@ -77,14 +77,7 @@ fn feed_forward_layers(config: &ModelConfig) -> Result<FineGrained, EngineError>
 fn v1_router(config: &ModelConfig) -> Result<RouterSpec, EngineError> {
     let top_k = config.size("num_experts_per_tok")?;
     let renormalized = config.flag_or("norm_topk_prob", true)? && top_k > 1;
-    Ok(RouterSpec {
-        top_k,
-        scoring: Scoring::Softmax,
-        bias: None,
-        groups: None,
-        renormalize: renormalized.then_some(0.0),
-        scale: 1.0,
-    })
+    Ok(RouterSpec { renormalize: renormalized.then_some(0.0), ..RouterSpec::new(Scoring::Softmax, top_k) })
 }
 
 /// Renormalised whenever there is more than one expert, whatever `norm_topk_prob` says.

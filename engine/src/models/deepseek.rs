@@ -112,11 +112,8 @@ fn v2_router(config: &ModelConfig) -> Result<RouterSpec, EngineError> {
         }
     };
     Ok(RouterSpec {
-        top_k: config.size("num_experts_per_tok")?,
-        scoring: Scoring::Softmax,
-        bias: None,
         groups,
-        renormalize: None,
         scale: config.float_or("routed_scaling_factor", 1.0)? as f32,
+        ..RouterSpec::new(Scoring::Softmax, config.size("num_experts_per_tok")?)
     })
 }

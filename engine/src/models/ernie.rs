@@ -37,12 +37,8 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         },
         num_shared: config.count_or("moe_num_shared_experts", 0)?,
         spec: RouterSpec {
-            top_k: config.size("moe_k")?,
-            scoring: Scoring::Softmax,
-            bias: None,
-            groups: None,
             renormalize: Some(config.float_or("moe_norm_min", 1e-12)? as f32),
-            scale: 1.0,
+            ..RouterSpec::new(Scoring::Softmax, config.size("moe_k")?)
         },
         choice_bias: Some(ChoiceBias::Row("moe_statics.e_score_correction_bias")),
         bias: has_bias.into(),

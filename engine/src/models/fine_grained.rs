@@ -98,12 +98,10 @@ impl FineGrained {
 /// are the weights.
 pub(super) fn sigmoid_router(config: &ModelConfig) -> Result<RouterSpec, EngineError> {
     Ok(RouterSpec {
-        top_k: config.size("num_experts_per_tok")?,
-        scoring: Scoring::Sigmoid,
-        bias: None,
         groups: groups(config, GroupScore::TopTwoSum, f32::NEG_INFINITY)?,
         renormalize: config.flag_or("norm_topk_prob", true)?.then_some(1e-20),
         scale: config.float_or("routed_scaling_factor", 1.0)? as f32,
+        ..RouterSpec::new(Scoring::Sigmoid, config.size("num_experts_per_tok")?)
     })
 }
 

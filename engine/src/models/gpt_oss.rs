@@ -47,14 +47,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         let gate = format!("{prefix}.mlp.router");
         Ok(FeedForwardParts::moe(MoeParts {
             gate: Linear::load(loader, &gate, shape.num_experts, shape.hidden_size, Bias::Yes)?,
-            spec: RouterSpec {
-                top_k,
-                scoring: Scoring::SoftmaxTopK,
-                bias: None,
-                groups: None,
-                renormalize: None,
-                scale: 1.0,
-            },
+            spec: RouterSpec::new(Scoring::SoftmaxTopK, top_k),
             experts: load_experts(loader, &format!("{prefix}.mlp.experts"), shape, activation)?,
             shared: None,
             weighting: Weighting::default(),

@@ -32,14 +32,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         scale: config.float_or("attention_multiplier", 1.0)?,
         ..AttentionConfig::from_config(config, max_model_len)?
     };
-    let spec = RouterSpec {
-        top_k: config.size("num_experts_per_tok")?,
-        scoring: Scoring::SoftmaxTopK,
-        bias: None,
-        groups: None,
-        renormalize: None,
-        scale: 1.0,
-    };
+    let spec = RouterSpec::new(Scoring::SoftmaxTopK, config.size("num_experts_per_tok")?);
     let mixer = |prefix: &str, idx: usize| {
         Ok(Mixer::Gqa(Attention::load(loader, &format!("{prefix}.self_attn"), attention.clone(), idx)?))
     };

@@ -34,12 +34,8 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         let num_experts = of_layer(config, "num_experts", idx)?;
         let shape = ExpertShape { num_experts, hidden_size: decoder.hidden_size, width };
         let spec = RouterSpec {
-            top_k: of_layer(config, "moe_topk", idx)?,
-            scoring: Scoring::Softmax,
-            bias: None,
-            groups: None,
             renormalize: Some(0.0),
-            scale: 1.0,
+            ..RouterSpec::new(Scoring::Softmax, of_layer(config, "moe_topk", idx)?)
         };
         Ok(FeedForwardParts::moe(MoeParts {
             gate: moe::load_gate(loader, &format!("{mlp}.gate.wg"), shape)?,

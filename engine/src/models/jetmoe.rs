@@ -24,14 +24,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         ..DecoderConfig::from_config(config, 1e-6)?
     };
     let head_dim = config.size("kv_channels")?;
-    let spec = RouterSpec {
-        top_k: config.size("num_experts_per_tok")?,
-        scoring: Scoring::SoftmaxTopK,
-        bias: None,
-        groups: None,
-        renormalize: None,
-        scale: 1.0,
-    };
+    let spec = RouterSpec::new(Scoring::SoftmaxTopK, config.size("num_experts_per_tok")?);
     let shape = ExpertShape {
         num_experts: config.size("num_local_experts")?,
         hidden_size: decoder.hidden_size,

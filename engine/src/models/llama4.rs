@@ -27,14 +27,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let dense_width = config.size("intermediate_size_mlp")?;
     let step = config.count_or("interleave_moe_layer_step", 1)?.max(1);
     let moe_layers = config.counts("moe_layers")?;
-    let spec = RouterSpec {
-        top_k: config.count_or("num_experts_per_tok", 1)?,
-        scoring: Scoring::Sigmoid,
-        bias: None,
-        groups: None,
-        renormalize: None,
-        scale: 1.0,
-    };
+    let spec = RouterSpec::new(Scoring::Sigmoid, config.count_or("num_experts_per_tok", 1)?);
     let mixer = |prefix: &str, idx: usize| {
         Ok(Mixer::Gqa(Attention::load(loader, &format!("{prefix}.self_attn"), attention.of_layer(idx), idx)?))
     };

@@ -137,12 +137,9 @@ fn load_moe(source: &ModelSource, prefix: &str, hidden_size: usize) -> Result<Mo
     Ok(MoeParts {
         gate: Linear::load(loader, &format!("{router}.classifier"), num_choices, hidden_size, has_bias)?,
         spec: RouterSpec {
-            top_k: config.size("moe_topk")?,
-            scoring: Scoring::Softmax,
             bias: Some(loader.floats(&format!("{router}.e_score_correction_bias"), &[num_choices])?),
-            groups: None,
-            renormalize: None,
             scale: config.float_or("routed_scaling_factor", 1.0)? as f32,
+            ..RouterSpec::new(Scoring::Softmax, config.size("moe_topk")?)
         },
         experts,
         shared: None,

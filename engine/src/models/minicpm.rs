@@ -29,12 +29,8 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let num_experts = config.count_or("num_experts", 0)?;
     let shape = ExpertShape { num_experts, hidden_size: decoder.hidden_size, width };
     let spec = RouterSpec {
-        top_k: config.count_or("num_experts_per_tok", 2)?,
-        scoring: Scoring::Softmax,
-        bias: None,
-        groups: None,
         renormalize: Some(0.0),
-        scale: 1.0,
+        ..RouterSpec::new(Scoring::Softmax, config.count_or("num_experts_per_tok", 2)?)
     };
     let mixer = |prefix: &str, idx: usize| {
         Ok(Mixer::Gqa(Attention::load(loader, &format!("{prefix}.self_attn"), attention.clone(), idx)?))

@@ -32,14 +32,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         let bias = loader.floats(&format!("{block}.e_score_correction_bias"), &[shape.num_experts])?;
         Ok(FeedForwardParts::moe(MoeParts {
             gate: moe::load_gate(loader, &format!("{block}.gate"), shape)?,
-            spec: RouterSpec {
-                top_k,
-                scoring: Scoring::Sigmoid,
-                bias: Some(bias),
-                groups: None,
-                renormalize: Some(0.0),
-                scale: 1.0,
-            },
+            spec: RouterSpec { bias: Some(bias), renormalize: Some(0.0), ..RouterSpec::new(Scoring::Sigmoid, top_k) },
             experts: moe::load_experts(loader, &format!("{block}.experts"), ["w1", "w3", "w2"], shape)?,
             shared: None,
             weighting: Weighting::default(),

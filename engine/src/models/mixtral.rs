@@ -23,14 +23,8 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         reach: config.window("sliding_window")?,
         ..AttentionConfig::from_config(config, max_model_len)?
     };
-    let spec = RouterSpec {
-        top_k: config.size("num_experts_per_tok")?,
-        scoring: Scoring::Softmax,
-        bias: None,
-        groups: None,
-        renormalize: Some(0.0),
-        scale: 1.0,
-    };
+    let spec =
+        RouterSpec { renormalize: Some(0.0), ..RouterSpec::new(Scoring::Softmax, config.size("num_experts_per_tok")?) };
     let mixer = |prefix: &str, idx: usize| {
         Ok(Mixer::Gqa(Attention::load(loader, &format!("{prefix}.self_attn"), attention.clone(), idx)?))
     };

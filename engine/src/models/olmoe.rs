@@ -27,12 +27,8 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         ..AttentionConfig::from_config(config, max_model_len)?
     };
     let spec = RouterSpec {
-        top_k: config.size("num_experts_per_tok")?,
-        scoring: Scoring::Softmax,
-        bias: None,
-        groups: None,
         renormalize: config.flag_or("norm_topk_prob", false)?.then_some(0.0),
-        scale: 1.0,
+        ..RouterSpec::new(Scoring::Softmax, config.size("num_experts_per_tok")?)
     };
     let mixer = |prefix: &str, idx: usize| {
         Ok(Mixer::Gqa(Attention::load(loader, &format!("{prefix}.self_attn"), attention.clone(), idx)?))

@@ -115,12 +115,8 @@ impl SparseLayers {
                 width: config.size("moe_intermediate_size")?,
             },
             spec: RouterSpec {
-                top_k: config.size("num_experts_per_tok")?,
-                scoring: Scoring::Softmax,
-                bias: None,
-                groups: None,
                 renormalize: config.flag_or("norm_topk_prob", false)?.then_some(0.0),
-                scale: 1.0,
+                ..RouterSpec::new(Scoring::Softmax, config.size("num_experts_per_tok")?)
             },
         })
     }

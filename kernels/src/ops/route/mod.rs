@@ -90,6 +90,11 @@ pub fn route(logits: &Tensor /* [num_tokens, num_experts] */, spec: &RouterSpec)
 }
 
 impl RouterSpec {
+    /// The scores of the `top_k` best experts as they are: no bias, groups, renormalisation or scale.
+    pub fn new(scoring: Scoring, top_k: usize) -> Self {
+        Self { top_k, scoring, bias: None, groups: None, renormalize: None, scale: 1.0 }
+    }
+
     /// Refuses a spec that cannot choose among `num_experts`; [`route`] does so too.
     pub fn check(&self, num_experts: usize) -> Result<()> {
         let invalid = |reason| Err(KernelError::Invalid { op: OP, reason });
