@@ -50,6 +50,8 @@ pub enum SubmitError {
     NeverFits { needed: usize, total: usize },
     #[error("token id {token} is out of range, the vocabulary has {vocab_size} entries")]
     TokenOutOfRange { token: u32, vocab_size: usize },
+    #[error("an encoder reads the prompt of this model as a whole: there are no log-probs of prompt tokens")]
+    NoPromptLogprobs,
     #[error("{limit} requests are already waiting")]
     QueueFull { limit: usize },
     #[error("the server is shutting down")]

@@ -80,6 +80,8 @@ pub struct EngineStats {
     pub num_waiting: usize,
     pub num_used_blocks: usize,
     pub num_total_blocks: usize,
+    pub num_used_state_slots: usize,
+    pub num_total_state_slots: usize,
     pub num_preemptions: u64,
     pub num_prompt_tokens: u64,
     pub num_generation_tokens: u64,
@@ -101,10 +103,16 @@ pub struct ModelSummary {
     pub num_active_parameters: u64,
     pub weight_bytes: u64,
     pub kv_bytes_per_token: u64,
+    /// Of recurrent layers; 0 where there are none.
+    pub state_bytes_per_sequence: u64,
     /// Prompt plus output tokens of one sequence.
     pub max_model_len: usize,
     pub block_size: usize,
     pub num_blocks: usize,
+    /// Sequences whose recurrent state fits at once; 0 for models that have none.
+    pub num_state_slots: usize,
+    /// An encoder reads the prompt: no log-probs of prompt tokens.
+    pub has_encoder: bool,
     pub kv_dtype: &'static str,
     pub threads: usize,
     pub generation_defaults: GenerationDefaults,

@@ -9,8 +9,8 @@ use scheduler::{Scheduler, SchedulerConfig};
 use crate::config::{EngineConfig, KvDtype, WeightDtype};
 use crate::error::EngineError;
 use crate::handle::{EngineHandle, ModelSummary};
-use crate::memory::{KvArena, budget};
-use crate::models::{self, Model, ModelSource};
+use crate::memory::{ArenaSize, KvArena, budget};
+use crate::models::{self, CacheSite, Model, ModelSource, Prefill};
 use crate::runner::Runner;
 use crate::shared::{Front, Shared};
 use crate::step_loop::StepLoop;
@@ -52,10 +52,10 @@ pub fn load_model(config: &EngineConfig, progress: &mut dyn FnMut(LoadProgress))
     let threads = kernels::pool::init(config.threads);
     let inspection = inspect(&config.model_dir)?;
     let model_config = ModelConfig::load(&config.model_dir)?;
-    let max_position_embeddings = model_config.size("max_position_embeddings")?;
-    let max_len = config.max_model_len.unwrap_or(max_position_embeddings);
-    if max_len > max_position_embeddings {
-        let allowed = format!("at most {max_position_embeddings}, the model's max_position_embeddings");
+    let positions = (models::architecture(model_config.model_type()?)?.positions)(&model_config)?;
+    let max_len = config.max_model_len.unwrap_or(positions.default);
+    if max_len > positions.most {
+        let allowed = format!("at most {}, {}", positions.most, positions.limited_by);
         return Err(EngineError::Limit { what: "max_model_len", value: max_len as u64, allowed });
     }
     // Half of what was inspected, which may have been f32 where bf16 will be kept.
@@ -72,15 +72,18 @@ pub fn load_model(config: &EngineConfig, progress: &mut dyn FnMut(LoadProgress))
     let scheduler = Scheduler::new(SchedulerConfig {
         block_size: config.block_size,
         num_blocks: kv.num_blocks,
+        num_state_slots: kv.num_state_slots,
         max_num_seqs: config.max_num_seqs,
         max_num_batched_tokens: config.max_num_batched_tokens,
-        max_model_len: kv.max_model_len,
+        max_model_len: kv.max_model_len + model.shape().prefill.num_extra_tokens(),
         // The handle bounds the queue; the scheduler's own bound must only never be the tighter one.
         max_queue: config.max_queue.saturating_add(config.max_num_seqs),
         batch_timeout: config.batch_timeout,
     })?;
     let format = if kv_dtype == KvDtype::F32 { KvFormat::F32 } else { KvFormat::Bf16 };
-    let arena = KvArena::new(&model.shape().cache_sites, format, config.block_size, kv.num_blocks)?;
+    let (num_blocks, num_state_slots) = (kv.num_blocks, kv.num_state_slots);
+    let size = ArenaSize { format, block_size: config.block_size, num_blocks, num_state_slots };
+    let arena = KvArena::new(&model.shape().cache_sites, size)?;
     let shape = model.shape();
     let summary = ModelSummary {
         architecture: model_config.model_type()?.to_owned(),
@@ -92,9 +95,12 @@ pub fn load_model(config: &EngineConfig, progress: &mut dyn FnMut(LoadProgress))
         num_active_parameters: inspection.num_active_parameters,
         weight_bytes,
         kv_bytes_per_token: kv.bytes_per_token,
+        state_bytes_per_sequence: shape.cache_sites.iter().map(CacheSite::state_bytes).sum(),
         max_model_len: kv.max_model_len,
         block_size: config.block_size,
-        num_blocks: kv.num_blocks,
+        num_blocks,
+        num_state_slots,
+        has_encoder: shape.prefill != Prefill::Causal,
         kv_dtype: format.name(),
         threads,
         generation_defaults: generation_defaults(&config.model_dir, &model_config)?,

@@ -3,15 +3,15 @@
 use std::sync::OnceLock;
 
 use candle_core::Tensor;
-use scheduler::{Batch, BlockId, RequestId, Scheduler, Sequence};
+use scheduler::{Batch, BlockId, Chunk, Phase, RequestId, Scheduler, Sequence, StateSlot};
 
 use crate::error::EngineError;
 use crate::experts::RoutingStats;
-use crate::forward_input::{ChunkRows, ForwardInput};
+use crate::forward_input::{ChunkRows, ForwardInput, Pass};
 use crate::handle::{PromptLogprob, SampledToken};
 use crate::layers::decoder::gather_rows;
 use crate::memory::KvArena;
-use crate::models::{ForwardContext, Model};
+use crate::models::{ForwardContext, Model, Prefill};
 use crate::sampling::params::SamplingParams;
 use crate::sampling::prompt_logprob;
 use crate::sampling::sampler::{SampleRow, sample};
@@ -60,6 +60,10 @@ impl Runner {
         Self { model, arena, routing, input: ForwardInput::default(), block_size }
     }
 
+    pub fn prefill(&self) -> Prefill {
+        self.model.shape().prefill
+    }
+
     pub fn routing(&mut self) -> &mut RoutingStats {
         &mut self.routing
     }
@@ -97,24 +101,43 @@ impl Runner {
     }
 
     /// Logits at every position of one sequence, `[tokens.len()][vocab_size]`, computed in one pass outside any schedule.
-    /// It writes over the first blocks of the arena: for measuring a model, not while requests run.
+    /// It writes over the first blocks and states of the arena: for measuring a model, not while requests run.
     pub fn logits_of(&mut self, tokens: &[u32]) -> Result<Vec<Vec<f32>>, EngineError> {
-        let blocks: Vec<BlockId> = (0..tokens.len().div_ceil(self.block_size) as u32).map(BlockId).collect();
-        self.input.clear();
-        self.input.push(ChunkRows { start: 0, tokens, blocks: &blocks }, self.block_size);
+        self.logits_after(&[], tokens)
+    }
+
+    /// The same for a decoder's `tokens` after its encoder has read `source`, in a pass of its own.
+    pub fn logits_after(&mut self, source: &[u32], tokens: &[u32]) -> Result<Vec<Vec<f32>>, EngineError> {
+        let num_blocks = (source.len() + tokens.len()).div_ceil(self.block_size);
+        let blocks: Vec<BlockId> = (0..num_blocks as u32).map(BlockId).collect();
+        let has_states = self.model.shape().cache_sites.iter().any(|site| site.state_bytes() > 0);
+        let state_slot = has_states.then_some(StateSlot(0));
+        let source_len = source.len();
+        if source_len > 0 {
+            self.input.clear(Pass::Encoder);
+            let rows = ChunkRows { start: 0, tokens: source, source_len, blocks: &blocks, state_slot };
+            self.input.push(rows, self.block_size);
+            self.hidden()?;
+        }
+        self.input.clear(Pass::Decoder);
+        let rows = ChunkRows { start: source_len, tokens, source_len, blocks: &blocks, state_slot };
+        self.input.push(rows, self.block_size);
         let hidden = self.hidden()?;
         Ok(self.model.logits(&hidden)?.to_vec2::<f32>()?)
     }
 
     /// Hidden states of all rows, `[num_tokens, hidden_size]`.
     fn forward(&mut self, scheduler: &Scheduler, batch: &Batch) -> Result<Tensor, EngineError> {
-        self.input.clear();
+        let is_encoder = matches!(batch.chunks.first(), Some(Chunk { phase: Phase::Encode, .. }));
+        self.input.clear(if is_encoder { Pass::Encoder } else { Pass::Decoder });
         for chunk in &batch.chunks {
             let sequence = scheduler.sequence(chunk.id).expect("a scheduled sequence is known");
             let rows = ChunkRows {
                 start: chunk.start,
                 tokens: &sequence.tokens()[chunk.start..chunk.start + chunk.len],
+                source_len: sequence.source_len(),
                 blocks: sequence.block_table().blocks(),
+                state_slot: sequence.state_slot(),
             };
             self.input.push(rows, self.block_size);
         }
@@ -144,8 +167,9 @@ fn read_row(logits: &[f32], predicts: usize, sequence: &Sequence, request: &RowR
         None => RowRead::Next(sample(&SampleRow {
             logits,
             params: request.sampling,
-            tokens: sequence.tokens(),
-            prompt_len: sequence.prompt_len(),
+            // What an encoder read is not what the decoder would repeat.
+            tokens: &sequence.tokens()[sequence.source_len()..],
+            prompt_len: sequence.prompt_len() - sequence.source_len(),
             forbidden: request.forbidden,
         })),
     }

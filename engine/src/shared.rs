@@ -114,6 +114,8 @@ impl Shared {
         stats.num_waiting = scheduler.num_waiting;
         stats.num_used_blocks = scheduler.num_used_blocks;
         stats.num_total_blocks = scheduler.num_total_blocks;
+        stats.num_used_state_slots = scheduler.num_used_state_slots;
+        stats.num_total_state_slots = scheduler.num_total_state_slots;
         stats.num_preemptions = scheduler.num_preemptions;
     }
 
@@ -142,6 +144,9 @@ impl Shared {
         }
         if prompt_len.saturating_add(max_tokens) > model.max_model_len {
             return Err(SubmitError::TooLong { prompt_len, max_tokens, limit: model.max_model_len });
+        }
+        if model.has_encoder && request.sampling.prompt_logprobs.is_some() {
+            return Err(SubmitError::NoPromptLogprobs);
         }
         let needed = (prompt_len + max_tokens).div_ceil(model.block_size);
         if needed > model.num_blocks {

@@ -67,7 +67,13 @@ impl StepLoop {
             entry.send(Event::Failed(error.clone()));
         }
         // The sequences ended with their requests, and their blocks go with the loop.
-        let idle = SchedulerStats { num_running: 0, num_waiting: 0, num_used_blocks: 0, ..self.scheduler.stats() };
+        let idle = SchedulerStats {
+            num_running: 0,
+            num_waiting: 0,
+            num_used_blocks: 0,
+            num_used_state_slots: 0,
+            ..self.scheduler.stats()
+        };
         self.shared.publish(&idle);
         self.shared.announce_end();
     }
@@ -119,7 +125,8 @@ impl StepLoop {
         let Command::Submit(submission) = command else { return };
         let id = RequestId(self.next_id);
         self.next_id += 1;
-        let request = Request { id, prompt: submission.request.prompt.clone(), stop: submission.request.stop.clone() };
+        let (prompt, source_len) = self.runner.prefill().sequence(&submission.request.prompt);
+        let request = Request { id, prompt, source_len, stop: submission.request.stop.clone() };
         let entry = Entry {
             events: submission.events,
             request: submission.request,
@@ -270,8 +277,8 @@ mod tests {
     use crate::error::SubmitError;
     use crate::handle::StopCriteria;
     use crate::load::{LoadedModel, load_model};
-    use crate::memory::KvArena;
-    use crate::models::{ForwardContext, Model, ModelShape};
+    use crate::memory::{ArenaSize, KvArena};
+    use crate::models::{ForwardContext, Model, ModelShape, Prefill};
     use crate::sampling::params::SamplingParams;
     use crate::shared::Front;
 
@@ -315,8 +322,10 @@ mod tests {
         ] {
             let LoadedModel { summary, scheduler, .. } = golden();
             let (num_layers, cache_sites, experts_per_moe_layer) = (0, Vec::new(), Vec::new());
-            let shape = ModelShape { vocab_size: 4, num_layers, cache_sites, experts_per_moe_layer };
-            let arena = KvArena::new(&[], KvFormat::F32, 16, 1).unwrap();
+            let prefill = Prefill::Causal;
+            let shape = ModelShape { vocab_size: 4, num_layers, cache_sites, experts_per_moe_layer, prefill };
+            let size = ArenaSize { format: KvFormat::F32, block_size: 16, num_blocks: 1, num_state_slots: 0 };
+            let arena = KvArena::new(&[], size).unwrap();
             let runner = Runner::new(Box::new(Broken { shape, fail }), arena, 16);
             let shared = Arc::new(Shared::new(summary, 4));
             let (commands, receiver) = sync_channel(5);

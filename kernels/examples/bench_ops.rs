@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use candle_core::{Device, Tensor};
 use kernels::{
-    Expert, ExpertWeights, GqaSpec, KvFormat, PackedWeight, PagedBatch, PagedCache, Reach, TopK, WeightFormat,
-    grouped_swiglu, linear, paged_attention, pool,
+    Expert, ExpertWeights, GqaSpec, KvFormat, LearnedScores, PackedWeight, PagedBatch, PagedCache, Reach, TopK,
+    WeightFormat, grouped_swiglu, linear, paged_attention, pool,
 };
 
 type AnyResult<T> = Result<T, Box<dyn std::error::Error>>;
@@ -135,12 +135,14 @@ fn bench_attention(rows: usize, context_len: usize) -> AnyResult<()> {
     let batch = PagedBatch {
         cu_seqlens: vec![0, rows as u32],
         context_lens: vec![context_len as u32],
+        source_lens: vec![0],
+        state_slots: Vec::new(),
         block_tables: (0..num_blocks as u32).collect(),
         block_offsets: vec![0, num_blocks as u32],
     };
     let q = tensor(&[rows, spec.num_heads, spec.head_dim])?;
     let seconds = best_time(|| {
-        black_box(paged_attention(&q, &cache, &batch, &spec, None)?);
+        black_box(paged_attention(&q, &cache, &batch, &spec, LearnedScores::default())?);
         Ok(())
     })?;
     let pairs = rows * context_len - rows * (rows - 1) / 2;

@@ -1,7 +1,8 @@
 //! Ops that mixture-of-experts models need beyond plain candle: each with a reference, a fast CPU path, and checks.
 //!
-//! Map: `weight` and `mapped_file` hold weights, `paged_cache` holds keys and values, `pool` runs tasks on the compute
-//! threads, `dispatch` and `lanes` choose and wrap the instruction set, `ops` has one folder per op.
+//! Map: `weight` and `mapped_file` hold weights, `paged_cache` holds keys and values, `state_cache` what recurrent layers
+//! carry, `pool` runs tasks on the compute threads, `dispatch` and `lanes` choose and wrap the instruction set, `ops` has
+//! one folder per op.
 //!
 //! Invariant of every op: an output row is a function of its own input row (and of its context) alone, to the bit.
 //! The order of every reduction depends on the reduced length only, never on the number of rows, on which rows share a
@@ -21,6 +22,7 @@ mod memory;
 mod ops;
 mod paged_cache;
 pub mod pool;
+mod state_cache;
 #[cfg(test)]
 mod testing;
 mod weight;
@@ -29,15 +31,18 @@ pub use dispatch::isa;
 pub use error::{KernelError, Result};
 pub use mapped_file::MappedFile;
 pub use ops::embedding::embedding;
-pub use ops::grouped_swiglu::{Expert, ExpertBiases, ExpertWeights, GluActivation, grouped_swiglu};
+pub use ops::gated_delta::{DeltaSpec, DeltaWeights, gated_delta};
+pub use ops::grouped_swiglu::{Expert, ExpertActivation, ExpertBiases, ExpertWeights, grouped_swiglu};
 pub use ops::head_linear::head_linear;
 pub use ops::layer_norm::layer_norm;
 pub use ops::linear::linear;
 pub use ops::mla_attention::{MlaSpec, mla_attention};
-pub use ops::paged_attention::{GqaSpec, Reach, paged_attention};
+pub use ops::paged_attention::{GqaSpec, LearnedScores, PositionBias, Reach, paged_attention};
+pub use ops::pointwise::{Pointwise, pointwise};
 pub use ops::rms_norm::{rms_norm, rms_norm_residual};
 pub use ops::rope::{RopeStyle, RopeTable, rope};
 pub use ops::route::{GroupScore, Groups, RouterSpec, Scoring, TopK, route};
 pub use ops::swiglu::swiglu;
 pub use paged_cache::{KvFormat, PagedBatch, PagedCache};
+pub use state_cache::StateCache;
 pub use weight::{PackedWeight, WeightFormat};

@@ -1,5 +1,7 @@
 //! Bytes of one cache site in blocks of token slots, and the description of a batch that reads them.
 
+use std::ops::Range;
+
 use candle_core::{Device, Storage, Tensor};
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
@@ -8,6 +10,7 @@ use memmap2::MmapMut;
 use crate::check::{self, Input};
 use crate::error::{KernelError, Result};
 use crate::memory::{Plain, view, view_mut};
+use crate::ops::paged_attention::Reach;
 
 const OP: &str = "paged cache";
 
@@ -161,13 +164,18 @@ impl PagedCache {
 }
 
 /// Which rows belong to which sequence, and where each sequence's context lies. Row `i` of a sequence with `n` rows in
-/// this step has position `context_len - n + i` and sees the positions up to its own.
+/// this step has position `context_len - n + i` and sees the positions up to its own. Where a sequence has a source, its
+/// first positions hold what an encoder made of it, and the decoder's own come after them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PagedBatch {
     /// First row of each sequence, then the number of rows; `[num_seqs + 1]`.
     pub cu_seqlens: Vec<u32>,
     /// Positions of each sequence, this step's rows included; `[num_seqs]`.
     pub context_lens: Vec<u32>,
+    /// Leading positions of each sequence that belong to its source, 0 without an encoder; `[num_seqs]`.
+    pub source_lens: Vec<u32>,
+    /// Where the recurrent state of each sequence is, `[num_seqs]`, no two the same; empty for models that have none.
+    pub state_slots: Vec<u32>,
     /// Blocks of all sequences, one after the other.
     pub block_tables: Vec<u32>,
     /// First entry of each sequence in `block_tables`, then their number; `[num_seqs + 1]`.
@@ -179,17 +187,34 @@ impl PagedBatch {
         self.context_lens.len()
     }
 
-    /// Refuses a batch that does not describe `num_rows` rows over blocks that exist.
-    pub(crate) fn check(&self, op: &'static str, num_rows: usize, cache: &PagedCache) -> Result<()> {
+    /// Refuses a batch that does not describe `num_rows` rows of its sequences.
+    pub(crate) fn check_rows(&self, op: &'static str, num_rows: usize) -> Result<()> {
         check_offsets(op, "cu_seqlens", &self.cu_seqlens, (self.num_seqs(), num_rows))?;
-        check_offsets(op, "block_offsets", &self.block_offsets, (self.num_seqs(), self.block_tables.len()))?;
-        for &block in &self.block_tables {
-            check::below(op, "block", block as usize, cache.num_blocks())?;
-        }
+        check::length(op, "number of source lengths", self.source_lens.len(), self.num_seqs())?;
         for (seq_idx, &context_len) in self.context_lens.iter().enumerate() {
             let seq_rows = self.cu_seqlens[seq_idx + 1] - self.cu_seqlens[seq_idx];
             if seq_rows > context_len {
                 let reason = format!("sequence {seq_idx} has {seq_rows} rows in a context of {context_len}");
+                return Err(KernelError::Invalid { op, reason });
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses a batch whose rows would read what does not exist, or nothing at all.
+    pub(crate) fn check(&self, op: &'static str, num_rows: usize, cache: &PagedCache, reach: Reach) -> Result<()> {
+        self.check_rows(op, num_rows)?;
+        check_offsets(op, "block_offsets", &self.block_offsets, (self.num_seqs(), self.block_tables.len()))?;
+        for &block in &self.block_tables {
+            check::below(op, "block", block as usize, cache.num_blocks())?;
+        }
+        for (seq_idx, (&context_len, &source_len)) in self.context_lens.iter().zip(&self.source_lens).enumerate() {
+            let reaches_something = match reach {
+                Reach::Source => (1..=context_len).contains(&source_len),
+                _ => source_len <= context_len - self.seq_rows(seq_idx).len() as u32,
+            };
+            if !reaches_something {
+                let reason = format!("sequence {seq_idx} has a source of {source_len} in a context of {context_len}");
                 return Err(KernelError::Invalid { op, reason });
             }
             let num_blocks = (self.block_offsets[seq_idx + 1] - self.block_offsets[seq_idx]) as usize;
@@ -199,6 +224,16 @@ impl PagedBatch {
             }
         }
         Ok(())
+    }
+
+    /// The rows of a sequence of a checked batch.
+    pub(crate) fn seq_rows(&self, seq_idx: usize) -> Range<usize> {
+        self.cu_seqlens[seq_idx] as usize..self.cu_seqlens[seq_idx + 1] as usize
+    }
+
+    /// Whether nothing of the sequence was computed before, its source apart.
+    pub(crate) fn is_first(&self, seq_idx: usize) -> bool {
+        self.context_lens[seq_idx] as usize - self.seq_rows(seq_idx).len() == self.source_lens[seq_idx] as usize
     }
 
     /// The blocks of a sequence of a checked batch.

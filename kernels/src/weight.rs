@@ -137,6 +137,17 @@ impl PackedWeight {
         Ok(Self::owned(first.format, rows, first.cols, owned))
     }
 
+    /// Copies rows in another order, or some of them. Fails if one does not exist.
+    pub fn select_rows(&self, rows: &[usize]) -> Result<Self> {
+        let row_bytes = self.format.bytes_for(1, self.cols);
+        let mut owned = AlignedBytes::zeroed(num_bytes(self.format, rows.len(), self.cols)?);
+        for (target, &row) in owned.as_mut_slice().chunks_exact_mut(row_bytes.max(1)).zip(rows) {
+            check::below(OP, "row", row, self.rows)?;
+            target.copy_from_slice(&self.as_bytes()[row * row_bytes..(row + 1) * row_bytes]);
+        }
+        Ok(Self::owned(self.format, rows.len(), self.cols, owned))
+    }
+
     /// The same numbers in another format (to nearest, ties to even); itself if it is in that format already.
     pub fn convert(self, format: WeightFormat) -> Self {
         if self.format == format {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::request::RequestId;
 
-/// The work of one step. Decodes come first, then prefills, each by arrival.
+/// The work of one step: encoder passes alone, or else decodes and then prefills; each by arrival.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Batch {
     /// At most one per sequence.
@@ -43,7 +43,9 @@ pub struct Chunk {
 /// What a chunk is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// Tokens of the prompt, or tokens computed again after a preemption.
+    /// The whole source of a sequence, for the encoder.
+    Encode,
+    /// Tokens of the prompt that the decoder reads, or tokens computed again after a preemption.
     Prefill,
     /// One row: the newest token of a sequence that has all others in its blocks.
     Decode,

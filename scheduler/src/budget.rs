@@ -15,6 +15,11 @@ impl TokenBudget {
         self.num_left == 0
     }
 
+    /// True if so many rows are left.
+    pub(crate) fn has(&self, wanted: usize) -> bool {
+        wanted <= self.num_left
+    }
+
     /// Gives up to `wanted` rows.
     pub(crate) fn take(&mut self, wanted: usize) -> usize {
         let num_rows = wanted.min(self.num_left);
@@ -31,6 +36,6 @@ mod tests {
     fn gives_what_is_left_and_no_more() {
         let mut budget = TokenBudget::new(5);
         assert_eq!([3, 3, 3].map(|wanted| budget.take(wanted)), [3, 2, 0]);
-        assert!(budget.is_spent());
+        assert!(budget.is_spent() && budget.has(0) && !budget.has(1));
     }
 }

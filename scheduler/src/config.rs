@@ -11,9 +11,12 @@ pub struct SchedulerConfig {
     pub block_size: usize,
     /// KV blocks at start, at most `u32::MAX`; see [`crate::Scheduler::set_num_blocks`].
     pub num_blocks: usize,
+    /// Recurrent states that fit in memory, each for one running sequence; 0 for models that have none. The one limit that
+    /// may be 0.
+    pub num_state_slots: usize,
     /// Sequences running at once. Never more than `max_num_batched_tokens` run, so that each gets its row in each step.
     pub max_num_seqs: usize,
-    /// Rows (prompt and decode tokens together) in one step.
+    /// Rows (prompt and decode tokens together) in one step. Only an encoder's pass may be longer, alone in its step.
     pub max_num_batched_tokens: usize,
     /// Prompt plus generated tokens of one sequence.
     pub max_model_len: usize,
@@ -27,7 +30,7 @@ impl SchedulerConfig {
     /// Checks the limits.
     ///
     /// # Errors
-    /// Names the first limit that is zero, or a block count that block ids cannot hold.
+    /// Names the first limit that is zero, or a count of blocks or state slots that ids cannot hold.
     pub fn validate(&self) -> Result<(), ConfigError> {
         let limits = [
             ("block_size", self.block_size),
@@ -42,6 +45,9 @@ impl SchedulerConfig {
         }
         if u32::try_from(self.num_blocks).is_err() {
             return Err(ConfigError::TooManyBlocks { num_blocks: self.num_blocks, limit: u32::MAX });
+        }
+        if u32::try_from(self.num_state_slots).is_err() {
+            return Err(ConfigError::TooManyStateSlots { num_state_slots: self.num_state_slots, limit: u32::MAX });
         }
         Ok(())
     }

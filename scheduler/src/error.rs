@@ -9,6 +9,8 @@ pub enum ConfigError {
     Zero { name: &'static str },
     #[error("num_blocks is {num_blocks}, the limit is {limit}")]
     TooManyBlocks { num_blocks: usize, limit: u32 },
+    #[error("num_state_slots is {num_state_slots}, the limit is {limit}")]
+    TooManyStateSlots { num_state_slots: usize, limit: u32 },
 }
 
 /// Why a request was not accepted. Nothing is held for it.
@@ -16,6 +18,8 @@ pub enum ConfigError {
 pub enum AdmissionError {
     #[error("the prompt is empty")]
     EmptyPrompt,
+    #[error("the source has {source_len} of {prompt_len} prompt tokens, at least one must be left for the decoder")]
+    NothingToDecode { source_len: usize, prompt_len: usize },
     #[error("prompt has {prompt_len} tokens and {max_tokens} are to be generated, the limit is {limit} in all")]
     TooLong { prompt_len: usize, max_tokens: usize, limit: usize },
     #[error("the request needs {needed} KV blocks, the pool has {total}")]

@@ -10,6 +10,7 @@ impl Scheduler {
     pub fn assert_invariants(&self) {
         let config = &self.config;
         let most_running = config.max_num_seqs.min(config.max_num_batched_tokens);
+        let has_states = !self.state_slots.is_unused();
         assert!(self.running.len() <= most_running, "{} run, the limit is {most_running}", self.running.len());
         assert!(self.waiting.num_fresh() <= config.max_queue, "more wait than the queue holds");
         assert_eq!(
@@ -23,6 +24,7 @@ impl Scheduler {
             assert_eq!(sequence.arrival, arrival, "{id:?} runs under another's arrival");
             assert!(sequence.num_computed() < num_tokens, "{id:?} has nothing left to compute");
             assert!(sequence.num_scheduled() <= sequence.num_uncomputed(), "{id:?} has more rows than tokens");
+            assert_eq!(sequence.state_slot.is_some(), has_states, "{id:?} runs with the wrong state");
             // The newest token has no block until it is in a batch.
             let num_covered = self.blocks.blocks_for(if sequence.is_decoding() && sequence.num_scheduled() == 0 {
                 sequence.num_computed()
@@ -38,10 +40,12 @@ impl Scheduler {
             assert_eq!(sequence.arrival, arrival, "{id:?} waits under another's arrival");
             assert_eq!(sequence.num_computed() + sequence.num_scheduled(), 0, "{id:?} waits but was computed");
             assert!(sequence.blocks.blocks().is_empty(), "{id:?} waits but holds blocks");
+            assert!(sequence.state_slot.is_none(), "{id:?} waits but holds a state");
         }
         let stats = self.stats();
         let num_free = self.blocks.num_free();
         assert_eq!(num_free + stats.num_used_blocks, stats.num_total_blocks, "free + used != total");
+        self.state_slots.assert_accounts_for(self.sequences.values().filter_map(|sequence| sequence.state_slot));
         self.blocks.assert_accounts_for(self.sequences.values().flat_map(|sequence| sequence.blocks.blocks()).copied());
     }
 }

@@ -5,7 +5,7 @@
 //! | file | what it decides |
 //! |---|---|
 //! | `scheduler` | the order of things in one step, and what ends a sequence |
-//! | `decode`, `prefill`, `preempt` | who gets rows, who is admitted, who gives way |
+//! | `decode`, `prefill`, `encode`, `preempt` | who gets rows, who is admitted, who gives way |
 //! | `sequence` | the lengths of one request and the asserts between them |
 //! | `queue`, `budget` | who waits, how many rows are left |
 //! | `kv` | which block belongs to whom; their bytes live in the engine |
@@ -16,6 +16,7 @@ mod batch;
 mod budget;
 mod config;
 mod decode;
+mod encode;
 mod error;
 mod invariants;
 mod kv;
@@ -30,7 +31,7 @@ mod stats;
 pub use batch::{Batch, Chunk, FinishReason, Outcome, Phase, Progress, Update};
 pub use config::SchedulerConfig;
 pub use error::{AdmissionError, ConfigError};
-pub use kv::{BlockId, BlockTable};
+pub use kv::{BlockId, BlockTable, StateSlot};
 pub use request::{Request, RequestId, StopCriteria};
 pub use scheduler::Scheduler;
 pub use sequence::Sequence;

@@ -14,6 +14,7 @@ impl Scheduler {
             return false;
         }
         self.blocks.release(&mut sequence.blocks);
+        self.state_slots.release(sequence.state_slot.take());
         sequence.rewind();
         self.waiting.push_preempted(arrival, id);
         self.num_preemptions += 1;

@@ -6,6 +6,7 @@ use crate::budget::TokenBudget;
 use crate::queue::Arrival;
 use crate::request::RequestId;
 use crate::scheduler::Scheduler;
+use crate::sequence::Sequence;
 
 impl Scheduler {
     /// Gives the rest of the budget to running prompts, oldest first. Their blocks were taken at admission.
@@ -21,27 +22,51 @@ impl Scheduler {
         }
     }
 
-    /// Admits waiting sequences in order while rows, places and blocks last.
+    /// Admits waiting sequences in order while rows, places, state slots and blocks last, up to one with an encoder.
     ///
     /// All blocks of the known tokens are taken at once, so that only decodes can run out of blocks. One more block is
     /// left for each running sequence that may still grow: what is admitted now would be the first to be preempted.
     /// Who was preempted in this step does not fit again: the blocks it had are free less the one it gave way for.
     pub(crate) fn admit(&mut self, budget: &mut TokenBudget) {
-        let mut num_growing = self.running.values().filter(|&&id| self.may_grow(id)).count();
+        let mut num_growing = self.num_growing();
         while !budget.is_spent()
-            && self.running.len() < self.config.max_num_seqs
-            && let Some((arrival, id)) = self.waiting.front()
+            && let Some(id) = self.front_if(|sequence| !sequence.awaits_encoder())
+            && self.try_admit(id, &mut num_growing)
         {
-            let num_needed = self.blocks.blocks_for(self.seq(id).tokens().len());
-            if num_needed + num_growing > self.blocks.num_free() {
-                break;
-            }
-            assert!(self.try_cover(id), "{id:?} needs {num_needed} blocks and they are free");
-            self.waiting.remove(arrival);
-            self.running.insert(arrival, id);
             self.schedule_prefill(id, budget);
-            num_growing += usize::from(self.may_grow(id));
         }
+    }
+
+    /// The next to be admitted, if it is of the kind that `is_wanted`: who waits is admitted in order, whatever the kind.
+    pub(crate) fn front_if(&self, is_wanted: impl Fn(&Sequence) -> bool) -> Option<RequestId> {
+        let (_, id) = self.waiting.front()?;
+        is_wanted(self.seq(id)).then_some(id)
+    }
+
+    /// Running sequences that may need another block.
+    pub(crate) fn num_growing(&self) -> usize {
+        self.running.values().filter(|&&id| self.may_grow(id)).count()
+    }
+
+    /// Moves the next waiting sequence to the running ones, if there is a place, a state slot and room for its blocks.
+    pub(crate) fn try_admit(&mut self, id: RequestId, num_growing: &mut usize) -> bool {
+        let num_needed = self.blocks.blocks_for(self.seq(id).tokens().len());
+        let most_running = self.config.max_num_seqs.min(self.config.max_num_batched_tokens);
+        if self.running.len() >= most_running
+            || !self.state_slots.has_room()
+            || num_needed + *num_growing > self.blocks.num_free()
+        {
+            return false;
+        }
+        assert!(self.try_cover(id), "{id:?} needs {num_needed} blocks and they are free");
+        let slot = self.state_slots.allocate();
+        let sequence = self.seq_mut(id);
+        sequence.state_slot = slot;
+        let arrival = sequence.arrival;
+        self.waiting.remove(arrival);
+        self.running.insert(arrival, id);
+        *num_growing += usize::from(self.may_grow(id));
+        true
     }
 
     /// The end of the batch window, while it is open: nothing runs, and more requests may join the first step.

@@ -23,5 +23,8 @@ pub struct Request {
     pub id: RequestId,
     /// Token ids, at least one.
     pub prompt: Arc<[u32]>,
+    /// Leading tokens of the prompt that an encoder reads: they are computed as one chunk, never cut, and the decoder's
+    /// own tokens follow, at least one. 0 for models without an encoder.
+    pub source_len: usize,
     pub stop: StopCriteria,
 }

@@ -7,7 +7,7 @@ use crate::batch::{Batch, FinishReason, Outcome, Phase, Progress, Update};
 use crate::budget::TokenBudget;
 use crate::config::SchedulerConfig;
 use crate::error::{AdmissionError, ConfigError};
-use crate::kv::BlockManager;
+use crate::kv::{BlockManager, StateSlots};
 use crate::queue::{Arrival, Queue};
 use crate::request::{Request, RequestId};
 use crate::sequence::{Sequence, max_positions};
@@ -26,6 +26,9 @@ pub struct Scheduler {
     /// Those that hold blocks, oldest first.
     pub(crate) running: BTreeMap<Arrival, RequestId>,
     pub(crate) blocks: BlockManager,
+    pub(crate) state_slots: StateSlots,
+    /// The step before was one of encoder passes, so that decodes have the turn.
+    has_encoded: bool,
     next_arrival: Arrival,
     pub(crate) num_preemptions: u64,
 }
@@ -39,6 +42,8 @@ impl Scheduler {
         config.validate()?;
         Ok(Self {
             blocks: BlockManager::new(config.block_size, config.num_blocks),
+            state_slots: StateSlots::new(config.num_state_slots),
+            has_encoded: false,
             config,
             sequences: HashMap::new(),
             waiting: Queue::default(),
@@ -51,7 +56,7 @@ impl Scheduler {
     /// Queues a request that arrived at `now`.
     ///
     /// # Errors
-    /// The prompt is empty, the request can never fit, or the queue is full.
+    /// The prompt is empty or all source, the request can never fit, or the queue is full.
     ///
     /// # Panics
     /// If a request of the same id has not ended.
@@ -86,9 +91,15 @@ impl Scheduler {
         let is_completed = self.running.values().all(|&id| self.seq(id).num_scheduled() == 0);
         assert!(is_completed, "the batch before was not completed");
         let mut budget = TokenBudget::new(self.config.max_num_batched_tokens);
-        let preempted = self.schedule_decodes(&mut budget);
-        self.continue_prefills(&mut budget);
-        self.admit(&mut budget);
+        let mut preempted = Vec::new();
+        // Sources go first, so that all can decode together; but no decode waits for more than one step of them.
+        let may_encode = !self.has_encoded || self.running.is_empty();
+        self.has_encoded = may_encode && self.schedule_encoders(&mut budget);
+        if !self.has_encoded {
+            preempted = self.schedule_decodes(&mut budget);
+            self.continue_prefills(&mut budget);
+            self.admit(&mut budget);
+        }
         let mut chunks: Vec<_> = self.running.values().filter_map(|&id| self.seq(id).chunk()).collect();
         assert!(!chunks.is_empty() || self.sequences.is_empty(), "there is work but no row for it");
         chunks.sort_by_key(|chunk| chunk.phase == Phase::Prefill);
@@ -141,6 +152,8 @@ impl Scheduler {
             num_waiting: self.waiting.len(),
             num_used_blocks: self.blocks.num_used(),
             num_total_blocks: self.blocks.num_total(),
+            num_used_state_slots: self.state_slots.num_used(),
+            num_total_state_slots: self.state_slots.num_total(),
             num_preemptions: self.num_preemptions,
         }
     }
@@ -172,6 +185,10 @@ impl Scheduler {
         if prompt_len == 0 {
             return Err(AdmissionError::EmptyPrompt);
         }
+        let source_len = request.source_len;
+        if source_len >= prompt_len {
+            return Err(AdmissionError::NothingToDecode { source_len, prompt_len });
+        }
         if prompt_len.saturating_add(max_tokens) > limit {
             return Err(AdmissionError::TooLong { prompt_len, max_tokens, limit });
         }
@@ -190,6 +207,7 @@ impl Scheduler {
         let is_queued = self.running.remove(&sequence.arrival).is_some() || self.waiting.remove(sequence.arrival);
         assert!(is_queued, "{id:?} neither ran nor waited");
         self.blocks.release(&mut sequence.blocks);
+        self.state_slots.release(sequence.state_slot.take());
         self.blocks.withdraw(self.blocks.blocks_for(sequence.max_positions()));
     }
 }

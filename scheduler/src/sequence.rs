@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::batch::{Chunk, FinishReason, Phase};
-use crate::kv::BlockTable;
+use crate::kv::{BlockTable, StateSlot};
 use crate::queue::Arrival;
 use crate::request::{Request, RequestId, StopCriteria};
 
@@ -26,10 +26,13 @@ pub struct Sequence {
     /// Prompt, then what was generated.
     tokens: Vec<u32>,
     prompt_len: usize,
+    source_len: usize,
     stop: StopCriteria,
     num_computed: usize,
     num_scheduled: usize,
     pub(crate) blocks: BlockTable,
+    /// Held as long as the blocks are.
+    pub(crate) state_slot: Option<StateSlot>,
     num_preemptions: u32,
 }
 
@@ -41,10 +44,12 @@ impl Sequence {
             arrived_at: now,
             tokens: request.prompt.to_vec(),
             prompt_len: request.prompt.len(),
+            source_len: request.source_len,
             stop: request.stop,
             num_computed: 0,
             num_scheduled: 0,
             blocks: BlockTable::default(),
+            state_slot: None,
             num_preemptions: 0,
         }
     }
@@ -56,6 +61,11 @@ impl Sequence {
 
     pub fn prompt_len(&self) -> usize {
         self.prompt_len
+    }
+
+    /// Leading tokens that an encoder reads.
+    pub fn source_len(&self) -> usize {
+        self.source_len
     }
 
     pub fn num_generated(&self) -> usize {
@@ -72,6 +82,11 @@ impl Sequence {
         &self.blocks
     }
 
+    /// Where its recurrent state is, while it runs and if the model has one.
+    pub fn state_slot(&self) -> Option<StateSlot> {
+        self.state_slot
+    }
+
     /// How often it lost its blocks.
     pub fn num_preemptions(&self) -> u32 {
         self.num_preemptions
@@ -80,6 +95,11 @@ impl Sequence {
     /// Positions computed over a whole life: the last token is never an input.
     pub(crate) fn max_positions(&self) -> usize {
         max_positions(self.prompt_len, &self.stop)
+    }
+
+    /// Its encoder has yet to run.
+    pub(crate) fn awaits_encoder(&self) -> bool {
+        self.num_computed < self.source_len
     }
 
     /// Only its newest token is to be computed.
@@ -99,6 +119,7 @@ impl Sequence {
     pub(crate) fn schedule(&mut self, num_rows: usize) {
         assert_eq!(self.num_scheduled, 0, "{:?} is already in a batch", self.id);
         assert!((1..=self.num_uncomputed()).contains(&num_rows), "{:?} cannot use {num_rows} rows", self.id);
+        assert!(!self.awaits_encoder() || num_rows == self.source_len, "{:?} would have its source cut", self.id);
         self.num_scheduled = num_rows;
     }
 
@@ -109,7 +130,11 @@ impl Sequence {
             start: self.num_computed,
             len: self.num_scheduled,
             samples: self.num_scheduled == self.num_uncomputed(),
-            phase: if self.is_decoding() { Phase::Decode } else { Phase::Prefill },
+            phase: match (self.awaits_encoder(), self.is_decoding()) {
+                (true, _) => Phase::Encode,
+                (false, true) => Phase::Decode,
+                (false, false) => Phase::Prefill,
+            },
         })
     }
 

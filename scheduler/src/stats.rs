@@ -10,6 +10,9 @@ pub struct SchedulerStats {
     pub num_used_blocks: usize,
     /// Free and used blocks. More than [`crate::Scheduler::set_num_blocks`] asked for while a shrink is under way.
     pub num_total_blocks: usize,
+    pub num_used_state_slots: usize,
+    /// 0 for models without recurrent states.
+    pub num_total_state_slots: usize,
     /// Since the start.
     pub num_preemptions: u64,
 }

@@ -2,14 +2,15 @@
 //!
 //! The fake model is a chain: the entry of a position mixes the entry before it, read through the block table, with the
 //! token; a row samples from its own entry. A block given to two sequences, a position skipped or read before it was
-//! written changes the tokens. `MOESAIC_SIM_SEED=n` runs one seed alone.
+//! written changes the tokens. A source is read as a whole by its encoder and by every row of the decoder after it, and
+//! a recurrent state goes from row to row, so that a cut source or a state of another shows in the same way. `MOESAIC_SIM_SEED=n` runs one seed alone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use scheduler::{
-    AdmissionError, Batch, FinishReason, Outcome, Phase, Progress, Request, RequestId, Scheduler, SchedulerConfig,
-    Sequence, StopCriteria, Update,
+    AdmissionError, Batch, Chunk, FinishReason, Outcome, Phase, Progress, Request, RequestId, Scheduler,
+    SchedulerConfig, Sequence, StopCriteria, Update,
 };
 
 const NUM_SEEDS: u64 = 600;
@@ -42,9 +43,24 @@ fn mix(state: u64, input: u64) -> u64 {
     mixed ^ (mixed >> 31)
 }
 
-/// The entry of a position, from the one before it and the token.
-fn entry(before: Option<u64>, token: u32) -> u64 {
-    mix(before.unwrap_or(1), u64::from(token) + 1)
+/// The entry of a decoder's position, from the one before it, all of the source's, and the token.
+fn entry(before: Option<u64>, source: u64, token: u32) -> u64 {
+    mix(before.unwrap_or(1) ^ source, u64::from(token) + 1)
+}
+
+/// The entries of a source: each knows all tokens.
+fn encode(tokens: &[u32]) -> Vec<u64> {
+    let all = tokens.iter().fold(2, |all, &token| mix(all, u64::from(token)));
+    (0..tokens.len() as u64).map(|position| mix(all, position)).collect()
+}
+
+fn all_of(source: impl Iterator<Item = u64>) -> u64 {
+    source.fold(0, mix)
+}
+
+/// The recurrent state after one more token; 0 before the first.
+fn next_state(state: u64, token: u32) -> u64 {
+    mix(state ^ 3, u64::from(token))
 }
 
 fn sample(entry: u64) -> u32 {
@@ -52,11 +68,19 @@ fn sample(entry: u64) -> u32 {
 }
 
 /// What the request generates when nothing else exists.
-fn generate_alone(prompt: &[u32], stop: &StopCriteria) -> (Vec<u32>, FinishReason) {
-    let mut last = prompt.iter().fold(None, |before, &token| Some(entry(before, token)));
+fn generate_alone(request: &Request, has_states: bool) -> (Vec<u32>, FinishReason) {
+    let Request { prompt, source_len, stop, .. } = request;
+    let source = all_of(encode(&prompt[..*source_len]).into_iter());
+    let (mut last, mut state) = (None, 0);
+    let mut read = |token| {
+        last = Some(entry(last, source, token));
+        state = next_state(state, token);
+        last.expect("just written") ^ if has_states { state } else { 0 }
+    };
+    let mut row = prompt[*source_len..].iter().map(|&token| read(token)).last().expect("the decoder reads something");
     let mut generated = Vec::new();
     loop {
-        let token = sample(last.expect("the prompt is not empty"));
+        let token = sample(row);
         let may_stop = generated.len() >= stop.min_tokens;
         generated.push(token);
         if may_stop && stop.stop_token_ids.contains(&token) {
@@ -65,7 +89,7 @@ fn generate_alone(prompt: &[u32], stop: &StopCriteria) -> (Vec<u32>, FinishReaso
         if generated.len() == stop.max_tokens {
             return (generated, FinishReason::Length);
         }
-        last = Some(entry(last, token));
+        row = read(token);
     }
 }
 
@@ -93,6 +117,9 @@ struct Coverage {
     shrinks_delayed: u64,
     windows: u64,
     chunked: u64,
+    encoded: u64,
+    encoded_over_budget: u64,
+    without_a_state: u64,
 }
 
 struct Simulation<'a> {
@@ -106,6 +133,11 @@ struct Simulation<'a> {
     num_wanted: usize,
     /// Entries by block and slot.
     memory: Vec<u64>,
+    /// By state slot.
+    states: Vec<u64>,
+    /// Percent of the requests that have a source.
+    sources: usize,
+    has_encoded: bool,
     /// Percent per step.
     trouble: usize,
     coverage: &'a mut Coverage,
@@ -118,6 +150,7 @@ impl<'a> Simulation<'a> {
         let config = SchedulerConfig {
             block_size: rng.between(1, 8),
             num_blocks,
+            num_state_slots: if rng.percent(30) { rng.between(1, 12) } else { 0 },
             max_num_seqs: rng.between(1, 24),
             max_num_batched_tokens: rng.between(1, 40),
             max_model_len: rng.between(8, 120),
@@ -127,6 +160,9 @@ impl<'a> Simulation<'a> {
         Self {
             scheduler: Scheduler::new(config.clone()).expect("the limits are valid"),
             trouble: [0, 3, 15][rng.between(0, 2)],
+            sources: [0, 50, 100][rng.between(0, 2)],
+            has_encoded: false,
+            states: vec![0; config.num_state_slots],
             rng,
             config,
             live: BTreeMap::new(),
@@ -163,7 +199,8 @@ impl<'a> Simulation<'a> {
         }
         assert!(self.live.is_empty() && !self.scheduler.has_work(), "not done after {} steps", 2 * bound);
         let stats = self.scheduler.stats();
-        assert_eq!((stats.num_running, stats.num_waiting, stats.num_used_blocks), (0, 0, 0), "idle");
+        let held = [stats.num_running, stats.num_waiting, stats.num_used_blocks, stats.num_used_state_slots];
+        assert_eq!(held, [0; 4], "idle");
         assert_eq!(stats.num_total_blocks, self.num_wanted, "an idle pool has the size that was asked for");
         assert_eq!(self.scheduler.schedule(self.now), Batch::default());
     }
@@ -177,6 +214,8 @@ impl<'a> Simulation<'a> {
         let min_tokens = self.rng.between(0, 8);
         let stop_token_ids = (0..self.rng.between(0, 2)).map(|_| sample(self.rng.next())).collect();
         let stop = StopCriteria { max_tokens, min_tokens, stop_token_ids };
+        let has_source = self.rng.percent(self.sources);
+        let source_len = if has_source { self.rng.between(0, prompt_len.max(1)) } else { 0 };
         let id = RequestId(self.next_id);
         self.next_id += 1;
 
@@ -185,6 +224,8 @@ impl<'a> Simulation<'a> {
         let (limit, total) = (self.config.max_model_len, self.num_wanted);
         let verdict = if prompt_len == 0 {
             Err(AdmissionError::EmptyPrompt)
+        } else if source_len >= prompt_len {
+            Err(AdmissionError::NothingToDecode { source_len, prompt_len })
         } else if prompt_len + max_tokens > limit {
             Err(AdmissionError::TooLong { prompt_len, max_tokens, limit })
         } else if needed > total {
@@ -194,13 +235,13 @@ impl<'a> Simulation<'a> {
         } else {
             Ok(())
         };
-        let request = Request { id, prompt: prompt.clone().into(), stop: stop.clone() };
-        assert_eq!(self.scheduler.add(request, self.now), verdict, "{id:?}");
+        let request = Request { id, prompt: prompt.into(), source_len, stop };
+        assert_eq!(self.scheduler.add(request.clone(), self.now), verdict, "{id:?}");
         if verdict.is_err() {
             self.coverage.refused += 1;
             return;
         }
-        let (generated, reason) = generate_alone(&prompt, &stop);
+        let (generated, reason) = generate_alone(&request, self.config.num_state_slots > 0);
         let (num_emitted, num_computed, num_preemptions) = (0, 0, 0);
         let expected =
             Expected { prompt_len, max_tokens, generated, reason, num_emitted, num_computed, num_preemptions };
@@ -242,7 +283,10 @@ impl<'a> Simulation<'a> {
         let batch = self.scheduler.schedule(self.now);
         self.scheduler.assert_invariants();
         self.check_preempted(&batch);
-        self.check_batch(&batch, &running, &decoding);
+        match batch.chunks.first() {
+            Some(Chunk { phase: Phase::Encode, .. }) => self.check_encoders(&batch, &running),
+            _ => self.check_batch(&batch, &running, &decoding),
+        }
 
         let rows: Vec<u64> = self.compute(&batch);
         let outcomes: Vec<Outcome> = rows
@@ -269,7 +313,37 @@ impl<'a> Simulation<'a> {
         }
     }
 
+    /// Whole sources and nothing else, and never twice in a row while others wait for their rows.
+    fn check_encoders(&mut self, batch: &Batch, running: &[RequestId]) {
+        assert!(!self.has_encoded || running.is_empty(), "decodes wait for two steps of encoders");
+        self.has_encoded = true;
+        let budget = self.config.max_num_batched_tokens;
+        assert!(batch.num_rows() <= budget || batch.chunks.len() == 1, "over budget");
+        for chunk in &batch.chunks {
+            let source_len = self.sequence(chunk.id).source_len();
+            let whole = Chunk { id: chunk.id, start: 0, len: source_len, samples: false, phase: Phase::Encode };
+            assert_eq!(*chunk, whole, "a source is read as a whole");
+            assert!(self.live[&chunk.id].num_computed == 0 && !running.contains(&chunk.id));
+            self.coverage.encoded += 1;
+            self.coverage.encoded_over_budget += u64::from(source_len > budget);
+        }
+        self.check_order(batch, running);
+    }
+
+    /// Nobody is admitted before one who came earlier.
+    fn check_order(&mut self, batch: &Batch, running: &[RequestId]) {
+        let admitted = batch.chunks.iter().map(|chunk| chunk.id).filter(|id| !running.contains(id));
+        let first_waiting = self.live.keys().find(|&&id| !self.is_running(id));
+        if let (Some(admitted), Some(waiting)) = (admitted.max(), first_waiting) {
+            assert!(admitted < *waiting, "{admitted:?} was admitted before {waiting:?}");
+        }
+        let stats = self.scheduler.stats();
+        let is_full = stats.num_total_state_slots > 0 && stats.num_used_state_slots == stats.num_total_state_slots;
+        self.coverage.without_a_state += u64::from(is_full && first_waiting.is_some());
+    }
+
     fn check_batch(&mut self, batch: &Batch, running: &[RequestId], decoding: &[RequestId]) {
+        self.has_encoded = false;
         assert!(batch.num_rows() <= self.config.max_num_batched_tokens, "over budget");
         let in_batch: BTreeSet<RequestId> = batch.chunks.iter().map(|chunk| chunk.id).collect();
         assert_eq!(in_batch.len(), batch.chunks.len(), "two chunks of one sequence");
@@ -288,11 +362,7 @@ impl<'a> Simulation<'a> {
         for id in decoding.iter().filter(must_have_a_row).chain(running.first()) {
             assert!(in_batch.contains(id), "{id:?} is running and got no row");
         }
-        let admitted = in_batch.iter().filter(|id| !running.contains(id));
-        let first_waiting = self.live.keys().find(|&&id| !self.is_running(id));
-        if let (Some(admitted), Some(waiting)) = (admitted.max(), first_waiting) {
-            assert!(admitted < waiting, "{admitted:?} was admitted before {waiting:?}");
-        }
+        self.check_order(batch, running);
         match batch.wake_at {
             Some(wake_at) => {
                 assert!(batch.chunks.is_empty() && running.is_empty(), "the window is for an idle scheduler");
@@ -313,14 +383,30 @@ impl<'a> Simulation<'a> {
                 let block = sequence.block_table().blocks()[position / block_size];
                 block.0 as usize * block_size + position % block_size
             };
-            for position in chunk.start..chunk.start + chunk.len {
-                let before = position.checked_sub(1).map(|before| self.memory[slot(before)]);
-                let here = slot(position);
-                self.memory.resize(self.memory.len().max(here + 1), 0);
-                self.memory[here] = entry(before, sequence.tokens()[position]);
+            let (tokens, source_len) = (sequence.tokens(), sequence.source_len());
+            let positions = chunk.start..chunk.start + chunk.len;
+            let highest = positions.clone().map(slot).max().expect("chunks have rows");
+            self.memory.resize(self.memory.len().max(highest + 1), 0);
+            if chunk.phase == Phase::Encode {
+                positions
+                    .zip(encode(&tokens[..source_len]))
+                    .for_each(|(position, entry)| self.memory[slot(position)] = entry);
+                continue;
+            }
+            let source = all_of((0..source_len).map(|position| self.memory[slot(position)]));
+            let state_slot = sequence.state_slot().map(|slot| slot.0 as usize);
+            let mut state = state_slot.filter(|_| chunk.start > source_len).map_or(0, |slot| self.states[slot]);
+            for position in positions {
+                let before = (position > source_len).then(|| self.memory[slot(position - 1)]);
+                self.memory[slot(position)] = entry(before, source, tokens[position]);
+                state = next_state(state, tokens[position]);
+            }
+            if let Some(slot) = state_slot {
+                self.states[slot] = state;
             }
             if chunk.samples {
-                rows.push(self.memory[slot(chunk.start + chunk.len - 1)]);
+                let seen = if state_slot.is_some() { state } else { 0 };
+                rows.push(self.memory[slot(chunk.start + chunk.len - 1)] ^ seen);
             }
         }
         rows
@@ -426,6 +512,8 @@ fn whatever_happens_the_invariants_hold() {
     assert!(finished.min(failed).min(aborted).min(refused) > 1000, "{coverage:?}");
     let Coverage { scarcity_preemptions, explicit_preemptions, lost_in_flight, .. } = coverage;
     assert!(scarcity_preemptions.min(explicit_preemptions).min(lost_in_flight) > 1000, "{coverage:?}");
+    let Coverage { encoded, encoded_over_budget, without_a_state, .. } = coverage;
+    assert!(encoded.min(encoded_over_budget).min(without_a_state) > 1000, "{coverage:?}");
     assert!(coverage.shrinks_delayed.min(coverage.windows).min(coverage.chunked) > 1000, "{coverage:?}");
 }
 
@@ -437,6 +525,7 @@ fn five_hundred_sequences_run_together() {
     simulation.config = SchedulerConfig {
         block_size: 4,
         num_blocks: 10_000,
+        num_state_slots: 0,
         max_num_seqs: 512,
         max_num_batched_tokens: 1024,
         max_model_len: 60,
@@ -444,7 +533,7 @@ fn five_hundred_sequences_run_together() {
         batch_timeout: Duration::ZERO,
     };
     simulation.scheduler = Scheduler::new(simulation.config.clone()).unwrap();
-    (simulation.num_wanted, simulation.trouble) = (10_000, 0);
+    (simulation.num_wanted, simulation.trouble, simulation.sources) = (10_000, 0, 0);
     (0..1000).for_each(|_| simulation.add());
     simulation.drain();
     assert!(coverage.finished > 500, "{coverage:?}");

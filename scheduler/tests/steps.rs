@@ -14,6 +14,8 @@ const TOKEN: u32 = 7;
 enum Before {
     /// Id, prompt tokens, tokens to generate.
     Add(u64, usize, usize),
+    /// Id, tokens for the encoder (the decoder starts from one more), tokens to generate.
+    AddSource(u64, usize, usize),
     Abort(u64),
     Preempt(u64),
     Blocks(usize),
@@ -22,12 +24,13 @@ enum Before {
     /// The row of this request cannot be sampled in the next step.
     Fail(u64),
 }
-use Before::{Abort, Add, At, Blocks, Fail, Preempt};
+use Before::{Abort, Add, AddSource, At, Blocks, Fail, Preempt};
 
 fn config(block_size: usize, num_blocks: usize, max_num_seqs: usize, max_num_batched_tokens: usize) -> SchedulerConfig {
     SchedulerConfig {
         block_size,
         num_blocks,
+        num_state_slots: 0,
         max_num_seqs,
         max_num_batched_tokens,
         max_model_len: 1000,
@@ -38,10 +41,10 @@ fn config(block_size: usize, num_blocks: usize, max_num_seqs: usize, max_num_bat
 
 fn request(id: u64, prompt_len: usize, max_tokens: usize) -> Request {
     let stop = StopCriteria { max_tokens, ..StopCriteria::default() };
-    Request { id: RequestId(id), prompt: vec![1; prompt_len].into(), stop }
+    Request { id: RequestId(id), prompt: vec![1; prompt_len].into(), source_len: 0, stop }
 }
 
-/// Runs one step per row. A step reads: `p`refill or `d`ecode, id and positions of each chunk, `*` where it samples;
+/// Runs one step per row. A step reads: `e`ncode, `p`refill or `d`ecode, id and positions of each chunk, `*` where it samples;
 /// `-id` for the preempted; `@ms` for the end of the batch window; after `>`, `.` for a token, `end` and `failed`.
 fn check(config: SchedulerConfig, rows: &[(&[Before], &str)]) {
     let mut scheduler = Scheduler::new(config).expect("the limits are valid");
@@ -52,6 +55,10 @@ fn check(config: SchedulerConfig, rows: &[(&[Before], &str)]) {
             match event {
                 Add(id, prompt_len, max_tokens) => {
                     scheduler.add(request(id, prompt_len, max_tokens), now).expect("the request fits")
+                }
+                AddSource(id, source_len, max_tokens) => {
+                    let request = Request { source_len, ..request(id, source_len + 1, max_tokens) };
+                    scheduler.add(request, now).expect("the request fits")
                 }
                 Abort(id) => assert!(scheduler.abort(RequestId(id))),
                 Preempt(id) => assert!(scheduler.preempt(RequestId(id))),
@@ -71,7 +78,11 @@ fn step(scheduler: &mut Scheduler, now: Duration, failing: &[RequestId]) -> Stri
     let mut text = String::new();
     let mut outcomes = Vec::new();
     for chunk in &batch.chunks {
-        let phase = if chunk.phase == Phase::Prefill { 'p' } else { 'd' };
+        let phase = match chunk.phase {
+            Phase::Encode => 'e',
+            Phase::Prefill => 'p',
+            Phase::Decode => 'd',
+        };
         let mark = if chunk.samples { "*" } else { "" };
         text += &format!("{phase}{} {}..{}{mark} ", chunk.id.0, chunk.start, chunk.start + chunk.len);
         if chunk.samples {
@@ -209,6 +220,51 @@ fn a_failed_row_of_a_running_prefill_is_not_asked_for() {
 }
 
 #[test]
+fn encoders_run_whole_and_take_turns_with_decodes() {
+    check(
+        config(4, 100, 8, 4),
+        &[
+            // Longer than a step may be: alone.
+            (&[AddSource(1, 6, 3), AddSource(2, 2, 2), AddSource(3, 2, 1)], "e1 0..6 >"),
+            (&[], "p1 6..7* > 1."),
+            (&[], "e2 0..2 e3 0..2 >"),
+            (&[AddSource(4, 5, 1)], "d1 7..8* p2 2..3* p3 2..3* > 1. 2. 3end"),
+            (&[], "e4 0..5 >"),
+            // What is preempted reads its source again; what it generated can be cut.
+            (&[Preempt(1)], "d2 3..4* p4 5..6* > 2end 4end"),
+            (&[], "e1 0..6 >"),
+            (&[], "p1 6..9* > 1end"),
+        ],
+    );
+}
+
+#[test]
+fn kinds_of_requests_wait_in_one_queue() {
+    check(
+        config(4, 100, 8, 8),
+        &[
+            (&[Add(1, 2, 3), AddSource(2, 2, 1), Add(3, 2, 1)], "p1 0..2* > 1."),
+            (&[], "e2 0..2 >"),
+            (&[], "d1 2..3* p2 2..3* p3 0..2* > 1. 2end 3end"),
+        ],
+    );
+}
+
+#[test]
+fn no_more_run_than_have_a_state_slot() {
+    check(
+        SchedulerConfig { num_state_slots: 2, ..config(4, 100, 8, 8) },
+        &[
+            (&[Add(1, 1, 2), Add(2, 1, 3), Add(3, 1, 1)], "p1 0..1* p2 0..1* > 1. 2."),
+            (&[], "d1 1..2* d2 1..2* > 1end 2."),
+            (&[Add(4, 1, 1)], "d2 2..3* p3 0..1* > 2end 3end"),
+            (&[Add(5, 1, 2)], "p4 0..1* p5 0..1* > 4end 5."),
+            (&[Preempt(5), Add(6, 1, 1)], "p5 0..2* p6 0..1* > 5end 6end"),
+        ],
+    );
+}
+
+#[test]
 fn an_idle_scheduler_gathers_requests() {
     let config = SchedulerConfig { batch_timeout: Duration::from_millis(10), ..config(4, 100, 3, 16) };
     check(
@@ -288,6 +344,10 @@ fn unfit_requests_are_refused() {
     // The last token is sampled but never computed.
     check(12, 1, Ok(()));
     let mut scheduler = Scheduler::new(limits.clone()).unwrap();
+    let all_source = Request { source_len: 3, ..request(1, 3, 1) };
+    let refused = AdmissionError::NothingToDecode { source_len: 3, prompt_len: 3 };
+    assert_eq!(scheduler.add(all_source, Duration::ZERO), Err(refused));
+    let mut scheduler = Scheduler::new(limits.clone()).unwrap();
     scheduler.add(request(1, 1, 1), Duration::ZERO).unwrap();
     assert_eq!(scheduler.add(request(2, 1, 1), Duration::ZERO), Err(AdmissionError::QueueFull { limit: 1 }));
 }
@@ -332,6 +392,9 @@ fn limits_of_zero_are_refused() {
     check(SchedulerConfig { max_queue: 0, ..config(1, 1, 1, 1) }, zero("max_queue"));
     let num_blocks = usize::MAX;
     check(config(1, num_blocks, 1, 1), Some(ConfigError::TooManyBlocks { num_blocks, limit: u32::MAX }));
+    let num_state_slots = usize::MAX;
+    let too_many = ConfigError::TooManyStateSlots { num_state_slots, limit: u32::MAX };
+    check(SchedulerConfig { num_state_slots, ..config(1, 1, 1, 1) }, Some(too_many));
 }
 
 #[test]

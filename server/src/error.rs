@@ -71,6 +71,7 @@ impl ApiError {
             SubmitError::TooLong { .. } | SubmitError::NeverFits { .. } => {
                 Self::ContextLength { param, reason: error.to_string() }
             }
+            SubmitError::NoPromptLogprobs => Self::invalid("prompt_logprobs", error.to_string()),
             SubmitError::QueueFull { limit } => Self::Busy { limit },
             SubmitError::ShuttingDown => Self::ShuttingDown,
             SubmitError::Dead => Self::EngineDead,

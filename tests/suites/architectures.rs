@@ -67,4 +67,7 @@ served! {
     phimoe: "phimoe-base";
     jetmoe: "jetmoe-base";
     llama4: "llama4-mm";
+    qwen3_next: "qwen3_next-base";
+    switch_transformers: "switch_transformers-base";
+    switch_transformers_with_full_experts: "switch_transformers-capacity";
 }

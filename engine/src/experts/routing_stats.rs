@@ -42,6 +42,11 @@ impl RoutingStats {
         }
     }
 
+    /// Counts tokens that found their expert full.
+    pub fn record_dropped(&self, num_dropped: usize) {
+        metrics::counter!("moesaic_expert_dropped_tokens_total").increment(num_dropped as u64);
+    }
+
     /// Emits the share of experts the step woke, per layer on average.
     pub fn finish_step(&mut self) {
         let active = std::mem::take(&mut self.active_in_step);

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use kernels::{GqaSpec, Reach, RopeStyle, RopeTable};
+use kernels::{GqaSpec, LearnedScores, Pointwise, Reach, RopeStyle, RopeTable};
 
 use super::linear::{Bias, Linear};
-use super::norm::Norm;
+use super::norm::{Norm, NormKind};
 use super::rope::Rope;
 use crate::error::EngineError;
 use crate::models::{CacheSite, ForwardContext};
@@ -29,6 +29,9 @@ pub struct AttentionConfig {
     pub has_sinks: bool,
     pub names: AttentionNames,
     pub qk_norm: Option<QkNorm>,
+    pub norm_kind: NormKind,
+    /// The query projection gives each head a gate beside its query, whose sigmoid multiplies what the head attends to.
+    pub has_output_gate: bool,
     /// Clamp of queries, keys and values after their norms.
     pub clip: Option<f64>,
     /// `None`: positions do not rotate.
@@ -72,6 +75,8 @@ impl AttentionConfig {
             has_sinks: false,
             names: AttentionNames::default(),
             qk_norm: None,
+            norm_kind: NormKind::Rms,
+            has_output_gate: false,
             clip: None,
             rope: Some(Rope::from_config(config)?.table(rotary_dim(config, head_dim)?, max_model_len)?),
             temperature: None,
@@ -146,11 +151,12 @@ impl Attention {
     /// The tensors under `{prefix}.`, by the names in `config`; its keys and values live in cache site `site`.
     pub fn load(loader: &Loader, prefix: &str, config: AttentionConfig, site: usize) -> Result<Self, EngineError> {
         let (q_width, kv_width) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
+        let q_rows = if config.has_output_gate { 2 * q_width } else { q_width };
         let names = config.names;
         let name = |part: &str| format!("{prefix}.{part}");
         let parts = match names.qkv {
-            QkvNames::Apart => vec![(name("q_proj"), q_width), (name("k_proj"), kv_width), (name("v_proj"), kv_width)],
-            QkvNames::Fused(fused) => vec![(name(fused), q_width + 2 * kv_width)],
+            QkvNames::Apart => vec![(name("q_proj"), q_rows), (name("k_proj"), kv_width), (name("v_proj"), kv_width)],
+            QkvNames::Fused(fused) => vec![(name(fused), q_rows + 2 * kv_width)],
         };
         let qkv = Linear::load_fused(loader, &parts, config.hidden_size, config.qkv_bias)?;
         let out = Linear::load(loader, &name(names.out), config.hidden_size, q_width, config.out_bias)?;
@@ -165,8 +171,8 @@ impl Attention {
                 }
                 QkNorm::Whole { eps } => (q_width, kv_width, eps),
             };
-            let q_norm = Norm::load(loader, &name(names.q_norm), q_len, eps)?;
-            Ok::<_, EngineError>((kind, q_norm, Norm::load(loader, &name(names.k_norm), k_len, eps)?))
+            let load = |part, len| Norm::load_kind(loader, &name(part), len, (config.norm_kind, eps));
+            Ok::<_, EngineError>((kind, load(names.q_norm, q_len)?, load(names.k_norm, k_len)?))
         });
         let spec = GqaSpec {
             num_heads: config.num_heads,
@@ -186,11 +192,12 @@ impl Attention {
     /// `x`: `[num_tokens, hidden_size]`, normalised.
     pub fn forward(&self, x: &Tensor, context: &mut ForwardContext) -> Result<Tensor, EngineError> {
         let GqaSpec { num_heads, num_kv_heads, head_dim, .. } = self.spec;
-        let (q_width, kv_width) = (num_heads * head_dim, num_kv_heads * head_dim);
+        let kv_width = num_kv_heads * head_dim;
         let qkv = self.qkv.forward(x)?;
-        let mut q = qkv.narrow(1, 0, q_width)?.contiguous()?;
-        let mut k = qkv.narrow(1, q_width, kv_width)?.contiguous()?;
-        let mut v = qkv.narrow(1, q_width + kv_width, kv_width)?.contiguous()?;
+        let q_rows = qkv.dim(1)? - 2 * kv_width;
+        let (mut q, gate) = self.split_gate(qkv.narrow(1, 0, q_rows)?)?;
+        let mut k = qkv.narrow(1, q_rows, kv_width)?.contiguous()?;
+        let mut v = qkv.narrow(1, q_rows + kv_width, kv_width)?.contiguous()?;
         if let Some((QkNorm::Whole { .. }, q_norm, k_norm)) = &self.norms {
             (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
         }
@@ -216,9 +223,25 @@ impl Attention {
             q = q.broadcast_mul(&Tensor::from_vec(factors, (num_tokens, 1, 1), q.device())?)?;
         }
         let rows = Tensor::cat(&[&k.reshape((num_tokens, kv_width))?, &v], 1)?;
-        let cache = context.arena.site_mut(self.site);
+        let cache = context.arena.paged_mut(self.site);
         cache.write(&rows, &context.input.slot_mapping)?;
-        let attended = kernels::paged_attention(&q, cache, &context.input.paged, &self.spec, self.sinks.as_deref())?;
-        self.out.forward(&attended)
+        let learned = LearnedScores { sinks: self.sinks.as_deref(), position_bias: None };
+        let attended = kernels::paged_attention(&q, cache, &context.input.paged, &self.spec, learned)?;
+        match gate {
+            None => self.out.forward(&attended),
+            Some(gate) => self.out.forward(&(attended * kernels::pointwise(&gate, Pointwise::Sigmoid)?)?),
+        }
+    }
+
+    /// The query projection's output as queries and, where heads have them, gates, both `[num_tokens, q_width]`.
+    fn split_gate(&self, q: Tensor) -> Result<(Tensor, Option<Tensor>), EngineError> {
+        if !self.config.has_output_gate {
+            return Ok((q.contiguous()?, None));
+        }
+        let GqaSpec { num_heads, head_dim, .. } = self.spec;
+        let num_tokens = q.dim(0)?;
+        let heads = q.contiguous()?.reshape((num_tokens, num_heads, 2 * head_dim))?;
+        let half = |first| heads.narrow(2, first, head_dim)?.contiguous()?.reshape((num_tokens, num_heads * head_dim));
+        Ok((half(0)?, Some(half(head_dim)?)))
     }
 }

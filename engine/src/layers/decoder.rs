@@ -4,19 +4,21 @@ use candle_core::{Device, Tensor};
 
 use super::attention::Attention;
 use super::ends::{DecoderConfig, Ends, LayerNorms, enter, scaled};
+use super::gated_delta::GatedDelta;
 use super::mla::MlaAttention;
 use super::mlp::Mlp;
 use super::moa::MoaAttention;
 use super::moe::{Moe, MoeParts};
 use super::norm::Norm;
 use crate::error::EngineError;
-use crate::models::{CacheSite, ForwardContext, Model, ModelShape, ModelSource};
+use crate::models::{CacheSite, ForwardContext, Model, ModelShape, ModelSource, Prefill};
 
 #[derive(Debug)]
 pub enum Mixer {
     Gqa(Attention),
     Mla(MlaAttention),
     Moa(MoaAttention),
+    Delta(GatedDelta),
 }
 
 #[derive(Debug)]
@@ -71,6 +73,7 @@ impl Decoder {
             num_layers: layers.len(),
             cache_sites: layers.iter().map(|layer| layer.mixer.cache_site()).collect(),
             experts_per_moe_layer: layers.iter().flat_map(DecoderLayer::num_experts).collect(),
+            prefill: Prefill::Causal,
         };
         Ok(Self { ends: Ends::load(source.loader, config)?, layers, shape })
     }
@@ -147,7 +150,7 @@ impl DecoderLayer {
 impl Mixer {
     fn num_experts(&self) -> Option<usize> {
         match self {
-            Self::Gqa(_) | Self::Mla(_) => None,
+            Self::Gqa(_) | Self::Mla(_) | Self::Delta(_) => None,
             Self::Moa(attention) => Some(attention.num_experts()),
         }
     }
@@ -157,6 +160,7 @@ impl Mixer {
             Self::Gqa(attention) => attention.cache_site(),
             Self::Mla(attention) => attention.cache_site(),
             Self::Moa(attention) => attention.cache_site(),
+            Self::Delta(delta) => delta.cache_site(),
         }
     }
 
@@ -165,6 +169,7 @@ impl Mixer {
             Self::Gqa(attention) => attention.forward(x, context),
             Self::Mla(attention) => attention.forward(x, context),
             Self::Moa(attention) => attention.forward(x, context),
+            Self::Delta(delta) => delta.forward(x, context),
         }
     }
 }

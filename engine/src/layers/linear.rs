@@ -38,6 +38,17 @@ impl Linear {
         Ok(Self { weight, bias })
     }
 
+    /// Maps made of the rows of `{name}.weight`, of this shape, each in an order of its own.
+    pub fn load_picked(
+        loader: &Loader,
+        name: &str,
+        shape: [usize; 2],
+        picks: &[Vec<usize>],
+    ) -> Result<Vec<Self>, EngineError> {
+        let weights = loader.picked_weights(&format!("{name}.weight"), shape, picks)?;
+        Ok(weights.into_iter().map(|weight| Self { weight, bias: None }).collect())
+    }
+
     /// `[num_tokens, cols]` to `[num_tokens, rows]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor, EngineError> {
         Ok(kernels::linear(x, &self.weight, self.bias.as_ref())?)

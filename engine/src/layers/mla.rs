@@ -121,7 +121,7 @@ impl MlaAttention {
         let k_rope = kv.narrow(1, latent_dim, rope_dim)?.contiguous()?.reshape((num_tokens, 1, rope_dim))?;
         let k_rope = kernels::rope(&k_rope, &self.config.rope, positions, self.config.rope_style)?;
         let rows = Tensor::cat(&[&latent, &k_rope.reshape((num_tokens, rope_dim))?], 1)?;
-        let cache = context.arena.site_mut(self.site);
+        let cache = context.arena.paged_mut(self.site);
         cache.write(&rows, &context.input.slot_mapping)?;
 
         let attended = kernels::mla_attention(&q_latent, &q_rope, cache, &context.input.paged, &self.spec)?;

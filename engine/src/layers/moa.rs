@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use kernels::{GqaSpec, PackedWeight, RopeStyle, RopeTable, RouterSpec, TopK};
+use kernels::{GqaSpec, LearnedScores, PackedWeight, RopeStyle, RopeTable, RouterSpec, TopK};
 
 use super::decoder::gather_rows;
 use super::linear::{Bias, Linear};
@@ -95,14 +95,15 @@ impl MoaAttention {
         let kv = self.kv.forward(x)?;
         let k = kv.narrow(1, 0, width)?.contiguous()?.reshape((num_tokens, num_kv_heads, head_dim))?;
         let k = kernels::rope(&k, rope, positions, RopeStyle::Halves)?.reshape((num_tokens, width))?;
-        let cache = context.arena.site_mut(self.place.site);
+        let cache = context.arena.paged_mut(self.place.site);
         cache
             .write(&Tensor::cat(&[&k, &kv.narrow(1, width, width)?.contiguous()?], 1)?, &context.input.slot_mapping)?;
 
         // Experts make heads in the order [slot, kv head]; the op wants those of one kv head together.
         let q = swap(&q, [num_tokens, topk.k, num_kv_heads, head_dim])?;
         let q = q.reshape((num_tokens, num_heads, head_dim))?;
-        let attended = kernels::paged_attention(&q, cache, &context.input.paged, &self.attention, None)?;
+        let learned = LearnedScores::default();
+        let attended = kernels::paged_attention(&q, cache, &context.input.paged, &self.attention, learned)?;
         let attended = swap(&attended, [num_tokens, num_kv_heads, topk.k, head_dim])?;
         let out = grouped_linear(&attended.reshape((num_tokens * topk.k, width))?, &topk, &self.outputs)?;
         self.combine(&out, &topk)

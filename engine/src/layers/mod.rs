@@ -3,10 +3,13 @@
 pub mod attention;
 pub mod decoder;
 pub mod ends;
+pub mod gated_delta;
 pub mod linear;
 pub mod mla;
 pub mod mlp;
 pub mod moa;
 pub mod moe;
 pub mod norm;
+pub mod position_bias;
 pub mod rope;
+pub mod t5_attention;

@@ -1,7 +1,7 @@
 //! The mixture-of-experts layer: router, routed experts, shared expert.
 
 use candle_core::Tensor;
-use kernels::{Expert, ExpertWeights, PackedWeight, RouterSpec, TopK};
+use kernels::{Expert, ExpertWeights, PackedWeight, Pointwise, RouterSpec, TopK};
 
 use super::linear::{Bias, Linear};
 use super::mlp::Mlp;
@@ -28,6 +28,8 @@ pub struct Moe {
     experts: Vec<Expert>,
     shared: Option<SharedExpert>,
     weighting: Weighting,
+    /// Tokens of a sequence that an expert takes; the others get nothing from the layer.
+    capacity: Option<usize>,
     /// Among the model's MoE layers, for the routing statistics.
     moe_idx: usize,
 }
@@ -66,7 +68,12 @@ impl Moe {
     pub fn new(parts: MoeParts, moe_idx: usize) -> Result<Self, EngineError> {
         let MoeParts { gate, spec, experts, shared, weighting } = parts;
         spec.check(experts.len())?;
-        Ok(Self { gate, spec, experts, shared, weighting, moe_idx })
+        Ok(Self { gate, spec, experts, shared, weighting, capacity: None, moe_idx })
+    }
+
+    /// Lets each expert take so many tokens of every sequence in a step, first come, first served (Switch Transformer).
+    pub fn with_capacity(self, capacity: usize) -> Self {
+        Self { capacity: Some(capacity), ..self }
     }
 
     pub fn num_experts(&self) -> usize {
@@ -75,8 +82,12 @@ impl Moe {
 
     /// `x`: `[num_tokens, hidden_size]`, normalised.
     pub fn forward(&self, x: &Tensor, context: &mut ForwardContext) -> Result<Tensor, EngineError> {
-        let topk = kernels::route(&self.gate.forward(x)?, &self.spec)?;
+        let mut topk = kernels::route(&self.gate.forward(x)?, &self.spec)?;
         context.routing.record(self.moe_idx, &topk);
+        if let Some(capacity) = self.capacity {
+            let num_dropped = drop_overflow(&mut topk, &context.input.paged.cu_seqlens, (capacity, self.experts.len()));
+            context.routing.record_dropped(num_dropped);
+        }
         let routed = match self.weighting {
             Weighting::Output => kernels::grouped_swiglu(x, &self.experts, &topk)?,
             Weighting::Input => weigh_inputs(x, &self.experts, &topk)?,
@@ -86,6 +97,24 @@ impl Moe {
             Some(shared) => Ok((routed + shared.forward(x)?)?),
         }
     }
+}
+
+/// Takes the weight of every choice that comes after `capacity` others of its expert in its sequence; returns how many
+/// there were. `limits` are the capacity and the number of experts.
+fn drop_overflow(topk: &mut TopK, cu_seqlens: &[u32], (capacity, num_experts): (usize, usize)) -> usize {
+    let mut num_dropped = 0;
+    for rows in cu_seqlens.windows(2) {
+        let mut taken = vec![0; num_experts];
+        for pair in rows[0] as usize * topk.k..rows[1] as usize * topk.k {
+            let taken = &mut taken[topk.experts[pair] as usize];
+            *taken += 1;
+            if *taken > capacity {
+                topk.weights[pair] = 0.0;
+                num_dropped += 1;
+            }
+        }
+    }
+    num_dropped
 }
 
 /// `Σ expert(weight * x)` over the slots of each token, in slot order.
@@ -116,8 +145,7 @@ impl SharedExpert {
         match &self.gate {
             None => Ok(out),
             Some(gate) => {
-                // 1 / (1 + e^-g), in f32 like every gate.
-                let openness = ((gate.forward(x)?.neg()?.exp()? + 1.0)?).recip()?;
+                let openness = kernels::pointwise(&gate.forward(x)?, Pointwise::Sigmoid)?;
                 Ok(out.broadcast_mul(&openness)?)
             }
         }
@@ -175,4 +203,17 @@ pub fn load_transposed(loader: &Loader, name: &str, shape: [usize; 3]) -> Result
 /// `[rows, cols]` to `[cols, rows]`.
 pub fn transposed(values: &[f32], cols: usize) -> Vec<f32> {
     (0..cols).flat_map(|col| values.iter().skip(col).step_by(cols).copied()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn capacity_counts_within_each_sequence() {
+        let experts = vec![0, 1, 0, 0, 0, 1, 1];
+        let mut topk = TopK { weights: vec![0.5; experts.len()], experts, k: 1 };
+        assert_eq!(drop_overflow(&mut topk, &[0, 4, 7], (1, 2)), 3);
+        assert_eq!(topk.weights, [0.5, 0.5, 0.0, 0.0, 0.5, 0.5, 0.0]);
+    }
 }

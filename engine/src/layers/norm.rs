@@ -13,10 +13,12 @@ pub struct Norm {
     eps: f32,
 }
 
-/// Which of the two a family takes.
+/// Which of them a family takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NormKind {
     Rms,
+    /// Stored as what is added to 1 (Qwen3-Next).
+    RmsPlusOne,
     /// `{name}.bias` beside the weight.
     Layer,
 }
@@ -40,10 +42,12 @@ impl Norm {
         (kind, eps): (NormKind, f64),
     ) -> Result<Self, EngineError> {
         let bias = match kind {
-            NormKind::Rms => None,
+            NormKind::Rms | NormKind::RmsPlusOne => None,
             NormKind::Layer => Some(loader.vector(&format!("{name}.bias"), len)?),
         };
-        Ok(Self { weight: loader.vector(&format!("{name}.weight"), len)?, bias, eps: eps as f32 })
+        let stored = loader.vector(&format!("{name}.weight"), len)?;
+        let weight = if kind == NormKind::RmsPlusOne { (stored + 1.0)? } else { stored };
+        Ok(Self { weight, bias, eps: eps as f32 })
     }
 
     /// The norm with its output multiplied by `factor`.

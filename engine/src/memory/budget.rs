@@ -1,4 +1,4 @@
-//! How many KV blocks an engine gets.
+//! How many KV blocks and state slots an engine gets.
 
 use crate::config::{EngineConfig, KvDtype};
 use crate::error::EngineError;
@@ -7,11 +7,16 @@ use crate::models::CacheSite;
 /// Share of the memory left after the weights that the default KV cache may take.
 const DEFAULT_SHARE: f64 = 0.4;
 
+/// Share of the pool's bytes that recurrent states may take: a sequence needs both its state and blocks.
+const STATE_SHARE: u64 = 2;
+
 /// The size of the block pool and what it follows from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvBudget {
     pub bytes_per_token: u64,
     pub num_blocks: usize,
+    /// 0 for models without recurrent sites.
+    pub num_state_slots: usize,
     pub max_model_len: usize,
 }
 
@@ -29,16 +34,27 @@ pub struct KvDemand<'a> {
 /// the pool can hold; with one, a pool that cannot hold a single such sequence is an error.
 pub fn plan(config: &EngineConfig, demand: &KvDemand) -> Result<KvBudget, EngineError> {
     let element_bytes = if demand.dtype == KvDtype::F32 { 4 } else { 2 };
-    let width: usize = demand.sites.iter().map(CacheSite::width).sum();
+    let width: usize = demand.sites.iter().map(CacheSite::token_width).sum();
     let bytes_per_token = (width * element_bytes) as u64;
+    let state_bytes: u64 = demand.sites.iter().map(CacheSite::state_bytes).sum();
     let wanted_len = config.max_model_len.unwrap_or(demand.max_position_embeddings);
     let bytes = config.kv_cache_memory.unwrap_or_else(|| {
-        let full = ((config.max_num_seqs * wanted_len) as u64).saturating_mul(bytes_per_token);
+        let per_sequence = (wanted_len as u64).saturating_mul(bytes_per_token).saturating_add(state_bytes);
+        let full = (config.max_num_seqs as u64).saturating_mul(per_sequence);
         full.min(most_bytes(config, demand.weight_bytes))
     });
-    let block_bytes = bytes_per_token * config.block_size as u64;
+    let num_state_slots = match state_bytes {
+        0 => 0,
+        _ => (bytes / STATE_SHARE / state_bytes).clamp(1, config.max_num_seqs as u64),
+    };
+    let bytes = bytes.saturating_sub(num_state_slots.saturating_mul(state_bytes));
+    let num_blocks = match bytes_per_token * config.block_size as u64 {
+        // Blocks that hold nothing: only their numbers are needed.
+        0 => config.max_num_seqs.saturating_mul(wanted_len.div_ceil(config.block_size)),
+        block_bytes => (bytes / block_bytes) as usize,
+    };
     // Slots are numbered in 32 bits.
-    let num_blocks = ((bytes / block_bytes.max(1)) as usize).min(u32::MAX as usize / config.block_size);
+    let num_blocks = num_blocks.min(u32::MAX as usize / config.block_size);
     let capacity = num_blocks * config.block_size;
     if num_blocks == 0 {
         return Err(EngineError::KvTooSmall {
@@ -50,7 +66,8 @@ pub fn plan(config: &EngineConfig, demand: &KvDemand) -> Result<KvBudget, Engine
         let allowed = format!("at most {capacity}, the tokens the KV cache has room for (see --kv-cache-memory)");
         return Err(EngineError::Limit { what: "max_model_len", value: wanted_len as u64, allowed });
     }
-    Ok(KvBudget { bytes_per_token, num_blocks, max_model_len: wanted_len.min(capacity) })
+    let (num_state_slots, max_model_len) = (num_state_slots as usize, wanted_len.min(capacity));
+    Ok(KvBudget { bytes_per_token, num_blocks, num_state_slots, max_model_len })
 }
 
 /// A length that no sequence passes in the pool that [`plan`] will make of tokens of at least `bytes_per_token`. Known
@@ -72,7 +89,11 @@ mod tests {
     const SITES: [CacheSite; 2] =
         [CacheSite::Gqa { num_kv_heads: 2, head_dim: 8 }, CacheSite::Mla { latent_dim: 24, rope_dim: 8 }];
 
-    fn check(memory: Option<u64>, max_model_len: Option<usize>, expect: Result<(usize, usize), &str>) {
+    fn plan_for(
+        sites: &[CacheSite],
+        memory: Option<u64>,
+        max_model_len: Option<usize>,
+    ) -> Result<KvBudget, EngineError> {
         let config = EngineConfig {
             kv_cache_memory: memory,
             max_model_len,
@@ -80,9 +101,11 @@ mod tests {
             max_num_seqs: 4,
             ..EngineConfig::new("")
         };
-        let demand =
-            KvDemand { sites: &SITES, dtype: KvDtype::Bf16, weight_bytes: 1 << 19, max_position_embeddings: 4096 };
-        let found = plan(&config, &demand).map(|budget| (budget.num_blocks, budget.max_model_len));
+        plan(&config, &KvDemand { sites, dtype: KvDtype::Bf16, weight_bytes: 1 << 19, max_position_embeddings: 4096 })
+    }
+
+    fn check(memory: Option<u64>, max_model_len: Option<usize>, expect: Result<(usize, usize), &str>) {
+        let found = plan_for(&SITES, memory, max_model_len).map(|budget| (budget.num_blocks, budget.max_model_len));
         assert_eq!(found.as_ref().map_err(ToString::to_string), expect.as_ref().map_err(ToString::to_string));
     }
 
@@ -98,5 +121,24 @@ mod tests {
         check(Some(1 << 46), None, Ok(((1 << 28) - 1, 4096)));
         let too_long = "max_model_len is 321, allowed are at most 320, the tokens the KV cache has room for (see --kv-cache-memory)";
         check(Some(20 * 2048), Some(321), Err(too_long));
+    }
+
+    #[test]
+    fn states_and_blocks_share_the_memory() {
+        // 1 KiB of state per sequence, and 64 elements per token as above.
+        let sites = [SITES[0], CacheSite::Recurrent { width: 256 }, SITES[1]];
+        let check = |memory, expect: (usize, usize)| {
+            let budget = plan_for(&sites, memory, None).unwrap();
+            assert_eq!((budget.num_state_slots, budget.num_blocks), expect);
+        };
+        // The four sequences that run at once have their states, the rest is for blocks.
+        check(Some(20 * 2048), (4, 18));
+        // Of little, half.
+        check(Some(3 * 2048), (3, 1));
+        assert!(plan_for(&sites, Some(2048), None).is_err());
+        // A model of recurrent layers alone has blocks for no bytes.
+        let budget = plan_for(&sites[1..2], Some(1 << 12), None).unwrap();
+        assert_eq!((budget.bytes_per_token, budget.num_state_slots, budget.num_blocks), (0, 2, 4 * 256));
+        assert_eq!(budget.max_model_len, 4096);
     }
 }

@@ -1,6 +1,6 @@
-//! The bytes behind the scheduler's blocks: one paged cache per site of the model, all with the same block numbers.
+//! The bytes behind the scheduler's blocks and state slots: one cache per site of the model, all with the same numbers.
 
-use kernels::{KvFormat, PagedCache};
+use kernels::{KvFormat, PagedCache, StateCache};
 
 use crate::error::EngineError;
 use crate::models::CacheSite;
@@ -9,29 +9,55 @@ use crate::models::CacheSite;
 const BLOCKS_PER_SLAB: usize = 1024;
 
 pub struct KvArena {
-    sites: Vec<PagedCache>,
+    sites: Vec<SiteCache>,
+}
+
+enum SiteCache {
+    Paged(PagedCache),
+    State(StateCache),
+}
+
+/// How much an arena holds.
+#[derive(Clone, Copy, Debug)]
+pub struct ArenaSize {
+    pub format: KvFormat,
+    pub block_size: usize,
+    pub num_blocks: usize,
+    /// 0 for models without recurrent sites.
+    pub num_state_slots: usize,
 }
 
 impl KvArena {
-    /// Room for at least `num_blocks` blocks of `block_size` tokens at every site.
-    pub fn new(
-        sites: &[CacheSite],
-        format: KvFormat,
-        block_size: usize,
-        num_blocks: usize,
-    ) -> Result<Self, EngineError> {
-        let blocks_per_slab = num_blocks.clamp(1, BLOCKS_PER_SLAB);
+    /// Room for at least `size.num_blocks` blocks at every site that keeps something per token, and for
+    /// `size.num_state_slots` states at the others.
+    pub fn new(sites: &[CacheSite], size: ArenaSize) -> Result<Self, EngineError> {
+        let blocks_per_slab = size.num_blocks.clamp(1, BLOCKS_PER_SLAB);
         let new_site = |site: &CacheSite| {
-            let mut cache = PagedCache::new(format, block_size, site.width(), blocks_per_slab)?;
-            while cache.num_blocks() < num_blocks {
+            if let CacheSite::Recurrent { width } = *site {
+                return Ok(SiteCache::State(StateCache::new(width, size.num_state_slots)?));
+            }
+            let mut cache = PagedCache::new(size.format, size.block_size, site.token_width(), blocks_per_slab)?;
+            while cache.num_blocks() < size.num_blocks {
                 cache.add_slab()?;
             }
-            Ok(cache)
+            Ok(SiteCache::Paged(cache))
         };
         Ok(Self { sites: sites.iter().map(new_site).collect::<Result<_, EngineError>>()? })
     }
 
-    pub fn site_mut(&mut self, site: usize) -> &mut PagedCache {
-        &mut self.sites[site]
+    /// Keys and values, or latents, of a site that keeps them.
+    pub fn paged_mut(&mut self, site: usize) -> &mut PagedCache {
+        match &mut self.sites[site] {
+            SiteCache::Paged(cache) => cache,
+            SiteCache::State(_) => panic!("site {site} is recurrent"),
+        }
+    }
+
+    /// States of a recurrent site.
+    pub fn states_mut(&mut self, site: usize) -> &mut StateCache {
+        match &mut self.sites[site] {
+            SiteCache::State(cache) => cache,
+            SiteCache::Paged(_) => panic!("site {site} keeps something per token"),
+        }
     }
 }

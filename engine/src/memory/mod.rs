@@ -3,4 +3,4 @@
 pub mod budget;
 mod kv_arena;
 
-pub use kv_arena::KvArena;
+pub use kv_arena::{ArenaSize, KvArena};

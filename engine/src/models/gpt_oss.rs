@@ -1,6 +1,6 @@
 //! gpt-oss: attention sinks, alternating windows, clamped and biased experts, in bf16 or MXFP4.
 
-use kernels::{Expert, ExpertBiases, ExpertWeights, GluActivation, Reach, RouterSpec, Scoring, WeightFormat};
+use kernels::{Expert, ExpertActivation, ExpertBiases, ExpertWeights, Reach, RouterSpec, Scoring, WeightFormat};
 
 use super::{Model, ModelSource};
 use crate::error::EngineError;
@@ -37,7 +37,8 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         Some(top_k) => top_k,
         None => config.size("experts_per_token")?,
     };
-    let activation = GluActivation::ClampedSwish { alpha: ALPHA, limit: config.float_or("swiglu_limit", 7.0)? as f32 };
+    let activation =
+        ExpertActivation::ClampedSwish { alpha: ALPHA, limit: config.float_or("swiglu_limit", 7.0)? as f32 };
     let mixer = |prefix: &str, idx: usize| {
         let reach = if is_sliding(config, idx)? { window } else { Reach::Full };
         let attention = AttentionConfig { reach, ..attention.clone() };
@@ -76,7 +77,7 @@ fn load_experts(
     loader: &Loader,
     prefix: &str,
     shape: ExpertShape,
-    activation: GluActivation,
+    activation: ExpertActivation,
 ) -> Result<Vec<Expert>, EngineError> {
     let ExpertShape { num_experts, hidden_size, width } = shape;
     let gate_up =

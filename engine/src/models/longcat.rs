@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use kernels::{Expert, RouterSpec, Scoring};
 
 use super::deepseek::mla_config;
-use super::{CacheSite, ForwardContext, Model, ModelShape, ModelSource};
+use super::{CacheSite, ForwardContext, Model, ModelShape, ModelSource, Prefill};
 use crate::error::EngineError;
 use crate::layers::ends::{DecoderConfig, Ends, enter};
 use crate::layers::linear::Linear;
@@ -48,6 +48,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         num_layers: layers.len(),
         cache_sites: sites.collect::<Vec<CacheSite>>(),
         experts_per_moe_layer: layers.iter().map(|layer| layer.moe.num_experts()).collect(),
+        prefill: Prefill::Causal,
     };
     Ok(Box::new(LongCat { ends: Ends::load(source.loader, decoder)?, layers, shape }))
 }

@@ -4,6 +4,7 @@ mod bailing;
 mod deepseek;
 mod ernie;
 mod fine_grained;
+mod footprint;
 mod glm4_moe;
 mod gpt_oss;
 mod granite_moe;
@@ -16,9 +17,15 @@ mod minimax;
 mod mixtral;
 mod olmoe;
 mod phimoe;
+mod qwen3_next;
 mod qwen_moe;
+mod switch;
+
+use std::sync::Arc;
 
 use candle_core::Tensor;
+
+pub use footprint::{Footprint, Positions};
 
 use crate::error::EngineError;
 use crate::experts::RoutingStats;
@@ -32,7 +39,10 @@ pub trait Model: Send {
     fn shape(&self) -> &ModelShape;
 
     /// Runs every row of a step: writes its keys and values into the arena, counts its routing, and returns the
-    /// normalised last hidden state, `[num_tokens, hidden_size]`.
+    /// normalised last hidden state, `[num_tokens, hidden_size]`: the decoder's, or in a step of [`Pass::Encoder`], which
+    /// only models of [`Prefill::Whole`] get, the encoder's.
+    ///
+    /// [`Pass::Encoder`]: crate::forward_input::Pass::Encoder
     fn hidden(&self, context: &mut ForwardContext) -> Result<Tensor, EngineError>;
 
     /// `[rows, hidden_size]` to `[rows, vocab_size]`.
@@ -48,23 +58,62 @@ pub struct ModelShape {
     pub cache_sites: Vec<CacheSite>,
     /// Routed experts of each MoE layer, in order.
     pub experts_per_moe_layer: Vec<usize>,
+    pub prefill: Prefill,
 }
 
-/// One place where a model keeps something per token. A layer may have several.
+/// How a model reads a prompt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Prefill {
+    /// From left to right, in chunks of any length.
+    Causal,
+    /// An encoder reads it whole, in a step of its own; the decoder then starts from this token.
+    Whole { decoder_start: u32 },
+}
+
+impl Prefill {
+    /// What a sequence of the scheduler begins with, and how much of that is for the encoder.
+    pub fn sequence(self, prompt: &Arc<[u32]>) -> (Arc<[u32]>, usize) {
+        match self {
+            Self::Causal => (prompt.clone(), 0),
+            Self::Whole { decoder_start } => (prompt.iter().copied().chain([decoder_start]).collect(), prompt.len()),
+        }
+    }
+
+    /// Tokens of a sequence that are neither its prompt nor generated.
+    pub fn num_extra_tokens(self) -> usize {
+        match self {
+            Self::Causal => 0,
+            Self::Whole { .. } => 1,
+        }
+    }
+}
+
+/// One place where a model keeps something of a sequence. A layer may have several.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CacheSite {
     /// Keys, then values.
     Gqa { num_kv_heads: usize, head_dim: usize },
     /// The compressed latent, then the shared rotary key.
     Mla { latent_dim: usize, rope_dim: usize },
+    /// So many f32 per sequence, whatever its length.
+    Recurrent { width: usize },
 }
 
 impl CacheSite {
     /// Elements per token.
-    pub fn width(&self) -> usize {
+    pub fn token_width(&self) -> usize {
         match self {
             Self::Gqa { num_kv_heads, head_dim } => 2 * num_kv_heads * head_dim,
             Self::Mla { latent_dim, rope_dim } => latent_dim + rope_dim,
+            Self::Recurrent { .. } => 0,
+        }
+    }
+
+    /// Bytes per sequence, beside those of its tokens.
+    pub fn state_bytes(&self) -> u64 {
+        match *self {
+            Self::Gqa { .. } | Self::Mla { .. } => 0,
+            Self::Recurrent { width } => (width * size_of::<f32>()) as u64,
         }
     }
 }
@@ -89,71 +138,69 @@ pub struct ModelSource<'a, 'c> {
 pub struct Architecture {
     /// `model_type` of config.json.
     pub model_type: &'static str,
-    /// Attentions of a layer that keep something per token.
-    pub sites_per_layer: u64,
     pub load: fn(&ModelSource) -> Result<Box<dyn Model>, EngineError>,
     /// Tensors of published checkpoints that serving has no use for.
     pub ignored: fn(&ModelConfig, &str) -> bool,
+    /// What the cache sites will take, before any weight is read.
+    pub footprint: fn(&ModelConfig) -> Result<Footprint, EngineError>,
+    pub positions: fn(&ModelConfig) -> Result<Positions, EngineError>,
 }
+
+/// A decoder with one attention per layer: what most rows differ little from.
+const DECODER: Architecture = Architecture {
+    model_type: "",
+    load: mixtral::load,
+    ignored: nothing,
+    footprint: |config| footprint::attentions(config, 1),
+    positions: footprint::max_position_embeddings,
+};
+
+/// The same with multi-token-prediction layers behind the others.
+const WITH_MTP: Architecture = Architecture { ignored: fine_grained::is_mtp_tensor, ..DECODER };
 
 /// Every architecture this build serves.
 pub static ARCHITECTURES: &[Architecture] = &[
-    Architecture { model_type: "mixtral", sites_per_layer: 1, load: mixtral::load, ignored: nothing },
-    Architecture { model_type: "qwen2_moe", sites_per_layer: 1, load: qwen_moe::load_qwen2, ignored: nothing },
-    Architecture { model_type: "qwen3_moe", sites_per_layer: 1, load: qwen_moe::load_qwen3, ignored: nothing },
-    Architecture { model_type: "olmoe", sites_per_layer: 1, load: olmoe::load, ignored: nothing },
-    Architecture { model_type: "granitemoe", sites_per_layer: 1, load: granite_moe::load, ignored: nothing },
+    Architecture { model_type: "mixtral", load: mixtral::load, ..DECODER },
+    Architecture { model_type: "qwen2_moe", load: qwen_moe::load_qwen2, ..DECODER },
+    Architecture { model_type: "qwen3_moe", load: qwen_moe::load_qwen3, ..DECODER },
     Architecture {
-        model_type: "deepseek_v2",
-        sites_per_layer: 1,
-        load: deepseek::load_v2,
-        ignored: fine_grained::is_mtp_tensor,
+        model_type: "qwen3_next",
+        load: qwen3_next::load,
+        ignored: is_mtp_named,
+        footprint: qwen3_next::footprint,
+        ..DECODER
     },
+    Architecture { model_type: "olmoe", load: olmoe::load, ..DECODER },
+    Architecture { model_type: "granitemoe", load: granite_moe::load, ..DECODER },
+    Architecture { model_type: "deepseek_v2", load: deepseek::load_v2, ..WITH_MTP },
+    Architecture { model_type: "deepseek_v3", load: deepseek::load_v3, ..WITH_MTP },
+    Architecture { model_type: "kimi_k2", load: deepseek::load_v3, ..WITH_MTP },
+    Architecture { model_type: "pangu_ultra_moe", load: deepseek::load_pangu, ..WITH_MTP },
+    Architecture { model_type: "glm4_moe", load: glm4_moe::load_glm, ..WITH_MTP },
+    Architecture { model_type: "dots1", load: glm4_moe::load_dots, ..DECODER },
+    Architecture { model_type: "ernie4_5_moe", load: ernie::load, ignored: is_mtp_named, ..DECODER },
+    Architecture { model_type: "hunyuan_v1_moe", load: hunyuan::load, ..DECODER },
+    Architecture { model_type: "minimax_m2", load: minimax::load, ..WITH_MTP },
+    Architecture { model_type: "minicpm", load: minicpm::load, ..DECODER },
     Architecture {
-        model_type: "deepseek_v3",
-        sites_per_layer: 1,
-        load: deepseek::load_v3,
-        ignored: fine_grained::is_mtp_tensor,
+        model_type: "longcat_flash",
+        load: longcat::load,
+        ignored: longcat::is_ignored,
+        footprint: |config| footprint::attentions(config, 2),
+        ..DECODER
     },
+    Architecture { model_type: "llama4", load: llama4::load, ignored: llama4::is_vision_tensor, ..DECODER },
+    Architecture { model_type: "llama4_text", load: llama4::load, ..DECODER },
+    Architecture { model_type: "jetmoe", load: jetmoe::load, ..DECODER },
+    Architecture { model_type: "gpt_oss", load: gpt_oss::load, ..DECODER },
+    Architecture { model_type: "phimoe", load: phimoe::load, ..DECODER },
+    Architecture { model_type: "bailing_moe", load: bailing::load, ..WITH_MTP },
     Architecture {
-        model_type: "kimi_k2",
-        sites_per_layer: 1,
-        load: deepseek::load_v3,
-        ignored: fine_grained::is_mtp_tensor,
-    },
-    Architecture {
-        model_type: "pangu_ultra_moe",
-        sites_per_layer: 1,
-        load: deepseek::load_pangu,
-        ignored: fine_grained::is_mtp_tensor,
-    },
-    Architecture {
-        model_type: "glm4_moe",
-        sites_per_layer: 1,
-        load: glm4_moe::load_glm,
-        ignored: fine_grained::is_mtp_tensor,
-    },
-    Architecture { model_type: "dots1", sites_per_layer: 1, load: glm4_moe::load_dots, ignored: nothing },
-    Architecture { model_type: "ernie4_5_moe", sites_per_layer: 1, load: ernie::load, ignored: is_mtp_named },
-    Architecture { model_type: "hunyuan_v1_moe", sites_per_layer: 1, load: hunyuan::load, ignored: nothing },
-    Architecture {
-        model_type: "minimax_m2",
-        sites_per_layer: 1,
-        load: minimax::load,
-        ignored: fine_grained::is_mtp_tensor,
-    },
-    Architecture { model_type: "minicpm", sites_per_layer: 1, load: minicpm::load, ignored: nothing },
-    Architecture { model_type: "longcat_flash", sites_per_layer: 2, load: longcat::load, ignored: longcat::is_ignored },
-    Architecture { model_type: "llama4", sites_per_layer: 1, load: llama4::load, ignored: llama4::is_vision_tensor },
-    Architecture { model_type: "llama4_text", sites_per_layer: 1, load: llama4::load, ignored: nothing },
-    Architecture { model_type: "jetmoe", sites_per_layer: 1, load: jetmoe::load, ignored: nothing },
-    Architecture { model_type: "gpt_oss", sites_per_layer: 1, load: gpt_oss::load, ignored: nothing },
-    Architecture { model_type: "phimoe", sites_per_layer: 1, load: phimoe::load, ignored: nothing },
-    Architecture {
-        model_type: "bailing_moe",
-        sites_per_layer: 1,
-        load: bailing::load,
-        ignored: fine_grained::is_mtp_tensor,
+        model_type: "switch_transformers",
+        load: switch::load,
+        ignored: switch::is_ignored,
+        footprint: switch::footprint,
+        positions: switch::positions,
     },
 ];
 

@@ -20,24 +20,12 @@ pub fn load_qwen2(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         ..AttentionConfig::from_config(config, max_model_len)?
     };
     let windows = Qwen2Windows::from_config(config)?;
-    let shared_width = config.size("shared_expert_intermediate_size")?;
-    let shared = |prefix: &str| {
-        Ok(Some(SharedExpert {
-            mlp: Mlp::load(loader, &format!("{prefix}.mlp.shared_expert"), decoder.hidden_size, shared_width)?,
-            gate: Some(Linear::load(
-                loader,
-                &format!("{prefix}.mlp.shared_expert_gate"),
-                1,
-                decoder.hidden_size,
-                Bias::No,
-            )?),
-        }))
-    };
+    let shared = |prefix: &str| load_shared_expert(source, prefix);
     let mixer = |prefix: &str, idx: usize| {
         let attention = AttentionConfig { reach: windows.of_layer(idx), ..attention.clone() };
         Ok(Mixer::Gqa(Attention::load(loader, &format!("{prefix}.self_attn"), attention, idx)?))
     };
-    let sparse = SparseLayers::from_config(config, config.size("num_experts")?)?;
+    let sparse = SparseLayers::from_config(config, config.size("num_experts")?, false)?;
     let feed_forward = |prefix: &str, idx: usize| sparse.load(source, (prefix, idx), &shared);
     let parts = LayerParts { mixer: &mixer, feed_forward: &feed_forward };
     Ok(Box::new(Decoder::load(source, decoder, parts)?))
@@ -66,10 +54,19 @@ pub fn load_qwen3(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         Some(num_experts) => num_experts,
         None => config.size("num_local_experts")?,
     };
-    let sparse = SparseLayers::from_config(config, num_experts)?;
+    let sparse = SparseLayers::from_config(config, num_experts, false)?;
     let feed_forward = |prefix: &str, idx: usize| sparse.load(source, (prefix, idx), &|_| Ok(None));
     let parts = LayerParts { mixer: &mixer, feed_forward: &feed_forward };
     Ok(Box::new(Decoder::load(source, decoder, parts)?))
+}
+
+/// The shared expert of a layer and the gate on it.
+pub fn load_shared_expert(source: &ModelSource, prefix: &str) -> Result<Option<SharedExpert>, EngineError> {
+    let ModelSource { config, loader, .. } = *source;
+    let (hidden_size, width) = (config.size("hidden_size")?, config.size("shared_expert_intermediate_size")?);
+    let mlp = Mlp::load(loader, &format!("{prefix}.mlp.shared_expert"), hidden_size, width)?;
+    let gate = Linear::load(loader, &format!("{prefix}.mlp.shared_expert_gate"), 1, hidden_size, Bias::No)?;
+    Ok(Some(SharedExpert { mlp, gate: Some(gate) }))
 }
 
 /// Sliding windows of Qwen2-MoE: every other layer below `max_window_layers`, if switched on at all.
@@ -94,7 +91,7 @@ impl Qwen2Windows {
 }
 
 /// Which layers hold experts, and how both kinds load.
-struct SparseLayers {
+pub struct SparseLayers {
     decoder_sparse_step: usize,
     mlp_only_layers: Vec<usize>,
     dense_width: usize,
@@ -103,7 +100,8 @@ struct SparseLayers {
 }
 
 impl SparseLayers {
-    fn from_config(config: &ModelConfig, num_experts: usize) -> Result<Self, EngineError> {
+    /// `renormalizes`: what an absent `norm_topk_prob` means.
+    pub fn from_config(config: &ModelConfig, num_experts: usize, renormalizes: bool) -> Result<Self, EngineError> {
         config.expect_silu()?;
         Ok(Self {
             decoder_sparse_step: config.count_or("decoder_sparse_step", 1)?.max(1),
@@ -115,13 +113,13 @@ impl SparseLayers {
                 width: config.size("moe_intermediate_size")?,
             },
             spec: RouterSpec {
-                renormalize: config.flag_or("norm_topk_prob", false)?.then_some(0.0),
+                renormalize: config.flag_or("norm_topk_prob", renormalizes)?.then_some(0.0),
                 ..RouterSpec::new(Scoring::Softmax, config.size("num_experts_per_tok")?)
             },
         })
     }
 
-    fn load(
+    pub fn load(
         &self,
         source: &ModelSource,
         (prefix, idx): (&str, usize),

@@ -36,6 +36,8 @@ pub struct Inspection {
     pub kv_dtype: &'static str,
     /// Bytes of keys and values, or latents, that one token adds, over all layers.
     pub kv_bytes_per_token: u64,
+    /// Bytes of recurrent state that one sequence has, over all layers.
+    pub state_bytes_per_sequence: u64,
     /// Storage types of the tensors, most bytes first.
     pub dtypes: Vec<String>,
     /// In the order of [`TensorClass`], without empty ones.
@@ -84,33 +86,40 @@ pub fn inspect(model_dir: &Path) -> Result<Inspection, EngineError> {
         let class = if is_ignored(name) { TensorClass::Ignored } else { classify(name) };
         tally.add(name, class, entry.dtype, &entry.shape, entry.num_bytes as u64);
     }
-    let num_experts = first_count(
-        &config,
-        &["num_local_experts", "num_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts"],
-    )?;
-    let num_experts_per_tok = first_count(&config, &["num_experts_per_tok", "experts_per_token", "moe_k", "moe_topk"])?;
+    let num_experts = config.first_count(&[
+        "num_local_experts",
+        "num_experts",
+        "n_routed_experts",
+        "num_routed_experts",
+        "moe_num_experts",
+    ])?;
+    let num_experts_per_tok = match model_type {
+        // It routes to one, and has no key for it.
+        "switch_transformers" => 1,
+        _ => config.first_count(&["num_experts_per_tok", "experts_per_token", "moe_k", "moe_topk"])?,
+    };
     let num_parameters = tally.parameters(|class| class != TensorClass::Ignored);
     let num_idle = tally.parameters(|class| class == TensorClass::Experts) / num_experts as u64
         * num_experts.saturating_sub(num_experts_per_tok) as u64;
     let dtypes = tally.dtypes_by_size();
     let (kv_dtype, kv_element_bytes) = if dtypes.first() == Some(&Dtype::F32) { ("f32", 4) } else { ("bf16", 2) };
-    let num_layers = first_count(&config, &["num_hidden_layers", "num_layers"])?;
+    let num_layers = config.first_count(&["num_hidden_layers", "num_layers"])?;
+    let footprint = (architecture.footprint)(&config)?;
     Ok(Inspection {
         architecture: model_type.to_owned(),
         num_layers,
         num_moe_layers: tally.moe_layers.len(),
         num_experts,
         num_experts_per_tok,
-        hidden_size: config.size("hidden_size")?,
+        hidden_size: config.first_count(&["hidden_size", "d_model"])?,
         vocab_size: config.size("vocab_size")?,
         max_model_len: config.opt_count("max_position_embeddings")?,
         num_parameters,
         num_active_parameters: num_parameters - num_idle,
         weight_bytes: checkpoint.total_bytes(),
         kv_dtype,
-        kv_bytes_per_token: cache_width(&config)?
-            .saturating_mul(architecture.sites_per_layer * num_layers as u64)
-            .saturating_mul(kv_element_bytes),
+        kv_bytes_per_token: footprint.token_width.saturating_mul(kv_element_bytes),
+        state_bytes_per_sequence: footprint.state_width.saturating_mul(size_of::<f32>() as u64),
         dtypes: dtypes.iter().map(|dtype| format!("{dtype:?}").to_lowercase()).collect(),
         classes: tally.classes.into_values().collect(),
     })
@@ -157,9 +166,10 @@ impl Tally {
     }
 }
 
-/// `17` of `model.layers.17.mlp…`.
+/// `17` of `model.layers.17.mlp…` or `encoder.block.17.layer…`.
 fn layer_of(name: &str) -> Option<&str> {
-    name.split_once("model.layers.")?.1.split('.').next()
+    let (_, rest) = name.split_once("model.layers.").or_else(|| name.split_once("coder.block."))?;
+    rest.split('.').next()
 }
 
 /// Sorts a tensor by its name, in the spellings of every supported architecture.
@@ -176,31 +186,6 @@ fn classify(name: &str) -> TensorClass {
         () if has(".mlp.") || has(".mlps.") || has(".feed_forward.") => TensorClass::DenseFfn,
         () => TensorClass::Other,
     }
-}
-
-/// A count under the first of several spellings that is there; of a list with one entry per layer, the largest.
-fn first_count(config: &ModelConfig, keys: &[&'static str]) -> Result<usize, EngineError> {
-    let key = keys.iter().copied().find(|key| config.get(key).is_some()).unwrap_or(keys[0]);
-    if config.get(key).is_some_and(serde_json::Value::is_array) {
-        let reason = "is an empty list".to_owned();
-        return config.counts(key)?.into_iter().max().ok_or(EngineError::Config { key, reason });
-    }
-    config.size(key)
-}
-
-/// Numbers that one layer keeps per token. The config may say anything: no tensor was compared with it.
-fn cache_width(config: &ModelConfig) -> Result<u64, EngineError> {
-    let latent_keys = ["kv_lora_rank", "attention_kv_lora_dim"];
-    if latent_keys.iter().any(|key| config.get(key).is_some()) {
-        let rotary = first_count(config, &["qk_rope_head_dim", "attention_qk_rope_dim"])?;
-        return Ok((first_count(config, &latent_keys)? + rotary) as u64);
-    }
-    let num_kv_heads = first_count(config, &["num_key_value_heads", "num_attention_heads"])?;
-    let head_dim = match config.opt_count("kv_channels")? {
-        Some(head_dim) => head_dim,
-        None => config.head_dim()?,
-    };
-    Ok((2 * num_kv_heads as u64).saturating_mul(head_dim as u64))
 }
 
 #[cfg(test)]

@@ -65,6 +65,17 @@ impl<'a> Loader<'a> {
         self.keep(parts.collect::<Result<_, _>>()?)
     }
 
+    /// Matrices made of the rows of one tensor `[rows, cols]`, each in an order of its own.
+    pub fn picked_weights(
+        &self,
+        name: &str,
+        shape: [usize; 2],
+        picks: &[Vec<usize>],
+    ) -> Result<Vec<PackedWeight>, EngineError> {
+        let stored = self.stored(name, self.take(name, &shape)?, 0, shape)?;
+        picks.iter().map(|rows| self.keep(vec![stored.select_rows(rows)?])).collect()
+    }
+
     /// The matrices of a stacked tensor `[count, rows, cols]`, apart.
     pub fn stacked_weights(&self, name: &str, shape: [usize; 3]) -> Result<Vec<PackedWeight>, EngineError> {
         let [count, rows, cols] = shape;

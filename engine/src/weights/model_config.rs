@@ -140,6 +140,27 @@ impl ModelConfig {
         Ok(self.opt_size(key)?.map_or(Reach::Full, Reach::Window))
     }
 
+    /// A size under the first of several spellings that is there; of a list with one entry per layer, the largest.
+    pub fn first_count(&self, keys: &[&'static str]) -> Result<usize, EngineError> {
+        let key = keys.iter().copied().find(|key| self.get(key).is_some()).unwrap_or(keys[0]);
+        if self.get(key).is_some_and(Value::is_array) {
+            let reason = "is an empty list".to_owned();
+            return self.counts(key)?.into_iter().max().ok_or(EngineError::Config { key, reason });
+        }
+        self.size(key)
+    }
+
+    /// The kinds of the layers, `layer_types`, one for each of `num_layers`; `None` where the key is absent.
+    pub fn layer_types(&self, num_layers: usize) -> Result<Option<Vec<&str>>, EngineError> {
+        let key = "layer_types";
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let types: Option<Vec<&str>> = value.as_array().and_then(|list| list.iter().map(Value::as_str).collect());
+        match types {
+            Some(types) if types.len() == num_layers => Ok(Some(types)),
+            _ => Err(EngineError::Config { key, reason: format!("is not a list of {num_layers} strings") }),
+        }
+    }
+
     /// Width of one attention head: `head_dim`, else `hidden_size / num_attention_heads`.
     pub fn head_dim(&self) -> Result<usize, EngineError> {
         match self.opt_count("head_dim")? {

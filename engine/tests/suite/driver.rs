@@ -32,7 +32,8 @@ impl Driver {
     }
 
     pub fn add(&mut self, id: u64, prompt: &[u32], sampling: SamplingParams, stop: StopCriteria) {
-        let request = Request { id: RequestId(id), prompt: prompt.into(), stop: stop.clone() };
+        let (prompt, source_len) = self.model.runner.prefill().sequence(&prompt.into());
+        let request = Request { id: RequestId(id), prompt, source_len, stop: stop.clone() };
         self.model.scheduler.add(request, Duration::ZERO).expect("the request fits");
         self.jobs.insert(id, Job { sampling, output: Vec::new(), finished: false });
     }

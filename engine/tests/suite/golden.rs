@@ -30,14 +30,27 @@ fn by_weight(experts: &[u32], weights: &[f32]) -> Vec<(u32, f32)> {
     pairs
 }
 
+/// Logits at every position of `prompt["ids"]`, or of its `decoder_ids` where an encoder reads the former: the start token
+/// if it names none.
+fn logits_of(driver: &mut Driver, prompt: &Value, reference: &Value) -> Vec<Vec<f32>> {
+    let runner = &mut driver.model.runner;
+    let ids_of_prompt = ids(&prompt["ids"]);
+    let logits = match reference["decoder_start_token_id"].as_u64() {
+        None => runner.logits_of(&ids_of_prompt),
+        Some(start) if prompt["decoder_ids"].is_null() => runner.logits_after(&ids_of_prompt, &[start as u32]),
+        Some(_) => runner.logits_after(&ids_of_prompt, &ids(&prompt["decoder_ids"])),
+    };
+    logits.expect("logits")
+}
+
 fn check_logits(name: &str, driver: &mut Driver, reference: &Value) {
     for prompt in reference["prompts"].as_array().expect("prompts") {
-        let logits = driver.model.runner.logits_of(&ids(&prompt["ids"])).expect("logits");
+        let logits = logits_of(driver, prompt, reference);
         let last = logits.last().expect("a position");
         assert_close(&format!("{name} {} last", prompt["name"]), last, &numbers(&prompt["last_logits"]));
     }
     let full = &reference["full_logits"];
-    let logits = driver.model.runner.logits_of(&ids(&full["ids"])).expect("logits");
+    let logits = logits_of(driver, full, reference);
     for (position, expected) in full["logits"].as_array().expect("rows").iter().enumerate() {
         assert_close(&format!("{name} position {position}"), &logits[position], &numbers(expected));
     }
@@ -45,7 +58,7 @@ fn check_logits(name: &str, driver: &mut Driver, reference: &Value) {
 
 fn check_routing(name: &str, driver: &mut Driver, reference: &Value) {
     driver.model.runner.routing().start_capture();
-    driver.model.runner.logits_of(&ids(&reference["routing"]["ids"])).expect("logits");
+    logits_of(driver, &reference["routing"], reference);
     let calls = driver.model.runner.routing().take_capture();
     let expected = reference["routing"]["calls"].as_array().expect("calls");
     assert_eq!(calls.len(), expected.len(), "{name}: router calls");
@@ -144,6 +157,10 @@ golden! {
     phimoe_plain "phimoe-plain"
     longcat_flash_base "longcat_flash-base"
     longcat_flash_bias "longcat_flash-bias"
+    qwen3_next_base "qwen3_next-base"
+    qwen3_next_alternate "qwen3_next-alternate"
+    switch_transformers_base "switch_transformers-base"
+    switch_transformers_capacity "switch_transformers-capacity"
 }
 
 /// A folder that nobody tests is a promise that nobody keeps.

@@ -91,7 +91,10 @@ fn at_every_chunk_size(case: &Case) {
 fn preempted_at_any_step(case: &Case) {
     let expected = case.alone(PROBE);
     const CHUNK: usize = 5;
-    let num_steps = PROBE_LEN.div_ceil(CHUNK) + MAX_TOKENS - 1;
+    let mut driver = case.driver(CHUNK);
+    add(&mut driver, PROBE);
+    let num_steps = std::iter::from_fn(|| driver.step().then_some(())).count();
+    assert!(num_steps > MAX_TOKENS, "the prompt takes a step of its own");
     for step in 1..num_steps {
         let mut driver = case.driver(CHUNK);
         add(&mut driver, PROBE);
@@ -105,11 +108,8 @@ fn preempted_at_any_step(case: &Case) {
 }
 
 fn under_scarcity(case: &Case) {
-    let mut scarce = Case { config: case.config.clone() };
-    let bytes_per_token = case.driver(512).model.summary.kv_bytes_per_token;
-    scarce.config.kv_cache_memory = Some(bytes_per_token * 4 * 24);
-    scarce.config.max_model_len = Some(64);
-    let mut driver = scarce.driver(64);
+    let mut driver = case.driver(64);
+    assert_eq!(driver.model.scheduler.set_num_blocks(24), 24);
     (0..NUM_REQUESTS).for_each(|id| add(&mut driver, id));
     driver.run();
     assert!(driver.model.scheduler.stats().num_preemptions > 0, "the pool is too small for all");
@@ -156,4 +156,8 @@ invariant! {
     minicpm_moe "minicpm_moe-base"
     bailing_moe "bailing_moe-base"
     bailing_moe_v2 "bailing_moe_v2-base"
+    qwen3_next "qwen3_next-base"
+    qwen3_next_alternate "qwen3_next-alternate"
+    switch_transformers "switch_transformers-base"
+    switch_transformers_capacity "switch_transformers-capacity"
 }

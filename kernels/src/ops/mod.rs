@@ -2,12 +2,14 @@
 
 pub(crate) mod attention;
 pub(crate) mod embedding;
+pub(crate) mod gated_delta;
 pub(crate) mod grouped_swiglu;
 pub(crate) mod head_linear;
 pub(crate) mod layer_norm;
 pub(crate) mod linear;
 pub(crate) mod mla_attention;
 pub(crate) mod paged_attention;
+pub(crate) mod pointwise;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;
 pub(crate) mod route;

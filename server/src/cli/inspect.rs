@@ -38,7 +38,7 @@ pub fn run(args: InspectArgs) -> anyhow::Result<()> {
 /// The inspection as aligned lines.
 fn table(inspection: &Inspection) -> String {
     let max_model_len = inspection.max_model_len.map_or("unknown".to_owned(), |len| HumanCount(len as u64).to_string());
-    let rows = [
+    let mut rows = vec![
         ("architecture", inspection.architecture.clone()),
         ("layers", format!("{}, {} of them with experts", inspection.num_layers, inspection.num_moe_layers)),
         ("experts per layer", format!("{}, {} per token", inspection.num_experts, inspection.num_experts_per_tok)),
@@ -50,6 +50,9 @@ fn table(inspection: &Inspection) -> String {
         ("weights", format!("{} ({})", HumanBytes(inspection.weight_bytes), inspection.dtypes.join(", "))),
         ("KV per token", format!("{} ({})", HumanBytes(inspection.kv_bytes_per_token), inspection.kv_dtype)),
     ];
+    if inspection.state_bytes_per_sequence > 0 {
+        rows.push(("state per sequence", format!("{} (f32)", HumanBytes(inspection.state_bytes_per_sequence))));
+    }
     let mut text = String::new();
     for (name, value) in rows {
         writeln!(text, "{name:<18} {value}").expect("writing to a string cannot fail");
@@ -112,6 +115,7 @@ mod tests {
             weight_bytes: 1 << 30,
             kv_dtype: "bf16",
             kv_bytes_per_token: 2048,
+            state_bytes_per_sequence: 1 << 20,
             dtypes: vec!["bf16".into()],
             classes: vec![
                 ClassSize { class: TensorClass::Router, num_tensors: 1, num_parameters: 5, num_bytes: 10 },
@@ -122,6 +126,7 @@ mod tests {
         assert!(text.contains("parameters         1.23 B (1,234,567,890)\n"), "{text}");
         assert!(text.contains("active parameters  2.50 M (2,500,000)\n"), "{text}");
         assert!(text.contains("experts per layer  8, 2 per token\n"), "{text}");
+        assert!(text.contains("state per sequence 1.00 MiB (f32)\n"), "{text}");
         let ends: Vec<usize> = text.lines().skip_while(|line| !line.starts_with("tensors")).map(str::len).collect();
         assert_eq!(ends.len(), 3);
         assert!(ends.iter().all(|end| *end == ends[0]), "{text}");

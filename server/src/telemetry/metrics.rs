@@ -50,6 +50,7 @@ const COUNTERS: &[(&str, &str)] = &[
     ("vllm:request_success_total", "Sequences ended, by reason"),
     ("vllm:num_preemptions_total", "Sequences that lost their KV blocks to others and were computed again"),
     ("vllm:corrupted_requests_total", "Sequences ended because the model produced NaN"),
+    ("moesaic_expert_dropped_tokens_total", "Tokens that found their expert full and got nothing from it"),
     ("vllm:admission_rejections_total", "Requests refused at the door, by reason"),
     ("http_requests_total", "HTTP requests by route, method and status"),
 ];
@@ -58,6 +59,7 @@ const GAUGES: &[(&str, &str)] = &[
     ("vllm:num_requests_waiting", "Sequences waiting for their first step"),
     ("vllm:num_requests_waiting_by_reason", "Sequences waiting, by what for; capacity is room in the batch"),
     ("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 1 is full"),
+    ("moesaic_state_slots_usage_perc", "Share of recurrent states in use, 1 is full; only of models that have them"),
     ("vllm:cache_config_info", "The KV cache's settings as labels"),
     ("moesaic_expert_imbalance_ratio", "Load of the busiest expert over the mean, by layer"),
 ];
@@ -94,6 +96,10 @@ pub fn observe_engine(engine: &EngineHandle) {
     // Nothing else is waited for yet: vLLM's other reason, deferred, is for transfers and adapters.
     gauge!("vllm:num_requests_waiting_by_reason", "reason" => "capacity").set(stats.num_waiting as f64);
     gauge!("vllm:kv_cache_usage_perc").set(stats.num_used_blocks as f64 / stats.num_total_blocks.max(1) as f64);
+    if stats.num_total_state_slots > 0 {
+        let share = stats.num_used_state_slots as f64 / stats.num_total_state_slots as f64;
+        gauge!("moesaic_state_slots_usage_perc").set(share);
+    }
     counter!("vllm:prompt_tokens_total").absolute(stats.num_prompt_tokens);
     counter!("vllm:generation_tokens_total").absolute(stats.num_generation_tokens);
     counter!("vllm:num_preemptions_total").absolute(stats.num_preemptions);

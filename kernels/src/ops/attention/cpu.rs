@@ -11,6 +11,7 @@ use super::{Attention, HeadLayout};
 use crate::dispatch::{self, Kernel};
 use crate::lanes::{Element, Lanes, WIDTH, dot_tile, exp_sum, load_tail, max, store_tail};
 use crate::memory::Disjoint;
+use crate::ops::paged_attention::PositionBias;
 use crate::paged_cache::KvFormat;
 use crate::pool;
 
@@ -32,7 +33,7 @@ pub(crate) fn forward(op: &Attention<'_>) -> Vec<f32> {
     let mut out = vec![0.0; num_tokens * num_heads * value_dim];
     let (mut tiles, mut work) = (Vec::new(), 0);
     for seq_idx in 0..op.batch.num_seqs() {
-        let num_pairs = op.seq_rows(seq_idx).len() * group_size;
+        let num_pairs = op.batch.seq_rows(seq_idx).len() * group_size;
         work += num_pairs * op.batch.context_lens[seq_idx] as usize;
         for kv_head in 0..num_heads / group_size.max(1) {
             let firsts = (0..num_pairs).step_by(TILE_PAIRS);
@@ -49,16 +50,17 @@ pub(crate) fn forward(op: &Attention<'_>) -> Vec<f32> {
 
 fn run_tile<E: Element>(op: &Attention<'_>, tile: &Tile, out: &Disjoint<'_, f32>) {
     let HeadLayout { num_heads, group_size, key_start, key_dim, value_start, value_dim } = op.heads;
-    let rows = op.seq_rows(tile.seq_idx);
+    let rows = op.batch.seq_rows(tile.seq_idx);
     let first_position = op.batch.context_lens[tile.seq_idx] as usize - rows.len();
     let mut queries = vec![0.0; tile.pairs.len() * key_dim];
     let mut visible = Vec::with_capacity(tile.pairs.len());
-    let mut sinks = Vec::new();
+    let mut terms = Vec::with_capacity(tile.pairs.len());
     for (pair, query) in tile.pairs.clone().zip(queries.chunks_exact_mut(key_dim.max(1))) {
         let head = tile.kv_head * group_size + pair % group_size;
         op.gather_query(rows.start + pair / group_size, head, query);
-        sinks.extend(op.sinks.map(|sinks| sinks[head]));
-        visible.push(op.visible(first_position + pair / group_size));
+        let position = first_position + pair / group_size;
+        terms.push(PairTerms { head, position, sink: op.learned.sinks.map(|sinks| sinks[head]) });
+        visible.push(op.visible(tile.seq_idx, position));
     }
     // Rows of later pairs are later positions, so both ends rise with the pair.
     let span = visible[0].start..visible[visible.len() - 1].end;
@@ -67,7 +69,9 @@ fn run_tile<E: Element>(op: &Attention<'_>, tile: &Tile, out: &Disjoint<'_, f32>
     let values = dispatch::run(TileKernel {
         queries: &queries,
         visible: &visible,
-        sinks: &sinks,
+        terms: &terms,
+        bias: op.learned.position_bias,
+        context_start: span.start,
         context: &context,
         key: key_start + tile.kv_head * key_dim..key_start + (tile.kv_head + 1) * key_dim,
         value: value_start + tile.kv_head * value_dim..value_start + (tile.kv_head + 1) * value_dim,
@@ -82,10 +86,6 @@ fn run_tile<E: Element>(op: &Attention<'_>, tile: &Tile, out: &Disjoint<'_, f32>
 }
 
 impl Attention<'_> {
-    fn seq_rows(&self, seq_idx: usize) -> Range<usize> {
-        self.batch.cu_seqlens[seq_idx] as usize..self.batch.cu_seqlens[seq_idx + 1] as usize
-    }
-
     /// The cache rows of a range of positions.
     fn context<E: Element>(&self, seq_idx: usize, positions: Range<usize>) -> Vec<&[E]> {
         let block_size = self.cache.block_size();
@@ -100,12 +100,21 @@ impl Attention<'_> {
     }
 }
 
+/// What the learned part of a pair's scores follows from.
+struct PairTerms {
+    head: usize,
+    position: usize,
+    sink: Option<f32>,
+}
+
 struct TileKernel<'a, E> {
     queries: &'a [f32],
     /// Indices into `context`, per pair.
     visible: &'a [Range<usize>],
-    /// Per pair, or none at all.
-    sinks: &'a [f32],
+    terms: &'a [PairTerms],
+    bias: Option<&'a PositionBias>,
+    /// Position of `context[0]`.
+    context_start: usize,
     context: &'a [&'a [E]],
     /// Elements of a cache row.
     key: Range<usize>,
@@ -132,11 +141,16 @@ impl<E: Element> Kernel for TileKernel<'_, E> {
         }
         let mut sums = Vec::with_capacity(num_pairs);
         for (pair, scores) in scores.chunks_exact_mut(self.context.len()).enumerate() {
-            let scores = &mut scores[self.visible[pair].clone()];
+            let (visible, terms) = (self.visible[pair].clone(), &self.terms[pair]);
+            let keys = self.context_start + visible.start..self.context_start + visible.end;
+            let scores = &mut scores[visible];
+            if let Some(bias) = self.bias {
+                bias.add((terms.head, terms.position), keys, scores);
+            }
             let largest = max(lanes, scores);
-            sums.push(match self.sinks.get(pair) {
+            sums.push(match terms.sink {
                 None => exp_sum(lanes, scores, largest),
-                Some(&sink) => {
+                Some(sink) => {
                     let largest = largest.max(sink);
                     exp_sum(lanes, scores, largest) + (sink - largest).exp()
                 }

@@ -6,7 +6,9 @@ mod reference;
 #[cfg(test)]
 mod tests;
 
-use super::paged_attention::Reach;
+use std::ops::Range;
+
+use super::paged_attention::{LearnedScores, PositionBias, Reach};
 use crate::paged_cache::{PagedBatch, PagedCache};
 
 /// Where the heads lie in a cache row, in elements.
@@ -32,8 +34,20 @@ pub(crate) struct Attention<'a> {
     pub(crate) heads: HeadLayout,
     pub(crate) scale: f32,
     pub(crate) reach: Reach,
-    /// A score per head that takes part in its softmax and has no value, `[num_heads]`.
-    pub(crate) sinks: Option<&'a [f32]>,
+    pub(crate) learned: LearnedScores<'a>,
+}
+
+impl PositionBias {
+    /// Adds the bias of `head` to scores of the keys at `keys` with the query at `position`.
+    fn add(&self, (head, position): (usize, usize), keys: Range<usize>, scores: &mut [f32]) {
+        let width = 2 * self.max_distance + 1;
+        let of_head = &self.table[head * width..(head + 1) * width];
+        // Index of distance `key - position`, kept within the table.
+        let nearest = (keys.start + self.max_distance) as isize - position as isize;
+        for (score, index) in scores.iter_mut().zip(nearest..) {
+            *score += of_head[index.clamp(0, width as isize - 1) as usize];
+        }
+    }
 }
 
 impl Attention<'_> {
@@ -47,14 +61,16 @@ impl Attention<'_> {
         }
     }
 
-    /// Positions that the row at `position` sees, as a half-open range.
-    fn visible(&self, position: usize) -> std::ops::Range<usize> {
+    /// Positions that the row at `position` of a sequence sees, as a half-open range.
+    fn visible(&self, seq_idx: usize, position: usize) -> Range<usize> {
+        let source_len = self.batch.source_lens[seq_idx] as usize;
         let start = match self.reach {
+            Reach::Source => return 0..source_len,
             Reach::Full => 0,
             Reach::Window(window) => (position + 1).saturating_sub(window),
             Reach::Chunk(chunk) => position / chunk * chunk,
         };
-        start..position + 1
+        start.max(source_len)..position + 1
     }
 }
 

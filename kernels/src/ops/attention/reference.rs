@@ -27,16 +27,26 @@ fn attend(op: &Attention<'_>, (seq_idx, row, position): (usize, usize, usize), h
     let (heads, kv_head) = (op.heads, head / op.heads.group_size);
     let mut query = vec![0.0; heads.key_dim];
     op.gather_query(row, head, &mut query);
-    let context: Vec<Vec<f64>> =
-        op.visible(position).map(|position| cache_row(op, slot(op, op.batch.block_table(seq_idx), position))).collect();
+    let context: Vec<Vec<f64>> = op
+        .visible(seq_idx, position)
+        .map(|position| cache_row(op, slot(op, op.batch.block_table(seq_idx), position)))
+        .collect();
     let key_start = heads.key_start + kv_head * heads.key_dim;
     let value_start = heads.value_start + kv_head * heads.value_dim;
     let score = |row: &Vec<f64>| {
         let key = &row[key_start..key_start + heads.key_dim];
         query.iter().zip(key).map(|(&q, k)| f64::from(q) * k).sum::<f64>() * f64::from(op.scale)
     };
-    let scores: Vec<f64> = context.iter().map(score).collect();
-    let sink = op.sinks.map(|sinks| f64::from(sinks[head]));
+    let bias = |key: usize| {
+        op.learned.position_bias.map_or(0.0, |bias| {
+            let limit = bias.max_distance as i64;
+            let distance = (key as i64 - position as i64).clamp(-limit, limit);
+            f64::from(bias.table[head * (2 * bias.max_distance + 1) + (distance + limit) as usize])
+        })
+    };
+    let scores: Vec<f64> =
+        context.iter().zip(op.visible(seq_idx, position)).map(|(row, key)| score(row) + bias(key)).collect();
+    let sink = op.learned.sinks.map(|sinks| f64::from(sinks[head]));
     let max = scores.iter().copied().chain(sink).fold(f64::NEG_INFINITY, f64::max);
     let exps: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
     let sum = exps.iter().sum::<f64>() + sink.map_or(0.0, |sink| (sink - max).exp());

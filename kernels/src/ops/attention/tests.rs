@@ -4,7 +4,7 @@ use candle_core::Tensor;
 
 use super::{Attention, HeadLayout, reference};
 use crate::ops::mla_attention::{MlaSpec, mla_attention};
-use crate::ops::paged_attention::{GqaSpec, Reach, paged_attention};
+use crate::ops::paged_attention::{GqaSpec, LearnedScores, PositionBias, Reach, paged_attention};
 use crate::paged_cache::{KvFormat, PagedBatch, PagedCache};
 use crate::testing::{Numbers, assert_close, bits, values};
 
@@ -46,6 +46,7 @@ impl World {
         for chunk in chunks {
             batch.cu_seqlens.push(batch.cu_seqlens.last().unwrap() + (chunk.end - chunk.first) as u32);
             batch.context_lens.push(chunk.end as u32);
+            batch.source_lens.push(0);
             batch.block_tables.extend(&self.tables[chunk.seq]);
             batch.block_offsets.push(batch.block_tables.len() as u32);
         }
@@ -84,6 +85,13 @@ fn gqa_specs() -> Vec<GqaSpec> {
     ]
 }
 
+/// Sinks, and a bias that reaches further than some contexts and less far than others.
+fn learned(numbers: &mut Numbers, spec: &GqaSpec) -> (Vec<f32>, PositionBias) {
+    let max_distance = 11;
+    let table = numbers.normal(spec.num_heads * (2 * max_distance + 1));
+    (numbers.normal(spec.num_heads), PositionBias { table, max_distance })
+}
+
 fn gqa_rows(numbers: &mut Numbers, spec: &GqaSpec) -> (Vec<Tensor>, Vec<Tensor>) {
     let q = LENS.iter().map(|&len| numbers.tensor(&[len, spec.num_heads, spec.head_dim])).collect();
     let kv = LENS.iter().map(|&len| numbers.tensor(&[len, 2 * spec.num_kv_heads * spec.head_dim])).collect();
@@ -95,9 +103,13 @@ fn grouped_heads_agree_with_the_reference() {
     let mut numbers = Numbers::new(1);
     for spec in gqa_specs() {
         let (q, kv) = gqa_rows(&mut numbers, &spec);
-        let sinks = numbers.normal(spec.num_heads);
-        for (format, sinks) in [(KvFormat::F32, None), (KvFormat::Bf16, None), (KvFormat::F32, Some(sinks.as_slice()))]
-        {
+        let (sinks, bias) = learned(&mut numbers, &spec);
+        let all = LearnedScores { sinks: Some(&sinks), position_bias: Some(&bias) };
+        for (format, learned) in [
+            (KvFormat::F32, LearnedScores::default()),
+            (KvFormat::Bf16, LearnedScores::default()),
+            (KvFormat::F32, all),
+        ] {
             let world = World::new(format, 16, &kv);
             let chunks = [
                 Chunk { seq: 2, first: 30, end: 70 },
@@ -116,8 +128,8 @@ fn grouped_heads_agree_with_the_reference() {
             };
             let q_values = values(&q);
             let parts = [(q_values.as_slice(), head_dim)];
-            let op = Attention { q: &parts, cache: &world.cache, batch: &batch, heads, scale, reach, sinks };
-            let y = paged_attention(&q, &world.cache, &batch, &spec, sinks).unwrap();
+            let op = Attention { q: &parts, cache: &world.cache, batch: &batch, heads, scale, reach, learned };
+            let y = paged_attention(&q, &world.cache, &batch, &spec, learned).unwrap();
             assert_eq!(y.dims(), [42, num_heads * head_dim]);
             assert_close(&values(&y), &reference::forward(&op), 2e-6);
         }
@@ -146,11 +158,12 @@ fn grouped_heads_do_not_depend_on_chunks_batches_or_blocks() {
     let mut numbers = Numbers::new(2);
     for spec in gqa_specs() {
         let (q, kv) = gqa_rows(&mut numbers, &spec);
-        let sinks = numbers.normal(spec.num_heads);
+        let (sinks, bias) = learned(&mut numbers, &spec);
+        let learned = LearnedScores { sinks: Some(&sinks), position_bias: Some(&bias) };
         for format in [KvFormat::F32, KvFormat::Bf16] {
             check_chunking([&World::new(format, 16, &kv), &World::new(format, 5, &kv)], |world, chunks| {
                 let batch = world.batch(chunks);
-                bits(&paged_attention(&gather(&q, chunks), &world.cache, &batch, &spec, Some(&sinks)).unwrap())
+                bits(&paged_attention(&gather(&q, chunks), &world.cache, &batch, &spec, learned).unwrap())
             });
         }
     }
@@ -194,7 +207,7 @@ fn latent_heads_agree_with_the_reference() {
                 heads,
                 scale,
                 reach: Reach::Full,
-                sinks: None,
+                learned: LearnedScores::default(),
             };
             let y = mla_attention(&latent, &rope, &world.cache, &batch, &spec).unwrap();
             assert_eq!(y.dims(), [5, num_heads, latent_dim]);
@@ -218,6 +231,46 @@ fn latent_heads_do_not_depend_on_chunks_batches_or_blocks() {
     }
 }
 
+/// Rows of an encoder see the whole source, rows of a decoder see it too or only what is their own.
+#[test]
+fn sources_are_seen_whole_or_not_at_all() {
+    let mut numbers = Numbers::new(8);
+    for spec in [gqa_specs()[0], gqa_specs()[2]] {
+        let (q, kv) = gqa_rows(&mut numbers, &spec);
+        let (_, bias) = learned(&mut numbers, &spec);
+        let learned = LearnedScores { sinks: None, position_bias: Some(&bias) };
+        let world = World::new(KvFormat::F32, 16, &kv);
+        let attend = |reach, chunk: Chunk, source_len| {
+            let batch = PagedBatch { source_lens: vec![source_len], ..world.batch(&[chunk]) };
+            let (q, spec) = (gather(&q, &[chunk]), GqaSpec { reach, ..spec });
+            values(&paged_attention(&q, &world.cache, &batch, &spec, learned).unwrap())
+        };
+        let oracle = |reach, chunk: Chunk, source_len| {
+            let batch = PagedBatch { source_lens: vec![source_len], ..world.batch(&[chunk]) };
+            let q = values(&gather(&q, &[chunk]));
+            let heads = HeadLayout {
+                num_heads: spec.num_heads,
+                group_size: spec.num_heads / spec.num_kv_heads,
+                key_start: 0,
+                key_dim: spec.head_dim,
+                value_start: spec.num_kv_heads * spec.head_dim,
+                value_dim: spec.head_dim,
+            };
+            let parts = [(q.as_slice(), spec.head_dim)];
+            let (cache, batch, scale) = (&world.cache, &batch, spec.scale);
+            reference::forward(&Attention { q: &parts, cache, batch, heads, scale, reach, learned })
+        };
+        let encoder = Chunk { seq: 2, first: 0, end: 41 };
+        let decoder = Chunk { seq: 2, first: 47, end: 70 };
+        for (reach, chunk) in [(Reach::Source, encoder), (Reach::Source, decoder), (spec.reach, decoder)] {
+            assert_close(&attend(reach, chunk, 41), &oracle(reach, chunk, 41), 2e-6);
+        }
+        let cut: Vec<f32> =
+            (47..70).flat_map(|first| attend(spec.reach, Chunk { seq: 2, first, end: first + 1 }, 41)).collect();
+        assert_eq!(cut, attend(spec.reach, decoder, 41), "a decoder's rows are the same one by one");
+    }
+}
+
 #[test]
 fn a_nan_in_the_cache_spoils_no_row_that_cannot_see_it() {
     let spec = GqaSpec { num_heads: 2, num_kv_heads: 1, head_dim: 16, scale: 0.25, reach: Reach::Window(4) };
@@ -226,7 +279,8 @@ fn a_nan_in_the_cache_spoils_no_row_that_cannot_see_it() {
     kv[6 * 32..7 * 32].fill(f32::NAN);
     let world = World::new(KvFormat::F32, 4, &[crate::testing::tensor(&kv, &[12, 32])]);
     let batch = world.batch(&[Chunk { seq: 0, first: 0, end: 12 }]);
-    let y = paged_attention(&numbers.tensor(&[12, 2, 16]), &world.cache, &batch, &spec, None).unwrap();
+    let q = numbers.tensor(&[12, 2, 16]);
+    let y = paged_attention(&q, &world.cache, &batch, &spec, LearnedScores::default()).unwrap();
     for (row, y) in values(&y).chunks(32).enumerate() {
         assert_eq!(y.iter().any(|value| value.is_nan()), (6..10).contains(&row), "row {row}");
     }
@@ -237,7 +291,8 @@ fn no_rows_are_no_output() {
     let spec = GqaSpec { num_heads: 2, num_kv_heads: 1, head_dim: 16, scale: 0.25, reach: Reach::Full };
     let cache = PagedCache::new(KvFormat::F32, 4, 32, 1).unwrap();
     let batch = PagedBatch { cu_seqlens: vec![0], block_offsets: vec![0], ..PagedBatch::default() };
-    let y = paged_attention(&Numbers::new(6).tensor(&[0, 2, 16]), &cache, &batch, &spec, None).unwrap();
+    let q = Numbers::new(6).tensor(&[0, 2, 16]);
+    let y = paged_attention(&q, &cache, &batch, &spec, LearnedScores::default()).unwrap();
     assert_eq!(y.dims(), [0, 32]);
 }
 
@@ -248,7 +303,19 @@ fn refuses_what_does_not_fit() {
     let world = World::new(KvFormat::F32, 4, &[numbers.tensor(&[10, 32])]);
     let good = world.batch(&[Chunk { seq: 0, first: 8, end: 10 }]);
     let q = numbers.tensor(&[2, 4, 8]);
-    let attend = |q: &Tensor, batch: &PagedBatch, spec: &GqaSpec| paged_attention(q, &world.cache, batch, spec, None);
+    let attend = |q: &Tensor, batch: &PagedBatch, spec: &GqaSpec| {
+        paged_attention(q, &world.cache, batch, spec, LearnedScores::default())
+    };
+    let with = |learned| paged_attention(&q, &world.cache, &good, &spec, learned);
+    let bias = PositionBias { table: vec![0.0; 4 * 3], max_distance: 1 };
+    assert!(with(LearnedScores { position_bias: Some(&bias), ..LearnedScores::default() }).is_ok());
+    let bias = PositionBias { max_distance: 2, ..bias.clone() };
+    assert!(with(LearnedScores { position_bias: Some(&bias), ..LearnedScores::default() }).is_err());
+    assert!(with(LearnedScores { sinks: Some(&[0.0; 3]), ..LearnedScores::default() }).is_err());
+    // A row of the source does not see what the decoder makes of it, and without one there is nothing to see.
+    assert!(attend(&q, &good, &GqaSpec { reach: Reach::Source, ..spec }).is_err());
+    assert!(attend(&q, &PagedBatch { source_lens: vec![8], ..good.clone() }, &spec).is_ok());
+    assert!(attend(&q, &PagedBatch { source_lens: vec![9], ..good.clone() }, &spec).is_err());
     assert!(attend(&q, &good, &spec).is_ok());
     assert!(attend(&numbers.tensor(&[3, 4, 8]), &good, &spec).is_err());
     assert!(attend(&q, &good, &GqaSpec { num_kv_heads: 3, ..spec }).is_err());
@@ -258,6 +325,7 @@ fn refuses_what_does_not_fit() {
         PagedBatch { cu_seqlens: vec![0, 3], ..good.clone() },
         PagedBatch { cu_seqlens: vec![0], ..good.clone() },
         PagedBatch { context_lens: vec![1], ..good.clone() },
+        PagedBatch { source_lens: vec![], ..good.clone() },
         PagedBatch { context_lens: vec![13], ..good.clone() },
         PagedBatch { block_tables: vec![0, 1, 4], ..good.clone() },
         PagedBatch { block_offsets: vec![0, 2], ..good.clone() },

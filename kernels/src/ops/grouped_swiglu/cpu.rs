@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Expert, ExpertWeights, GluActivation, GroupedSwiglu};
+use super::{Expert, ExpertActivation, ExpertWeights, GroupedSwiglu};
 use crate::dispatch;
 use crate::matmul::{BLOCK_OUTS, BLOCK_ROWS, BlockInput, part};
 use crate::memory::Disjoint;
@@ -72,7 +72,7 @@ impl<'a> Plan<'a> {
         Self { op, first_pair: pairs.start, pairs: sorted, rows, blocks }
     }
 
-    /// `silu(gate x) * up x` of each row, `[num_rows, intermediate]`
+    /// `act(gate x, up x)` of each row, `[num_rows, intermediate]`
     fn gate_up(&self, x: &[f32]) -> Vec<f32> {
         let (hidden_size, intermediate) = (self.op.hidden_size, self.op.intermediate);
         let mut activated = vec![0.0; self.pairs.len() * intermediate];
@@ -88,12 +88,13 @@ impl<'a> Plan<'a> {
                 &x[token * hidden_size..(token + 1) * hidden_size]
             }));
             let (mut gate, mut up) = ([0.0; BLOCK_ROWS * BLOCK_OUTS], [0.0; BLOCK_ROWS * BLOCK_OUTS]);
-            input.multiply(weight, outs.clone(), &mut gate);
-            input.multiply(weight, intermediate + outs.start..intermediate + outs.end, &mut up);
-            if let Some(biases) = &expert.biases {
-                let (gate_bias, up_bias) = biases.gate_up.split_at(intermediate);
-                add_to_rows(&mut gate[..rows.len() * outs.len()], &gate_bias[outs.clone()]);
-                add_to_rows(&mut up[..rows.len() * outs.len()], &up_bias[outs.clone()]);
+            // A unit without a gate has its one matrix in the gate's place.
+            for (part, block) in [&mut gate, &mut up].into_iter().take(expert.activation.num_parts()).enumerate() {
+                let outs = part * intermediate + outs.start..part * intermediate + outs.end;
+                input.multiply(weight, outs.clone(), block);
+                if let Some(biases) = &expert.biases {
+                    add_to_rows(&mut block[..rows.len() * outs.len()], &biases.gate_up[outs]);
+                }
             }
             for ((row, gate), up) in rows.clone().zip(gate.chunks_exact(outs.len())).zip(up.chunks_exact(outs.len())) {
                 // SAFETY: each (row, out) belongs to exactly one task.
@@ -157,13 +158,16 @@ fn add_to_rows(rows: &mut [f32], bias: &[f32]) {
     }
 }
 
-fn activate(activation: GluActivation, (gate, up): (&[f32], &[f32]), out: &mut [f32]) {
+fn activate(activation: ExpertActivation, (gate, up): (&[f32], &[f32]), out: &mut [f32]) {
     match activation {
-        GluActivation::Silu => dispatch::run(SiluMul { gate, up, out }),
-        GluActivation::ClampedSwish { alpha, limit } => {
+        ExpertActivation::Silu => dispatch::run(SiluMul { gate, up, out }),
+        ExpertActivation::ClampedSwish { alpha, limit } => {
             for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
-                *out = GluActivation::clamped_swish(alpha, limit, gate, up);
+                *out = ExpertActivation::clamped_swish(alpha, limit, gate, up);
             }
+        }
+        ExpertActivation::Plain(pointwise) => {
+            out.iter_mut().zip(gate).for_each(|(out, &up)| *out = pointwise.apply(up));
         }
     }
 }

@@ -8,6 +8,7 @@ mod tests;
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 
+use super::pointwise::Pointwise;
 use super::route::TopK;
 use crate::check::{self, Input, f32_output, f32_slice};
 use crate::error::Result;
@@ -23,43 +24,53 @@ pub enum Expert {
     Identity,
 }
 
-/// A gated linear unit: `down(act(gate x, up x))`.
+/// A gated linear unit, `down(act(gate x, up x))`, or a plain one, `down(act(up x))`.
 #[derive(Debug, Clone)]
 pub struct ExpertWeights {
-    /// Gate rows first; `[2 * intermediate, hidden_size]`
+    /// Gate rows first, `[2 * intermediate, hidden_size]`; of a plain unit only `up`, `[intermediate, hidden_size]`.
     pub gate_up: PackedWeight,
     /// `[hidden_size, intermediate]`
     pub down: PackedWeight,
     pub biases: Option<ExpertBiases>,
-    pub activation: GluActivation,
+    pub activation: ExpertActivation,
 }
 
 impl ExpertWeights {
     /// SwiGLU without biases, what most families have.
     pub fn swiglu(gate_up: PackedWeight, down: PackedWeight) -> Self {
-        Self { gate_up, down, biases: None, activation: GluActivation::Silu }
+        Self { gate_up, down, biases: None, activation: ExpertActivation::Silu }
     }
 }
 
 /// Added to the outputs of the two matrices.
 #[derive(Debug, Clone)]
 pub struct ExpertBiases {
-    /// `[2 * intermediate]`, the gate's first
+    /// As long as `gate_up` has rows, the gate's first.
     pub gate_up: Vec<f32>,
     /// `[hidden_size]`
     pub down: Vec<f32>,
 }
 
-/// How gate and up become one.
+/// How gate and up become one, or what is done to up alone.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum GluActivation {
+pub enum ExpertActivation {
     /// `silu(gate) * up` (Shazeer, 2020)
     Silu,
     /// `g * sigmoid(alpha * g) * (u + 1)` with `g = min(gate, limit)` and `u` clamped to `±limit` (gpt-oss).
     ClampedSwish { alpha: f32, limit: f32 },
+    /// No gate (Switch Transformer).
+    Plain(Pointwise),
 }
 
-impl GluActivation {
+impl ExpertActivation {
+    /// Rows of `gate_up` for each of `intermediate`.
+    fn num_parts(self) -> usize {
+        match self {
+            Self::Silu | Self::ClampedSwish { .. } => 2,
+            Self::Plain(_) => 1,
+        }
+    }
+
     /// The activation of one pair, for all but the vectorised [`Self::Silu`].
     fn clamped_swish(alpha: f32, limit: f32, gate: f32, up: f32) -> f32 {
         let (gate, up) = (gate.min(limit), up.clamp(-limit, limit));
@@ -80,11 +91,12 @@ pub fn grouped_swiglu(
     let intermediate = experts.iter().find_map(Expert::glu).map_or(0, |expert| expert.down.cols());
     for expert in experts.iter().filter_map(Expert::glu) {
         check::length(OP, "width of gate_up", expert.gate_up.cols(), hidden_size)?;
-        check::length(OP, "rows of gate_up", expert.gate_up.rows(), 2 * intermediate)?;
+        let gate_up_rows = expert.activation.num_parts() * intermediate;
+        check::length(OP, "rows of gate_up", expert.gate_up.rows(), gate_up_rows)?;
         check::length(OP, "width of down", expert.down.cols(), intermediate)?;
         check::length(OP, "rows of down", expert.down.rows(), hidden_size)?;
         if let Some(biases) = &expert.biases {
-            check::length(OP, "bias of gate_up", biases.gate_up.len(), 2 * intermediate)?;
+            check::length(OP, "bias of gate_up", biases.gate_up.len(), gate_up_rows)?;
             check::length(OP, "bias of down", biases.down.len(), hidden_size)?;
         }
     }

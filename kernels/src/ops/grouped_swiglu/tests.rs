@@ -1,6 +1,7 @@
 //! Parity with the oracle, row invariance to the bit, and refused inputs.
 
-use super::{Expert, ExpertBiases, ExpertWeights, GluActivation, GroupedSwiglu, TopK, grouped_swiglu, reference};
+use super::{Expert, ExpertActivation, ExpertBiases, ExpertWeights, GroupedSwiglu, TopK, grouped_swiglu, reference};
+use crate::ops::pointwise::Pointwise;
 use crate::testing::{Numbers, assert_close, bits, tensor, values};
 use crate::weight::{PackedWeight, WeightFormat};
 
@@ -49,7 +50,7 @@ fn agrees_with_the_reference() {
     }
 }
 
-/// The last expert gives back its input, the others are clamped and have biases.
+/// The first expert has no gate, the last gives back its input, the others are clamped; all but the last have biases.
 fn varied(numbers: &mut Numbers, shape: [usize; 3]) -> Vec<Expert> {
     let [_, hidden_size, intermediate] = shape;
     let mut experts = experts(numbers, WeightFormat::Bf16, shape);
@@ -57,7 +58,14 @@ fn varied(numbers: &mut Numbers, shape: [usize; 3]) -> Vec<Expert> {
         let Expert::Glu(weights) = expert else { continue };
         weights.biases =
             Some(ExpertBiases { gate_up: numbers.normal(2 * intermediate), down: numbers.normal(hidden_size) });
-        weights.activation = GluActivation::ClampedSwish { alpha: 1.702, limit: 1.5 };
+        weights.activation = ExpertActivation::ClampedSwish { alpha: 1.702, limit: 1.5 };
+    }
+    let up: Vec<f32> =
+        numbers.normal(intermediate * hidden_size).iter().map(|up| up / (hidden_size as f32).sqrt()).collect();
+    if let Expert::Glu(weights) = &mut experts[0] {
+        weights.gate_up = PackedWeight::from_f32(WeightFormat::Bf16, intermediate, hidden_size, &up).unwrap();
+        weights.biases.as_mut().unwrap().gate_up.truncate(intermediate);
+        weights.activation = ExpertActivation::Plain(Pointwise::Relu);
     }
     *experts.last_mut().unwrap() = Expert::Identity;
     experts

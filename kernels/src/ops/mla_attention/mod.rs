@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp2, Layout, Shape, Tensor};
 
 use super::attention::{self, Attention, HeadLayout};
-use super::paged_attention::Reach;
+use super::paged_attention::{LearnedScores, Reach};
 use crate::check::{self, Input, f32_output, f32_slice};
 use crate::error::Result;
 use crate::paged_cache::{PagedBatch, PagedCache};
@@ -37,7 +37,7 @@ pub fn mla_attention(
     input.has_dims(&[num_tokens, spec.num_heads, spec.latent_dim])?;
     Input { op: OP, what: "q_rope", tensor: q_rope }.has_dims(&[num_tokens, spec.num_heads, spec.rope_dim])?;
     check::length(OP, "width of the cache", cache.width(), spec.latent_dim + spec.rope_dim)?;
-    batch.check(OP, num_tokens, cache)?;
+    batch.check(OP, num_tokens, cache, Reach::Full)?;
     Ok(q_latent.apply_op2_no_bwd(q_rope, &MlaAttention { cache, batch, spec })?)
 }
 
@@ -70,7 +70,8 @@ impl CustomOp2 for MlaAttention<'_> {
         };
         let q = [(f32_slice(q_latent, latent_layout)?, latent_dim), (f32_slice(q_rope, rope_layout)?, rope_dim)];
         let (cache, batch) = (self.cache, self.batch);
-        let out = attention::forward(&Attention { q: &q, cache, batch, heads, scale, reach: Reach::Full, sinks: None });
+        let (reach, learned) = (Reach::Full, LearnedScores::default());
+        let out = attention::forward(&Attention { q: &q, cache, batch, heads, scale, reach, learned });
         Ok(f32_output(out, latent_layout.shape().clone()))
     }
 }

@@ -1,4 +1,4 @@
-//! Causal attention of grouped query heads over keys and values in blocks.
+//! Attention of grouped query heads over keys and values in blocks.
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 
@@ -21,7 +21,8 @@ pub struct GqaSpec {
     pub reach: Reach,
 }
 
-/// Which positions `j <= i` a row at position `i` sees.
+/// Which positions `j` a row at position `i` sees. All but `Source` are causal, `j <= i`, and keep to the decoder's own
+/// positions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reach {
     Full,
@@ -29,18 +30,36 @@ pub enum Reach {
     Window(usize),
     /// Those of its own chunk of so many: `i / chunk == j / chunk` (Llama 4).
     Chunk(usize),
+    /// All of the source, in both directions: self-attention of an encoder, cross-attention of a decoder.
+    Source,
 }
 
-/// `softmax(scale * q · Kᵀ) · V` for each row over the context of its sequence. A sink is one more score of its head, with
-/// no value behind it (gpt-oss). A row of the cache holds the keys
-/// `[num_kv_heads * head_dim]`, then the values. Fails if the shapes do not fit, or the batch names rows or blocks that
+/// Learned parts of the scores, beside what queries and keys give.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct LearnedScores<'a> {
+    /// One more score of each head that takes part in its softmax and has no value behind it (gpt-oss), `[num_heads]`.
+    pub sinks: Option<&'a [f32]>,
+    pub position_bias: Option<&'a PositionBias>,
+}
+
+/// A term of the score that depends on head and distance (T5; Raffel et al., 2020).
+#[derive(Debug, Clone, PartialEq)]
+pub struct PositionBias {
+    /// Of key minus query position, from `-max_distance` to `max_distance`: `[num_heads, 2 * max_distance + 1]`.
+    pub table: Vec<f32>,
+    /// What lies further away has the bias of this distance.
+    pub max_distance: usize,
+}
+
+/// `softmax(scale * q · Kᵀ) · V` for each row over the part of its sequence that it reaches. A row of the cache holds the
+/// keys `[num_kv_heads * head_dim]`, then the values. Fails if the shapes do not fit, or the batch names rows or blocks that
 /// do not exist.
 pub fn paged_attention(
     q: &Tensor,         /* [num_tokens, num_heads, head_dim] */
     cache: &PagedCache, /* width 2 * num_kv_heads * head_dim */
     batch: &PagedBatch,
     spec: &GqaSpec,
-    sinks: Option<&[f32]>, /* [num_heads] */
+    learned: LearnedScores,
 ) -> Result<Tensor /* [num_tokens, num_heads * head_dim] */> {
     let input = Input { op: OP, what: "q", tensor: q };
     let [num_tokens, _, _] = input.dims("[num_tokens, num_heads, head_dim]")?;
@@ -50,18 +69,22 @@ pub fn paged_attention(
         return Err(KernelError::Invalid { op: OP, reason: format!("impossible heads or reach: {spec:?}") });
     }
     check::length(OP, "width of the cache", cache.width(), 2 * spec.num_kv_heads * spec.head_dim)?;
-    if let Some(sinks) = sinks {
+    if let Some(sinks) = learned.sinks {
         check::length(OP, "number of sinks", sinks.len(), spec.num_heads)?;
     }
-    batch.check(OP, num_tokens, cache)?;
-    Ok(q.apply_op1_no_bwd(&PagedAttention { cache, batch, spec, sinks })?)
+    if let Some(bias) = learned.position_bias {
+        let expected = spec.num_heads * (2 * bias.max_distance + 1);
+        check::length(OP, "length of the position bias", bias.table.len(), expected)?;
+    }
+    batch.check(OP, num_tokens, cache, spec.reach)?;
+    Ok(q.apply_op1_no_bwd(&PagedAttention { cache, batch, spec, learned })?)
 }
 
 struct PagedAttention<'a> {
     cache: &'a PagedCache,
     batch: &'a PagedBatch,
     spec: &'a GqaSpec,
-    sinks: Option<&'a [f32]>,
+    learned: LearnedScores<'a>,
 }
 
 impl CustomOp1 for PagedAttention<'_> {
@@ -87,7 +110,7 @@ impl CustomOp1 for PagedAttention<'_> {
             heads,
             scale,
             reach,
-            sinks: self.sinks,
+            learned: self.learned,
         });
         Ok(f32_output(out, (q_layout.dims()[0], num_heads * head_dim)))
     }

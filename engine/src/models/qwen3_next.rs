@@ -1,0 +1,97 @@
+//! Qwen3-Next: three gated DeltaNet layers for each of gated attention, many small experts beside a shared one.
+
+use kernels::DeltaSpec;
+
+use super::footprint::{self, Footprint};
+use super::qwen_moe::{SparseLayers, load_shared_expert};
+use super::{Model, ModelSource};
+use crate::error::EngineError;
+use crate::layers::attention::{Attention, AttentionConfig, QkNorm};
+use crate::layers::decoder::{Decoder, LayerParts, Mixer};
+use crate::layers::ends::DecoderConfig;
+use crate::layers::gated_delta::{GatedDelta, GatedDeltaConfig};
+use crate::layers::norm::NormKind;
+use crate::weights::model_config::ModelConfig;
+
+pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
+    let config = &source.config.with_defaults(&[("partial_rotary_factor", 0.25), ("head_dim", 256.0)]);
+    let source = &ModelSource { config, ..*source };
+    config.expect_silu()?;
+    let decoder = DecoderConfig { norm_kind: NormKind::RmsPlusOne, ..DecoderConfig::from_config(config, 1e-6)? };
+    let bias = config.flag_or("attention_bias", false)?.into();
+    let attention = AttentionConfig {
+        qkv_bias: bias,
+        out_bias: bias,
+        qk_norm: Some(QkNorm::PerHead { eps: decoder.rms_norm_eps }),
+        norm_kind: NormKind::RmsPlusOne,
+        has_output_gate: true,
+        ..AttentionConfig::from_config(config, source.max_model_len)?
+    };
+    let heads = delta_heads(config)?;
+    let delta = GatedDeltaConfig { hidden_size: decoder.hidden_size, heads, norm_eps: decoder.rms_norm_eps };
+    let is_linear = linear_layers(config)?;
+    let mixer = |prefix: &str, idx: usize| match is_linear[idx] {
+        true => Ok(Mixer::Delta(GatedDelta::load(source.loader, &format!("{prefix}.linear_attn"), delta, idx)?)),
+        false => {
+            let prefix = format!("{prefix}.self_attn");
+            Ok(Mixer::Gqa(Attention::load(source.loader, &prefix, attention.clone(), idx)?))
+        }
+    };
+    let sparse = SparseLayers::from_config(config, config.size("num_experts")?, true)?;
+    let shared = |prefix: &str| load_shared_expert(source, prefix);
+    let feed_forward = |prefix: &str, idx: usize| sparse.load(source, (prefix, idx), &shared);
+    let parts = LayerParts { mixer: &mixer, feed_forward: &feed_forward };
+    Ok(Box::new(Decoder::load(source, decoder, parts)?))
+}
+
+/// Keys and values of the attention layers, states of the others.
+pub fn footprint(config: &ModelConfig) -> Result<Footprint, EngineError> {
+    let config = &config.with_defaults(&[("head_dim", 256.0)]);
+    let is_linear = linear_layers(config)?;
+    let num_linear = is_linear.iter().filter(|&&is_linear| is_linear).count() as u64;
+    let num_attentions = is_linear.len() as u64 - num_linear;
+    Ok(Footprint {
+        token_width: footprint::attention_width(config)?.saturating_mul(num_attentions),
+        state_width: (delta_heads(config)?.state_width() as u64).saturating_mul(num_linear),
+    })
+}
+
+fn delta_heads(config: &ModelConfig) -> Result<DeltaSpec, EngineError> {
+    let size = |key, default| Ok::<_, EngineError>(config.opt_size(key)?.unwrap_or(default));
+    let heads = DeltaSpec {
+        num_key_heads: size("linear_num_key_heads", 16)?,
+        num_value_heads: size("linear_num_value_heads", 32)?,
+        key_dim: size("linear_key_head_dim", 128)?,
+        value_dim: size("linear_value_head_dim", 128)?,
+        conv_kernel: size("linear_conv_kernel_dim", 4)?,
+    };
+    let sizes = [heads.num_key_heads, heads.num_value_heads, heads.key_dim, heads.value_dim, heads.conv_kernel];
+    // Far more than any model has, so that products of three stay within 64 bits.
+    if sizes.iter().any(|&size| size > 1 << 16) {
+        let reason = format!("and the other sizes of the linear layers, {sizes:?}, may be at most 65536");
+        return Err(EngineError::Config { key: "linear_num_key_heads", reason });
+    }
+    if !heads.num_value_heads.is_multiple_of(heads.num_key_heads) {
+        let reason = format!("is {}, not a multiple of linear_num_key_heads", heads.num_value_heads);
+        return Err(EngineError::Config { key: "linear_num_value_heads", reason });
+    }
+    Ok(heads)
+}
+
+/// Per layer: by `layer_types`, else all but every `full_attention_interval`-th.
+fn linear_layers(config: &ModelConfig) -> Result<Vec<bool>, EngineError> {
+    let num_layers = config.size("num_hidden_layers")?;
+    let Some(types) = config.layer_types(num_layers)? else {
+        let interval = config.opt_size("full_attention_interval")?.unwrap_or(4);
+        return Ok((0..num_layers).map(|idx| !(idx + 1).is_multiple_of(interval)).collect());
+    };
+    let is_linear = |kind: &str| match kind {
+        "linear_attention" => Ok(true),
+        "full_attention" => Ok(false),
+        other => {
+            let reason = format!("has `{other}`, expected linear_attention or full_attention");
+            Err(EngineError::Config { key: "layer_types", reason })
+        }
+    };
+    types.into_iter().map(is_linear).collect()
+}
