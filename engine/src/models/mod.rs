@@ -122,6 +122,12 @@ pub static ARCHITECTURES: &[Architecture] = &[
         ignored: fine_grained::is_mtp_tensor,
     },
     Architecture {
+        model_type: "kimi_k25",
+        sites_per_layer: 1,
+        load: deepseek::load_v3,
+        ignored: deepseek::is_vision_tensor,
+    },
+    Architecture {
         model_type: "pangu_ultra_moe",
         sites_per_layer: 1,
         load: deepseek::load_pangu,
