@@ -21,10 +21,10 @@ pub enum EngineError {
     MissingTensor { name: String },
     #[error("the checkpoint has {count} tensors that the architecture does not know, first of them {names}")]
     ExtraTensors { count: usize, names: String },
-    #[error("tensor `{name}` has shape {found:?}, expected {expected:?}")]
-    TensorShape { name: String, found: Vec<usize>, expected: Vec<usize> },
-    #[error("tensor `{name}` is stored as {dtype}, which is not supported")]
-    TensorDtype { name: String, dtype: String },
+    #[error("tensor `{name}` has shape {found:?}, expected {expected:?}, in {path}", path = path.display())]
+    TensorShape { name: String, found: Vec<usize>, expected: Vec<usize>, path: PathBuf },
+    #[error("tensor `{name}` is stored as {dtype}, which is not supported, in {path}", path = path.display())]
+    TensorDtype { name: String, dtype: String, path: PathBuf },
     #[error("the KV cache has room for {capacity} tokens, fewer than one block of {block_size}")]
     KvTooSmall { capacity: usize, block_size: usize },
     #[error("{what} is {value}, allowed are {allowed}")]

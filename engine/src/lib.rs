@@ -37,6 +37,7 @@ pub use handle::{
 pub use load::{LoadedModel, load, load_model};
 pub use runner::{ChunkOutput, RowRequest, Runner};
 pub use weights::gguf::GgufFile;
-pub use weights::inspect::{ClassSize, Inspection, TensorClass, inspect};
+pub use weights::inspect::{Inspection, inspect};
 pub use weights::loader::LoadProgress;
+pub use weights::tally::{ClassSize, TensorClass};
 pub use weights::upcycle::{UpcycleDtype, UpcycleOptions, UpcycleReport, upcycle};

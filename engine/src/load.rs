@@ -18,6 +18,7 @@ use crate::weights::checkpoint::Checkpoint;
 use crate::weights::inspect::{Inspection, inspect};
 use crate::weights::loader::{LoadProgress, Loader};
 use crate::weights::model_config::{ModelConfig, generation_defaults};
+use crate::weights::quantization::Quantization;
 
 /// A model in memory with the pieces that make an engine of it.
 pub struct LoadedModel {
@@ -116,7 +117,8 @@ fn load_weights(
 ) -> Result<(Box<dyn Model>, u64), EngineError> {
     let architecture = models::architecture(model_config.model_type()?)?;
     let checkpoint = Checkpoint::open(&config.model_dir)?;
-    let loader = Loader::new(&checkpoint, config.dtype, progress);
+    let quantization = Quantization::from_config(model_config)?;
+    let loader = Loader::new(&checkpoint, quantization, config.dtype, progress);
     let source = ModelSource { config: model_config, loader: &loader, max_model_len };
     let model = (architecture.load)(&source)?;
     let weight_bytes = loader.weight_bytes();

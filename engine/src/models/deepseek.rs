@@ -33,6 +33,11 @@ pub fn load_v3(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     load(source, DecoderConfig::from_config(source.config, 1e-6)?, layers)
 }
 
+/// What Kimi-K2.5 reads images with; its language model is Kimi-K2 under a prefix.
+pub fn is_vision_tensor(_: &ModelConfig, name: &str) -> bool {
+    name.starts_with("vision_tower.") || name.starts_with("mm_projector.")
+}
+
 /// DeepSeek-V3 with sandwich norms, without groups; published with keys of its own, re-saved with DeepSeek's.
 pub fn load_pangu(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let config = &pangu_keys(source.config).with_defaults(&[("rope_theta", 25.6e6), ("routed_scaling_factor", 2.5)]);

@@ -6,6 +6,8 @@ use crate::weights::model_config::ModelConfig;
 /// Sizes of everything a sequence keeps, over all layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Footprint {
+    /// An encoder's and a decoder's together.
+    pub num_layers: usize,
     /// Numbers per token.
     pub token_width: u64,
     /// f32 per sequence, whatever its length.
@@ -33,7 +35,7 @@ pub fn max_position_embeddings(config: &ModelConfig) -> Result<Positions, Engine
 pub fn attentions(config: &ModelConfig, per_layer: u64) -> Result<Footprint, EngineError> {
     let num_layers = config.first_count(&["num_hidden_layers", "num_layers"])?;
     let token_width = attention_width(config)?.saturating_mul(per_layer * num_layers as u64);
-    Ok(Footprint { token_width, state_width: 0 })
+    Ok(Footprint { num_layers, token_width, state_width: 0 })
 }
 
 /// Numbers that one attention keeps per token.

@@ -123,6 +123,10 @@ impl Stacked<'_, '_> {
                 })
                 .collect();
         }
+        if !cols.is_multiple_of(mxfp4::BLOCK) {
+            let reason = format!("holds rows of {cols} values, which are not whole blocks of {}", mxfp4::BLOCK);
+            return Err(self.loader.invalid(&blocks_name, reason));
+        }
         let num_blocks = cols / mxfp4::BLOCK;
         let blocks = self.loader.bytes(&blocks_name, &[num_experts, rows, num_blocks, mxfp4::BLOCK_BYTES])?;
         let scales = self.loader.bytes(&format!("{}_scales", self.name), &[num_experts, rows, num_blocks])?;
@@ -130,8 +134,10 @@ impl Stacked<'_, '_> {
             blocks.chunks_exact(rows * num_blocks * mxfp4::BLOCK_BYTES).zip(scales.chunks_exact(rows * num_blocks));
         experts
             .map(|(blocks, scales)| {
+                let values = mxfp4::expand(blocks, scales);
+                self.loader.expect_finite(&blocks_name, cols, &values)?;
                 // Every MXFP4 value is a bf16 value.
-                let values = arrange(mxfp4::expand(blocks, scales), cols);
+                let values = arrange(values, cols);
                 self.loader.made(WeightFormat::Bf16, [rows, cols], &values)
             })
             .collect()

@@ -175,6 +175,7 @@ pub static ARCHITECTURES: &[Architecture] = &[
     Architecture { model_type: "deepseek_v2", load: deepseek::load_v2, ..WITH_MTP },
     Architecture { model_type: "deepseek_v3", load: deepseek::load_v3, ..WITH_MTP },
     Architecture { model_type: "kimi_k2", load: deepseek::load_v3, ..WITH_MTP },
+    Architecture { model_type: "kimi_k25", load: deepseek::load_v3, ignored: deepseek::is_vision_tensor, ..DECODER },
     Architecture { model_type: "pangu_ultra_moe", load: deepseek::load_pangu, ..WITH_MTP },
     Architecture { model_type: "glm4_moe", load: glm4_moe::load_glm, ..WITH_MTP },
     Architecture { model_type: "dots1", load: glm4_moe::load_dots, ..DECODER },

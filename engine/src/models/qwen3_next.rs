@@ -51,6 +51,7 @@ pub fn footprint(config: &ModelConfig) -> Result<Footprint, EngineError> {
     let num_linear = is_linear.iter().filter(|&&is_linear| is_linear).count() as u64;
     let num_attentions = is_linear.len() as u64 - num_linear;
     Ok(Footprint {
+        num_layers: is_linear.len(),
         token_width: footprint::attention_width(config)?.saturating_mul(num_attentions),
         state_width: (delta_heads(config)?.state_width() as u64).saturating_mul(num_linear),
     })

@@ -116,9 +116,10 @@ pub fn is_ignored(config: &ModelConfig, name: &str) -> bool {
 
 /// One attention's keys and values per decoder layer; the source's tokens take as much as the decoder's.
 pub fn footprint(config: &ModelConfig) -> Result<Footprint, EngineError> {
-    let [_, num_decoder] = num_layers(config)?;
+    let [num_encoder, num_decoder] = num_layers(config)?;
+    let num_layers = num_encoder.saturating_add(num_decoder);
     let heads = (2 * config.size("num_heads")? as u64).saturating_mul(config.size("d_kv")? as u64);
-    Ok(Footprint { token_width: heads.saturating_mul(num_decoder as u64), state_width: 0 })
+    Ok(Footprint { num_layers, token_width: heads.saturating_mul(num_decoder as u64), state_width: 0 })
 }
 
 pub fn positions(config: &ModelConfig) -> Result<Positions, EngineError> {

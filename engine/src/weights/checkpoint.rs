@@ -23,7 +23,7 @@ pub struct TensorEntry {
 /// All tensors of a checkpoint, mapped and not yet read.
 #[derive(Debug)]
 pub struct Checkpoint {
-    files: Vec<Arc<MappedFile>>,
+    files: Vec<(PathBuf, Arc<MappedFile>)>,
     tensors: BTreeMap<String, TensorEntry>,
 }
 
@@ -78,7 +78,7 @@ impl Checkpoint {
                 return Err(invalid(format!("tensor `{name}` is in two files")));
             }
         }
-        self.files.push(Arc::new(file));
+        self.files.push((path.into(), Arc::new(file)));
         Ok(())
     }
 
@@ -86,9 +86,14 @@ impl Checkpoint {
         self.tensors.get(name)
     }
 
+    /// The file that holds a tensor.
+    pub fn path(&self, entry: &TensorEntry) -> &Path {
+        &self.files[entry.file_idx].0
+    }
+
     /// The stored bytes, little endian, row-major.
     pub fn bytes(&self, entry: &TensorEntry) -> &[u8] {
-        &self.files[entry.file_idx][entry.offset..entry.offset + entry.num_bytes]
+        &self.files[entry.file_idx].1[entry.offset..entry.offset + entry.num_bytes]
     }
 
     /// Borrows the matrix `[rows, cols]` that starts `offset` bytes into a tensor, without reading it.
@@ -99,7 +104,7 @@ impl Checkpoint {
         format: WeightFormat,
         [rows, cols]: [usize; 2],
     ) -> Result<PackedWeight, EngineError> {
-        let file = self.files[entry.file_idx].clone();
+        let file = self.files[entry.file_idx].1.clone();
         Ok(PackedWeight::mapped(file, entry.offset + offset, format, rows, cols)?)
     }
 

@@ -130,7 +130,8 @@ impl GgufFile {
                 values
             }
             GgmlType::Other(_) => {
-                return Err(EngineError::TensorDtype { name: name.into(), dtype: tensor.ggml_type.to_string() });
+                let dtype = tensor.ggml_type.to_string();
+                return Err(EngineError::TensorDtype { name: name.into(), dtype, path: self.path.clone() });
             }
         })
     }

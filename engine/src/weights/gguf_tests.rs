@@ -91,10 +91,8 @@ fn all_six_tensor_types_are_widened() {
     assert_eq!(gguf.read_f32("q4_0").unwrap(), halves(-14.0, -12.0));
     assert_eq!(gguf.read_f32("q4_1").unwrap(), halves(1.0, 3.0));
     assert_eq!(gguf.read_f32("q8_0").unwrap(), vec![-2.0; 32]);
-    assert_eq!(
-        gguf.read_f32("q4_k").unwrap_err().to_string(),
-        "tensor `q4_k` is stored as Q4_K, which is not supported"
-    );
+    let error = gguf.read_f32("q4_k").unwrap_err().to_string();
+    assert!(error.starts_with("tensor `q4_k` is stored as Q4_K, which is not supported, in "), "{error}");
     assert!(matches!(gguf.read_f32("none"), Err(EngineError::MissingTensor { .. })));
 }
 

@@ -1,6 +1,5 @@
 //! What a model folder holds, from `config.json` and the headers of its safetensors files; no weight is read.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use safetensors::Dtype;
@@ -8,6 +7,8 @@ use serde::Serialize;
 
 use super::checkpoint::Checkpoint;
 use super::model_config::ModelConfig;
+use super::quantization::Quantization;
+use super::tally::{ClassSize, Tally, TensorClass, layer_number};
 use crate::error::EngineError;
 use crate::models;
 
@@ -21,6 +22,8 @@ pub struct Inspection {
     pub num_moe_layers: usize,
     /// Routed experts of each of those.
     pub num_experts: usize,
+    /// Experts beside those that compute nothing (LongCat-Flash), which a router may choose all the same.
+    pub num_zero_experts: usize,
     pub num_experts_per_tok: usize,
     pub hidden_size: usize,
     pub vocab_size: usize,
@@ -28,10 +31,16 @@ pub struct Inspection {
     pub max_model_len: Option<usize>,
     /// Without tensors that serving ignores, such as multi-token-prediction layers, and without quantization scales.
     pub num_parameters: u64,
-    /// Parameters that one token passes through: all but the experts it is not routed to.
+    /// Parameters that one token passes through: all but the experts it is not routed to. The most, where it depends.
     pub num_active_parameters: u64,
+    /// The fewest: those of a token that is routed to as many experts that compute nothing as there can be.
+    pub min_active_parameters: u64,
     /// Bytes of all tensors as stored.
     pub weight_bytes: u64,
+    /// Bytes of the served weights in memory with `--dtype auto`, where quantized ones are expanded to bf16.
+    pub memory_bytes: u64,
+    /// The same with `--dtype f32`.
+    pub memory_bytes_f32: u64,
     /// `f32` where the checkpoint stores f32, else `bf16`: what `--kv-cache-dtype auto` takes.
     pub kv_dtype: &'static str,
     /// Bytes of keys and values, or latents, that one token adds, over all layers.
@@ -42,32 +51,6 @@ pub struct Inspection {
     pub dtypes: Vec<String>,
     /// In the order of [`TensorClass`], without empty ones.
     pub classes: Vec<ClassSize>,
-}
-
-/// The tensors of one class together.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct ClassSize {
-    pub class: TensorClass,
-    pub num_tensors: usize,
-    pub num_parameters: u64,
-    pub num_bytes: u64,
-}
-
-/// What a tensor is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum TensorClass {
-    Embedding,
-    Attention,
-    Router,
-    Experts,
-    SharedExperts,
-    DenseFfn,
-    Norms,
-    LmHead,
-    Other,
-    /// Stored, but of no use to serving.
-    Ignored,
 }
 
 /// Reads the sizes of the model folder `model_dir`.
@@ -81,11 +64,7 @@ pub fn inspect(model_dir: &Path) -> Result<Inspection, EngineError> {
     let checkpoint = Checkpoint::open(model_dir)?;
     let is_ignored = |name: &str| (architecture.ignored)(&config, name) || models::is_ignored_everywhere(&config, name);
 
-    let mut tally = Tally::default();
-    for (name, entry) in checkpoint.iter() {
-        let class = if is_ignored(name) { TensorClass::Ignored } else { classify(name) };
-        tally.add(name, class, entry.dtype, &entry.shape, entry.num_bytes as u64);
-    }
+    let tally = Tally::of(&checkpoint, Quantization::from_config(&config)?, is_ignored);
     let num_experts = config.first_count(&[
         "num_local_experts",
         "num_experts",
@@ -93,30 +72,28 @@ pub fn inspect(model_dir: &Path) -> Result<Inspection, EngineError> {
         "num_routed_experts",
         "moe_num_experts",
     ])?;
-    let num_experts_per_tok = match model_type {
-        // It routes to one, and has no key for it.
-        "switch_transformers" => 1,
-        _ => config.first_count(&["num_experts_per_tok", "experts_per_token", "moe_k", "moe_topk"])?,
-    };
+    let num_experts_per_tok = config.first_count(&CHOICE_KEYS)?;
+    let num_zero_experts = config.count_or("zero_expert_num", 0)?;
     let num_parameters = tally.parameters(|class| class != TensorClass::Ignored);
-    let num_idle = tally.parameters(|class| class == TensorClass::Experts) / num_experts as u64
-        * num_experts.saturating_sub(num_experts_per_tok) as u64;
     let dtypes = tally.dtypes_by_size();
     let (kv_dtype, kv_element_bytes) = if dtypes.first() == Some(&Dtype::F32) { ("f32", 4) } else { ("bf16", 2) };
-    let num_layers = config.first_count(&["num_hidden_layers", "num_layers"])?;
     let footprint = (architecture.footprint)(&config)?;
     Ok(Inspection {
         architecture: model_type.to_owned(),
-        num_layers,
-        num_moe_layers: tally.moe_layers.len(),
+        num_layers: footprint.num_layers,
+        num_moe_layers: tally.num_moe_layers(),
         num_experts,
+        num_zero_experts,
         num_experts_per_tok,
         hidden_size: config.first_count(&["hidden_size", "d_model"])?,
         vocab_size: config.size("vocab_size")?,
         max_model_len: config.opt_count("max_position_embeddings")?,
         num_parameters,
-        num_active_parameters: num_parameters - num_idle,
+        num_active_parameters: num_parameters - idle_parameters(&config, &tally, 0)?,
+        min_active_parameters: num_parameters - idle_parameters(&config, &tally, num_zero_experts)?,
         weight_bytes: checkpoint.total_bytes(),
+        memory_bytes: tally.memory_bytes[0],
+        memory_bytes_f32: tally.memory_bytes[1],
         kv_dtype,
         kv_bytes_per_token: footprint.token_width.saturating_mul(kv_element_bytes),
         state_bytes_per_sequence: footprint.state_width.saturating_mul(size_of::<f32>() as u64),
@@ -125,67 +102,20 @@ pub fn inspect(model_dir: &Path) -> Result<Inspection, EngineError> {
     })
 }
 
-/// Sums over the tensors of a checkpoint.
-#[derive(Default)]
-struct Tally {
-    classes: BTreeMap<TensorClass, ClassSize>,
-    bytes_by_dtype: Vec<(Dtype, u64)>,
-    moe_layers: BTreeSet<String>,
-}
+/// Spellings of how many experts a token chooses.
+const CHOICE_KEYS: [&str; 4] = ["num_experts_per_tok", "experts_per_token", "moe_k", "moe_topk"];
 
-impl Tally {
-    fn add(&mut self, name: &str, class: TensorClass, dtype: Dtype, shape: &[usize], num_bytes: u64) {
-        let empty = ClassSize { class, num_tensors: 0, num_parameters: 0, num_bytes: 0 };
-        let size = self.classes.entry(class).or_insert(empty);
-        size.num_tensors += 1;
-        size.num_bytes += num_bytes;
-        // Scales are no parameters; a byte of MXFP4 holds two.
-        let per_element = match () {
-            () if name.ends_with("_scale_inv") || name.ends_with("_scales") => 0,
-            () if name.ends_with("_blocks") => 2,
-            () => 1,
-        };
-        size.num_parameters += per_element * shape.iter().map(|&size| size as u64).product::<u64>();
-        match self.bytes_by_dtype.iter_mut().find(|(known, _)| *known == dtype) {
-            Some((_, bytes)) => *bytes += num_bytes,
-            None => self.bytes_by_dtype.push((dtype, num_bytes)),
-        }
-        if class == TensorClass::Experts {
-            self.moe_layers.extend(layer_of(name).map(str::to_owned));
-        }
-    }
-
-    fn parameters(&self, counted: impl Fn(TensorClass) -> bool) -> u64 {
-        self.classes.values().filter(|size| counted(size.class)).map(|size| size.num_parameters).sum()
-    }
-
-    fn dtypes_by_size(&self) -> Vec<Dtype> {
-        let mut dtypes = self.bytes_by_dtype.clone();
-        dtypes.sort_by_key(|&(_, bytes)| std::cmp::Reverse(bytes));
-        dtypes.into_iter().map(|(dtype, _)| dtype).collect()
-    }
-}
-
-/// `17` of `model.layers.17.mlp…` or `encoder.block.17.layer…`.
-fn layer_of(name: &str) -> Option<&str> {
-    let (_, rest) = name.split_once("model.layers.").or_else(|| name.split_once("coder.block."))?;
-    rest.split('.').next()
-}
-
-/// Sorts a tensor by its name, in the spellings of every supported architecture.
-fn classify(name: &str) -> TensorClass {
-    let has = |part: &str| name.contains(part);
-    match () {
-        () if has("embed_tokens.") || has("word_embeddings.") => TensorClass::Embedding,
-        () if has("lm_head.") => TensorClass::LmHead,
-        () if has("norm.") => TensorClass::Norms,
-        () if has(".self_attn.") || has(".attention.") || has(".self_attention.kv_proj.") => TensorClass::Attention,
-        () if has(".shared_expert") || has(".shared_mlp.") => TensorClass::SharedExperts,
-        () if has(".experts.") || has(".input_linear.") || has(".output_linear.") => TensorClass::Experts,
-        () if has(".gate.") || has(".router.") || has("e_score_correction_bias") => TensorClass::Router,
-        () if has(".mlp.") || has(".mlps.") || has(".feed_forward.") => TensorClass::DenseFfn,
-        () => TensorClass::Other,
-    }
+/// Parameters of the experts that a token is not routed to, when it is routed to `num_zero` that compute nothing.
+fn idle_parameters(config: &ModelConfig, tally: &Tally, num_zero: usize) -> Result<u64, EngineError> {
+    let everywhere = config.first_count(&CHOICE_KEYS)?;
+    let key = CHOICE_KEYS.into_iter().find(|key| config.get(key).is_some_and(serde_json::Value::is_array));
+    let by_layer = key.map_or(Ok(Vec::new()), |key| config.counts(key))?;
+    let idle = tally.expert_blocks.iter().map(|((layer, _), block)| {
+        let chosen = layer_number(layer).and_then(|layer| by_layer.get(layer).copied()).unwrap_or(everywhere);
+        let num_idle = block.num_experts.saturating_sub(chosen.saturating_sub(num_zero) as u64);
+        block.num_parameters / block.num_experts.max(1) * num_idle
+    });
+    Ok(idle.sum())
 }
 
 #[cfg(test)]
@@ -279,23 +209,6 @@ mod tests {
             (TensorClass::Ignored, 16),
         ] {
             assert_eq!(class_bytes(&found, class), num_bytes, "{class:?}");
-        }
-    }
-
-    #[test]
-    fn every_supported_expert_and_router_name_is_known() {
-        for (name, class) in [
-            ("model.layers.0.block_sparse_moe.input_linear.weight", TensorClass::Experts),
-            ("model.layers.0.block_sparse_moe.output_linear.weight", TensorClass::Experts),
-            ("model.layers.0.block_sparse_moe.router.layer.weight", TensorClass::Router),
-            ("model.layers.0.mlp.experts.gate_up_proj", TensorClass::Experts),
-            ("model.layers.0.mlp.gate.weight", TensorClass::Router),
-            ("model.layers.0.mlp.shared_expert_gate.weight", TensorClass::SharedExperts),
-            ("model.layers.0.mlp.shared_expert.gate_proj.weight", TensorClass::SharedExperts),
-            ("model.layers.0.self_attn.q_norm.weight", TensorClass::Norms),
-            ("model.layers.0.self_attn.q_proj.bias", TensorClass::Attention),
-        ] {
-            assert_eq!(classify(name), class, "{name}");
         }
     }
 

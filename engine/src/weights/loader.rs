@@ -8,7 +8,7 @@ use kernels::{PackedWeight, WeightFormat};
 use safetensors::Dtype;
 
 use super::checkpoint::{Checkpoint, TensorEntry};
-use super::fp8;
+use super::quantization::Quantization;
 use crate::config::WeightDtype;
 use crate::error::EngineError;
 
@@ -28,6 +28,7 @@ pub struct Loader<'a> {
     total_bytes: u64,
     /// Of every name: multimodal checkpoints keep their language model under one.
     prefix: &'static str,
+    quantization: Quantization,
     dtype: WeightDtype,
     state: RefCell<LoadState<'a>>,
 }
@@ -40,11 +41,17 @@ struct LoadState<'a> {
 }
 
 impl<'a> Loader<'a> {
-    pub fn new(checkpoint: &'a Checkpoint, dtype: WeightDtype, progress: &'a mut dyn FnMut(LoadProgress)) -> Self {
+    pub fn new(
+        checkpoint: &'a Checkpoint,
+        quantization: Quantization,
+        dtype: WeightDtype,
+        progress: &'a mut dyn FnMut(LoadProgress),
+    ) -> Self {
         let state = LoadState { taken: BTreeSet::new(), done_bytes: 0, weight_bytes: 0, progress };
         let is_nested = checkpoint.iter().any(|(name, _)| name.starts_with(NESTED_PREFIX));
         let prefix = if is_nested { NESTED_PREFIX } else { "" };
-        Self { checkpoint, total_bytes: checkpoint.total_bytes(), prefix, dtype, state: RefCell::new(state) }
+        let total_bytes = checkpoint.total_bytes();
+        Self { checkpoint, total_bytes, prefix, quantization, dtype, state: RefCell::new(state) }
     }
 
     pub fn has(&self, name: &str) -> bool {
@@ -58,9 +65,12 @@ impl<'a> Loader<'a> {
 
     /// Several matrices over the same input, one below the other: `[Σ rows, cols]`.
     pub fn fused_weight(&self, parts: &[(String, usize)], cols: usize) -> Result<PackedWeight, EngineError> {
-        let parts = parts.iter().map(|(name, rows)| {
-            let entry = self.take(name, &[*rows, cols])?;
-            self.stored(name, entry, 0, [*rows, cols])
+        let parts = parts.iter().map(|(name, rows)| match name.strip_suffix(".weight") {
+            Some(stem) if !self.has(name) && self.is_packed(stem) => self.expand_packed(stem, [*rows, cols]),
+            _ => {
+                let entry = self.take(name, &[*rows, cols])?;
+                self.stored(name, entry, 0, [*rows, cols])
+            }
         });
         self.keep(parts.collect::<Result<_, _>>()?)
     }
@@ -80,8 +90,8 @@ impl<'a> Loader<'a> {
     pub fn stacked_weights(&self, name: &str, shape: [usize; 3]) -> Result<Vec<PackedWeight>, EngineError> {
         let [count, rows, cols] = shape;
         let entry = self.take(name, &shape)?;
-        // Refuses block-scaled FP8: nothing published says how its scales would be stacked.
-        weight_format(name, entry)?;
+        // Refuses FP8: nothing published says how its scales would be stacked.
+        self.weight_format(name, entry)?;
         let stride = entry.num_bytes / count;
         (0..count).map(|idx| self.keep(vec![self.stored(name, entry, idx * stride, [rows, cols])?])).collect()
     }
@@ -93,6 +103,7 @@ impl<'a> Loader<'a> {
         [count, rows, cols]: [usize; 3],
     ) -> Result<Vec<PackedWeight>, EngineError> {
         let entry = self.take(name, &[count, rows, cols])?;
+        self.weight_format(name, entry)?;
         let stride = entry.num_bytes / count;
         (0..count).map(|idx| self.stored(name, entry, idx * stride, [rows, cols])).collect()
     }
@@ -102,7 +113,7 @@ impl<'a> Loader<'a> {
         let entry = self.take(name, shape)?;
         match entry.dtype {
             Dtype::U8 => Ok(self.checkpoint.bytes(entry)),
-            other => Err(EngineError::TensorDtype { name: name.into(), dtype: format!("{other:?}") }),
+            _ => Err(self.dtype_error(name, entry)),
         }
     }
 
@@ -125,7 +136,7 @@ impl<'a> Loader<'a> {
     pub fn floats(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, EngineError> {
         let entry = self.take(name, shape)?;
         let count = entry.shape.iter().product();
-        let stored = self.checkpoint.matrix(entry, 0, weight_format(name, entry)?, [1, count])?;
+        let stored = self.checkpoint.matrix(entry, 0, self.weight_format(name, entry)?, [1, count])?;
         self.state.borrow_mut().weight_bytes += (count * size_of::<f32>()) as u64;
         Ok(stored.to_f32())
     }
@@ -151,19 +162,54 @@ impl<'a> Loader<'a> {
         Err(EngineError::ExtraTensors { count: extra.len(), names })
     }
 
-    fn take(&self, name: &str, shape: &[usize]) -> Result<&'a TensorEntry, EngineError> {
-        let name = &format!("{}{name}", self.prefix);
-        let entry = self.checkpoint.get(name).ok_or_else(|| EngineError::MissingTensor { name: name.into() })?;
-        if entry.shape != shape {
-            let (found, expected) = (entry.shape.clone(), shape.to_vec());
-            return Err(EngineError::TensorShape { name: name.into(), found, expected });
+    pub(super) fn quantization(&self) -> Quantization {
+        self.quantization
+    }
+
+    pub(super) fn dtype(&self) -> WeightDtype {
+        self.dtype
+    }
+
+    pub(super) fn stored_bytes(&self, entry: &TensorEntry) -> &'a [u8] {
+        self.checkpoint.bytes(entry)
+    }
+
+    /// A small tensor of any shape in f32, for the caller to check; it is not kept, so its bytes are not counted.
+    pub(super) fn any_floats(&self, name: &str) -> Result<(&'a TensorEntry, Vec<f32>), EngineError> {
+        let entry = self.find(name)?;
+        self.mark_taken(name, entry);
+        let count = entry.shape.iter().product();
+        let stored = self.checkpoint.matrix(entry, 0, self.weight_format(name, entry)?, [1, count])?;
+        Ok((entry, stored.to_f32()))
+    }
+
+    /// Passes over a tensor that may be there and is of no use.
+    pub(super) fn skip(&self, name: &str) {
+        if let Ok(entry) = self.find(name) {
+            self.mark_taken(name, entry);
         }
+    }
+
+    pub(super) fn take(&self, name: &str, shape: &[usize]) -> Result<&'a TensorEntry, EngineError> {
+        let entry = self.find(name)?;
+        if entry.shape != shape {
+            return Err(self.shape_error(name, entry, shape));
+        }
+        self.mark_taken(name, entry);
+        Ok(entry)
+    }
+
+    fn find(&self, name: &str) -> Result<&'a TensorEntry, EngineError> {
+        let name = format!("{}{name}", self.prefix);
+        self.checkpoint.get(&name).ok_or(EngineError::MissingTensor { name })
+    }
+
+    fn mark_taken(&self, name: &str, entry: &TensorEntry) {
         let mut state = self.state.borrow_mut();
-        state.taken.insert(name.to_owned());
+        state.taken.insert(format!("{}{name}", self.prefix));
         state.done_bytes += entry.num_bytes as u64;
         let progress = LoadProgress { done_bytes: state.done_bytes, total_bytes: self.total_bytes };
         (state.progress)(progress);
-        Ok(entry)
     }
 
     /// The matrix as the file has it, borrowed where its format is one of ours.
@@ -175,8 +221,8 @@ impl<'a> Loader<'a> {
         shape: [usize; 2],
     ) -> Result<PackedWeight, EngineError> {
         match entry.dtype {
-            Dtype::F8_E4M3 => self.expand_fp8(name, shape, self.checkpoint.bytes(entry)),
-            _ => self.checkpoint.matrix(entry, offset, weight_format(name, entry)?, shape),
+            Dtype::F8_E4M3 | Dtype::I8 => self.expand_scaled(name, entry, shape),
+            _ => self.checkpoint.matrix(entry, offset, self.weight_format(name, entry)?, shape),
         }
     }
 
@@ -199,23 +245,30 @@ impl<'a> Loader<'a> {
         Ok(kept)
     }
 
-    /// Block-scaled FP8 has no kernel of its own yet: it is expanded, to bf16 unless f32 is asked for.
-    fn expand_fp8(&self, name: &str, shape: [usize; 2], bytes: &[u8]) -> Result<PackedWeight, EngineError> {
-        let [rows, cols] = shape;
-        let scale_name = format!("{name}_scale_inv");
-        let scale_shape = fp8::scale_shape(rows, cols);
-        let scales = self.floats(&scale_name, &scale_shape)?;
-        let packed = PackedWeight::from_f32(WeightFormat::F32, rows, cols, &fp8::expand(bytes, shape, &scales))?;
-        Ok(if self.dtype == WeightDtype::Auto { packed.convert(WeightFormat::Bf16) } else { packed })
+    fn weight_format(&self, name: &str, entry: &TensorEntry) -> Result<WeightFormat, EngineError> {
+        match entry.dtype {
+            Dtype::F32 => Ok(WeightFormat::F32),
+            Dtype::F16 => Ok(WeightFormat::F16),
+            Dtype::BF16 => Ok(WeightFormat::Bf16),
+            _ => Err(self.dtype_error(name, entry)),
+        }
     }
-}
 
-fn weight_format(name: &str, entry: &TensorEntry) -> Result<WeightFormat, EngineError> {
-    match entry.dtype {
-        Dtype::F32 => Ok(WeightFormat::F32),
-        Dtype::F16 => Ok(WeightFormat::F16),
-        Dtype::BF16 => Ok(WeightFormat::Bf16),
-        other => Err(EngineError::TensorDtype { name: name.into(), dtype: format!("{other:?}") }),
+    pub(super) fn shape_error(&self, name: &str, entry: &TensorEntry, expected: &[usize]) -> EngineError {
+        let (name, path) = (format!("{}{name}", self.prefix), self.checkpoint.path(entry).to_owned());
+        EngineError::TensorShape { name, found: entry.shape.clone(), expected: expected.to_vec(), path }
+    }
+
+    pub(super) fn dtype_error(&self, name: &str, entry: &TensorEntry) -> EngineError {
+        let (name, path) = (format!("{}{name}", self.prefix), self.checkpoint.path(entry).to_owned());
+        EngineError::TensorDtype { name, dtype: format!("{:?}", entry.dtype), path }
+    }
+
+    /// An error about what a tensor holds, naming its file.
+    pub fn invalid(&self, name: &str, reason: String) -> EngineError {
+        let name = format!("{}{name}", self.prefix);
+        let path = self.checkpoint.get(&name).map(|entry| self.checkpoint.path(entry).to_owned());
+        EngineError::Invalid { path: path.unwrap_or_default(), reason: format!("tensor `{name}` {reason}") }
     }
 }
 
@@ -236,8 +289,9 @@ mod tests {
         dir.write("model.safetensors", &safetensors::serialize(tensors, None).unwrap());
         let checkpoint = Checkpoint::open(dir.path()).unwrap();
         let mut progress = |_| ();
-        let loader = Loader::new(&checkpoint, WeightDtype::Auto, &mut progress);
+        let loader = Loader::new(&checkpoint, Quantization::default(), WeightDtype::Auto, &mut progress);
         let error = loader.stacked_weights("experts", [200, 1, 2]).unwrap_err();
-        assert_eq!(error.to_string(), "tensor `experts` is stored as F8_E4M3, which is not supported");
+        let error = error.to_string();
+        assert!(error.starts_with("tensor `experts` is stored as F8_E4M3, which is not supported"), "{error}");
     }
 }

@@ -12,4 +12,8 @@ pub mod inspect;
 pub mod loader;
 pub mod model_config;
 pub mod mxfp4;
+mod packed_int;
+pub mod quantization;
+mod quantized;
+pub mod tally;
 pub mod upcycle;

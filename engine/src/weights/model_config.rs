@@ -19,9 +19,15 @@ impl ModelConfig {
     /// Reads `config.json` of a model folder.
     pub fn load(model_dir: &Path) -> Result<Self, EngineError> {
         let path = model_dir.join("config.json");
-        match read_json(&path)? {
-            Value::Object(keys) => Ok(Self { keys }.language_model()),
-            _ => Err(EngineError::Invalid { path, reason: "it is not a JSON object".into() }),
+        Self::from_value(read_json(&path)?)
+            .ok_or_else(|| EngineError::Invalid { path, reason: "it is not a JSON object".into() })
+    }
+
+    /// A configuration in memory; none where it is not a JSON object.
+    pub fn from_value(value: Value) -> Option<Self> {
+        match value {
+            Value::Object(keys) => Some(Self { keys }.language_model()),
+            _ => None,
         }
     }
 

@@ -129,6 +129,7 @@ golden! {
     deepseek_v3_noq "deepseek_v3-noq"
     kimi_k2_base "kimi_k2-base"
     kimi_k2_tiktoken "kimi_k2-tiktoken"
+    kimi_k2_int4 "kimi_k2-int4"
     glm4_moe_base "glm4_moe-base"
     glm4_moe_qknorm "glm4_moe-qknorm"
     dots1_base "dots1-base"

@@ -2,9 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use engine::{EngineConfig, LoadedModel, load_model};
+use engine::sampling::params::SamplingParams;
+use engine::{EngineConfig, Event, GenerateRequest, GenerationError, LoadedModel, StopCriteria, load, load_model};
+use safetensors::Dtype;
 use serde_json::{Value, json};
 
+use crate::checkpoint_edit::Edit;
 use crate::driver::golden_dir;
 
 /// A copy of a golden model with other keys in its config.json, removed on drop.
@@ -93,5 +96,61 @@ fn the_kv_cache_follows_the_tensors_whatever_the_config_says() {
     for (folder, torch_dtype, expect) in [("mixtral-base", "float32", "bf16"), ("mixtral-window", "bfloat16", "f32")] {
         let changed = Changed::new(folder, "kv-dtype", &json!({ "torch_dtype": torch_dtype }));
         assert_eq!(changed.load().expect("loaded").summary.kv_dtype, expect, "{folder}");
+    }
+}
+
+/// What a request comes to whose model has `number` in every place of the tensors named `*{ending}`.
+fn last_event(folder: &str, ending: &str, number: f32) -> Event {
+    let mut edit = Edit::of(folder);
+    edit.each(ending, |stored| {
+        let bits = number.to_bits().to_le_bytes();
+        let element = if stored.dtype == Dtype::F32 { &bits[..] } else { &bits[2..] };
+        stored.bytes = element.iter().copied().cycle().take(stored.bytes.len()).collect();
+    });
+    let folder = edit.write();
+    let config = EngineConfig { kv_cache_memory: Some(1 << 20), ..EngineConfig::new(folder.path()) };
+    let engine = load(config, &mut |_| {}).expect("numbers are not read at load");
+    let mut generation = engine
+        .submit(GenerateRequest {
+            prompt: [5, 17, 200, 3, 91].into(),
+            sampling: SamplingParams::default(),
+            stop: StopCriteria { max_tokens: 4, ..StopCriteria::default() },
+        })
+        .expect("accepted");
+    std::iter::from_fn(|| generation.next_blocking()).last().expect("an event")
+}
+
+#[test]
+fn weights_that_are_no_numbers_fail_the_requests_that_meet_them() {
+    for (folder, ending) in [
+        ("mixtral-base", "embed_tokens.weight"),
+        ("mixtral-base", "layers.0.input_layernorm.weight"),
+        ("mixtral-base", "layers.1.self_attn.k_proj.weight"),
+        ("mixtral-base", "layers.0.block_sparse_moe.gate.weight"),
+        ("mixtral-base", ".w1.weight"),
+        ("mixtral-base", "lm_head.weight"),
+        ("deepseek_v3-base", "mlp.gate.weight"),
+        ("deepseek_v3-base", "kv_b_proj.weight"),
+        ("longcat_flash-base", "router.classifier.weight"),
+        ("gpt_oss-bf16", "self_attn.sinks"),
+        ("phimoe-base", "block_sparse_moe.gate.weight"),
+    ] {
+        let event = last_event(folder, ending, f32::NAN);
+        assert_eq!(event, Event::Failed(GenerationError::CorruptedLogits), "{folder} {ending}");
+    }
+}
+
+#[test]
+fn numbers_without_end_and_choices_by_nan_end_every_request_all_the_same() {
+    for (folder, ending, number) in [
+        ("mixtral-base", "layers.0.block_sparse_moe.gate.weight", f32::INFINITY),
+        ("mixtral-base", ".w2.weight", f32::NEG_INFINITY),
+        ("mixtral-base", "lm_head.weight", f32::INFINITY),
+        ("deepseek_v3-base", "e_score_correction_bias", f32::NAN),
+        ("deepseek_v2-grouped", "mlp.gate.weight", f32::INFINITY),
+        ("longcat_flash-bias", "e_score_correction_bias", f32::INFINITY),
+    ] {
+        let event = last_event(folder, ending, number);
+        assert!(matches!(event, Event::Failed(_) | Event::Finished(_)), "{folder} {ending}: {event:?}");
     }
 }

@@ -142,6 +142,7 @@ invariant! {
     deepseek_v2 "deepseek_v2-grouped"
     deepseek_v3 "deepseek_v3-base"
     kimi_k2 "kimi_k2-base"
+    kimi_k2_int4 "kimi_k2-int4"
     jetmoe "jetmoe-top3"
     llama4 "llama4-text"
     gpt_oss "gpt_oss-mxfp4"

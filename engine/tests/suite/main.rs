@@ -2,8 +2,11 @@
 
 #![forbid(unsafe_code)]
 
+mod checkpoint_edit;
 mod driver;
 mod golden;
 mod hostile;
+mod inspection;
 mod invariance;
+mod quantized;
 mod step_loop;

@@ -41,13 +41,14 @@ fn table(inspection: &Inspection) -> String {
     let mut rows = vec![
         ("architecture", inspection.architecture.clone()),
         ("layers", format!("{}, {} of them with experts", inspection.num_layers, inspection.num_moe_layers)),
-        ("experts per layer", format!("{}, {} per token", inspection.num_experts, inspection.num_experts_per_tok)),
+        ("experts per layer", experts(inspection)),
         ("hidden size", inspection.hidden_size.to_string()),
         ("vocabulary", HumanCount(inspection.vocab_size as u64).to_string()),
         ("context", format!("{max_model_len} tokens")),
         ("parameters", count(inspection.num_parameters)),
-        ("active parameters", count(inspection.num_active_parameters)),
-        ("weights", format!("{} ({})", HumanBytes(inspection.weight_bytes), inspection.dtypes.join(", "))),
+        ("active parameters", active(inspection)),
+        ("weights on disk", format!("{} ({})", HumanBytes(inspection.weight_bytes), inspection.dtypes.join(", "))),
+        ("weights in memory", memory(inspection)),
         ("KV per token", format!("{} ({})", HumanBytes(inspection.kv_bytes_per_token), inspection.kv_dtype)),
     ];
     if inspection.state_bytes_per_sequence > 0 {
@@ -57,15 +58,40 @@ fn table(inspection: &Inspection) -> String {
     for (name, value) in rows {
         writeln!(text, "{name:<18} {value}").expect("writing to a string cannot fail");
     }
-    writeln!(text, "\n{:<18} {:>8} {:>17} {:>12}", "tensors", "number", "parameters", "bytes")
+    writeln!(text, "\n{:<18} {:>8} {:>17} {:>12} {:>12}", "tensors", "number", "parameters", "on disk", "in memory")
         .expect("writing to a string cannot fail");
     for size in &inspection.classes {
         let (name, parameters) = (class_name(size.class), HumanCount(size.num_parameters).to_string());
-        let num_bytes = HumanBytes(size.num_bytes).to_string();
-        writeln!(text, "{name:<18} {:>8} {parameters:>17} {num_bytes:>12}", size.num_tensors)
+        let [disk, memory] = [size.num_bytes, size.memory_bytes].map(|bytes| HumanBytes(bytes).to_string());
+        writeln!(text, "{name:<18} {:>8} {parameters:>17} {disk:>12} {memory:>12}", size.num_tensors)
             .expect("writing to a string cannot fail");
     }
     text
+}
+
+/// `512 and 256 that compute nothing, 12 per token`.
+fn experts(inspection: &Inspection) -> String {
+    let zero = match inspection.num_zero_experts {
+        0 => String::new(),
+        num => format!(" and {num} that compute nothing"),
+    };
+    format!("{}{zero}, {} per token", inspection.num_experts, inspection.num_experts_per_tok)
+}
+
+/// One count, or the range where it depends on the token.
+fn active(inspection: &Inspection) -> String {
+    let (least, most) = (inspection.min_active_parameters, inspection.num_active_parameters);
+    if least == most {
+        return count(most);
+    }
+    format!("{} to {}", count(least), count(most))
+}
+
+/// What the weights take once they are loaded: quantized ones are expanded.
+fn memory(inspection: &Inspection) -> String {
+    let [stored, f32] =
+        [inspection.memory_bytes, inspection.memory_bytes_f32].map(|bytes| HumanBytes(bytes).to_string());
+    format!("{stored} with --dtype auto, {f32} with --dtype f32")
 }
 
 /// `1.62 B (1,617,309,696)`.
@@ -101,26 +127,34 @@ mod tests {
 
     #[test]
     fn the_table_is_aligned() {
-        let inspection = Inspection {
+        let class = |class, num_tensors, num_parameters| ClassSize {
+            class,
+            num_tensors,
+            num_parameters,
+            num_bytes: 2 * num_parameters,
+            memory_bytes: 4 * num_parameters,
+        };
+        let mut inspection = Inspection {
             architecture: "mixtral".into(),
             num_layers: 30,
             num_moe_layers: 30,
             num_experts: 8,
+            num_zero_experts: 0,
             num_experts_per_tok: 2,
             hidden_size: 576,
             vocab_size: 49_152,
             max_model_len: Some(8192),
             num_parameters: 1_234_567_890,
             num_active_parameters: 2_500_000,
+            min_active_parameters: 2_500_000,
             weight_bytes: 1 << 30,
+            memory_bytes: 3 << 30,
+            memory_bytes_f32: 6 << 30,
             kv_dtype: "bf16",
             kv_bytes_per_token: 2048,
             state_bytes_per_sequence: 1 << 20,
             dtypes: vec!["bf16".into()],
-            classes: vec![
-                ClassSize { class: TensorClass::Router, num_tensors: 1, num_parameters: 5, num_bytes: 10 },
-                ClassSize { class: TensorClass::Experts, num_tensors: 720, num_parameters: 999_999, num_bytes: 4096 },
-            ],
+            classes: vec![class(TensorClass::Router, 1, 5), class(TensorClass::Experts, 720, 999_999)],
         };
         let text = table(&inspection);
         assert!(text.contains("parameters         1.23 B (1,234,567,890)\n"), "{text}");
@@ -130,5 +164,12 @@ mod tests {
         let ends: Vec<usize> = text.lines().skip_while(|line| !line.starts_with("tensors")).map(str::len).collect();
         assert_eq!(ends.len(), 3);
         assert!(ends.iter().all(|end| *end == ends[0]), "{text}");
+        assert!(text.contains("weights in memory  3.00 GiB with --dtype auto, 6.00 GiB with --dtype f32\n"), "{text}");
+
+        inspection.num_zero_experts = 4;
+        inspection.min_active_parameters = 1_250_000;
+        let text = table(&inspection);
+        assert!(text.contains("active parameters  1.25 M (1,250,000) to 2.50 M (2,500,000)\n"), "{text}");
+        assert!(text.contains("experts per layer  8 and 4 that compute nothing, 2 per token\n"), "{text}");
     }
 }

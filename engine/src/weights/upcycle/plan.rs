@@ -173,13 +173,15 @@ fn check_sources(gguf: &GgufFile, plan: &[PlannedTensor]) -> Result<(), EngineEr
         }
         let tensor = gguf.tensor(name)?;
         if tensor.ggml_type.unit().is_none() {
-            return Err(EngineError::TensorDtype { name: name.clone(), dtype: tensor.ggml_type.to_string() });
+            let (name, dtype) = (name.clone(), tensor.ggml_type.to_string());
+            return Err(EngineError::TensorDtype { name, dtype, path: gguf.path().to_owned() });
         }
         if tensor.shape != planned.shape {
             return Err(EngineError::TensorShape {
                 name: name.clone(),
                 found: tensor.shape.clone(),
                 expected: planned.shape.clone(),
+                path: gguf.path().to_owned(),
             });
         }
     }

@@ -1,0 +1,275 @@
+//! What `quantization_config` of config.json says of how quantized weights are stored.
+//!
+//! Which weights are quantized is told by their tensors: those that compressed-tensors lists under `ignore` are stored
+//! under their plain names.
+
+use serde_json::Value;
+
+use super::model_config::ModelConfig;
+use crate::error::EngineError;
+
+/// Tiles of block-scaled FP8 as DeepSeek publishes it.
+const DEFAULT_TILE: [usize; 2] = [128, 128];
+
+const METHODS: [&str; 4] = ["fp8", "fbgemm_fp8", "mxfp4", "compressed-tensors"];
+
+/// How the quantized matrices of a checkpoint are stored; one way for all of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Quantization {
+    /// Where the config does not say, the scales' shape does.
+    pub scales: Option<ScaleLayout>,
+    /// Of integers in words of 32 bits (compressed-tensors, `pack-quantized`).
+    pub packing: Option<Packing>,
+}
+
+/// Which values of a matrix share a scale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ScaleLayout {
+    /// Tiles of so many rows and columns, at least 1 each; those at the edges are partial.
+    Tiles([usize; 2]),
+    /// Each row has its own.
+    Rows,
+    /// The matrix has one.
+    Whole,
+}
+
+/// Integers side by side in words of 32 bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packing {
+    /// 4 or 8.
+    pub num_bits: usize,
+    /// Each scale has a zero point beside it.
+    pub has_zero_points: bool,
+}
+
+impl Packing {
+    pub fn per_word(&self) -> usize {
+        32 / self.num_bits
+    }
+}
+
+impl ScaleLayout {
+    /// Rows and columns under one scale of a matrix `[rows, cols]`.
+    pub fn tile(&self, [rows, cols]: [usize; 2]) -> [usize; 2] {
+        match *self {
+            Self::Tiles(tile) => tile,
+            Self::Rows => [1, cols.max(1)],
+            Self::Whole => [rows.max(1), cols.max(1)],
+        }
+    }
+
+    /// Shape of the scales of a matrix `[rows, cols]`.
+    pub fn num_tiles(&self, shape: [usize; 2]) -> [usize; 2] {
+        let [tile_rows, tile_cols] = self.tile(shape);
+        [shape[0].div_ceil(tile_rows), shape[1].div_ceil(tile_cols)]
+    }
+
+    /// What scales of the shape `found` are for a matrix `[rows, cols]`, where nothing else says it.
+    pub fn of_shape(found: &[usize], shape: [usize; 2]) -> Self {
+        let default = Self::Tiles(DEFAULT_TILE);
+        [default, Self::Whole, Self::Rows]
+            .into_iter()
+            .find(|layout| same_shape(found, &layout.num_tiles(shape)))
+            .unwrap_or(default)
+    }
+}
+
+/// Scales are stored with and without trailing dimensions of 1: `[rows, 1]` or `[rows]`, `[1]` or `[]`.
+pub fn same_shape(left: &[usize], right: &[usize]) -> bool {
+    let core = |shape: &[usize]| shape.len() - shape.iter().rev().take_while(|&&size| size == 1).count();
+    left[..core(left)] == right[..core(right)]
+}
+
+impl Quantization {
+    /// Reads `quantization_config`; absent is unquantized.
+    ///
+    /// # Errors
+    /// A method, format or number that is not supported, by its key.
+    pub fn from_config(config: &ModelConfig) -> Result<Self, EngineError> {
+        let Some(value) = config.get("quantization_config") else { return Ok(Self::default()) };
+        let Some(section) = config.section("quantization_config") else {
+            return Err(EngineError::Config {
+                key: "quantization_config",
+                reason: format!("is {value}, expected an object"),
+            });
+        };
+        section.expect_text("quant_method", &METHODS)?;
+        match section.text_or("quant_method", METHODS[0])? {
+            "compressed-tensors" => compressed_tensors(&section),
+            "fbgemm_fp8" => Ok(Self { scales: Some(ScaleLayout::Rows), packing: None }),
+            _ => Ok(Self { scales: block_size(&section, "weight_block_size")?.map(ScaleLayout::Tiles), packing: None }),
+        }
+    }
+}
+
+/// The one scheme that all groups of a compressed-tensors config share.
+fn compressed_tensors(section: &ModelConfig) -> Result<Quantization, EngineError> {
+    let format = section.text_or("format", "unknown")?;
+    let groups = section.get("config_groups").and_then(Value::as_object);
+    let names = groups.into_iter().flat_map(|groups| groups.keys());
+    let groups = section.section("config_groups");
+    let mut scheme = None;
+    for group in names.filter_map(|name| groups.as_ref()?.section(name)) {
+        let Some(weights) = group.section("weights") else { continue };
+        let found = weight_scheme(&weights, group.text_or("format", format)?)?;
+        if scheme.is_some_and(|scheme| scheme != found) {
+            let reason = "has groups that store their weights in different ways, supported is one way".into();
+            return Err(EngineError::Config { key: "config_groups", reason });
+        }
+        scheme = Some(found);
+    }
+    scheme.ok_or_else(|| EngineError::Config { key: "config_groups", reason: "says nothing of weights".into() })
+}
+
+/// `config_groups.*.weights`.
+fn weight_scheme(weights: &ModelConfig, format: &str) -> Result<Quantization, EngineError> {
+    let num_bits = weights.size("num_bits")?;
+    let symmetric = weights.flag_or("symmetric", true)?;
+    let scales = Some(scale_layout(weights)?);
+    weights.expect_text("type", &["int", "float"])?;
+    match (format, weights.text_or("type", "int")?, num_bits) {
+        ("pack-quantized", "int", 4 | 8) => {
+            Ok(Quantization { scales, packing: Some(Packing { num_bits, has_zero_points: !symmetric }) })
+        }
+        ("pack-quantized", _, _) => Err(bits_refused(num_bits, "pack-quantized integers of 4 or 8 bits")),
+        ("int-quantized" | "naive-quantized" | "float-quantized", _, 8) if symmetric => {
+            Ok(Quantization { scales, packing: None })
+        }
+        ("int-quantized" | "naive-quantized" | "float-quantized", _, 8) => {
+            let reason = format!("is false, which `{format}` is not supported with");
+            Err(EngineError::Config { key: "symmetric", reason })
+        }
+        ("int-quantized" | "naive-quantized" | "float-quantized", _, _) => Err(bits_refused(num_bits, "8 bits")),
+        _ => {
+            let supported = "pack-quantized, float-quantized, int-quantized, naive-quantized";
+            Err(EngineError::Config { key: "format", reason: format!("is `{format}`, supported is {supported}") })
+        }
+    }
+}
+
+fn bits_refused(num_bits: usize, supported: &str) -> EngineError {
+    EngineError::Config { key: "num_bits", reason: format!("is {num_bits}, supported is {supported}") }
+}
+
+/// `strategy`; where it is absent, `group_size` says it (-1 is one scale per row).
+fn scale_layout(weights: &ModelConfig) -> Result<ScaleLayout, EngineError> {
+    let per_row = weights.get("group_size").and_then(Value::as_i64) == Some(-1);
+    let group_size = if per_row { None } else { weights.opt_size("group_size")? };
+    let default = match group_size {
+        Some(_) => "group",
+        None if per_row => "channel",
+        None => "tensor",
+    };
+    match weights.text_or("strategy", default)? {
+        "group" => Ok(ScaleLayout::Tiles([1, weights.size("group_size")?])),
+        "channel" => Ok(ScaleLayout::Rows),
+        "tensor" => Ok(ScaleLayout::Whole),
+        "block" => Ok(ScaleLayout::Tiles(block_size(weights, "block_structure")?.unwrap_or(DEFAULT_TILE))),
+        other => {
+            let reason = format!("is `{other}`, supported is group, channel, tensor, block");
+            Err(EngineError::Config { key: "strategy", reason })
+        }
+    }
+}
+
+/// Rows and columns, as a list `[128, 128]` or a text `128x128`.
+fn block_size(section: &ModelConfig, key: &'static str) -> Result<Option<[usize; 2]>, EngineError> {
+    let Some(value) = section.get(key) else { return Ok(None) };
+    let sizes: Option<Vec<u64>> = match value {
+        Value::Array(list) => list.iter().map(Value::as_u64).collect(),
+        Value::String(text) => text.split('x').map(|size| size.parse().ok()).collect(),
+        _ => None,
+    };
+    match sizes.as_deref() {
+        Some(&[rows, cols]) if [rows, cols].iter().all(|size| (1..1 << 32).contains(size)) => {
+            Ok(Some([rows as usize, cols as usize]))
+        }
+        _ => Err(EngineError::Config { key, reason: format!("is {value}, expected two sizes of 1 to 2^32") }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn parse(section: Value) -> Result<Quantization, String> {
+        let config = ModelConfig::from_value(json!({ "quantization_config": section })).unwrap();
+        Quantization::from_config(&config).map_err(|error| error.to_string())
+    }
+
+    fn packed(weights: Value) -> Result<Quantization, String> {
+        let group = json!({ "targets": ["Linear"], "input_activations": null, "weights": weights });
+        parse(json!({
+            "quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": { "group_0": group },
+            "ignore": ["lm_head", "re:.*self_attn.*"],
+        }))
+    }
+
+    #[test]
+    fn published_schemes_are_understood() {
+        let int4 = Packing { num_bits: 4, has_zero_points: false };
+        let group = Some(ScaleLayout::Tiles([1, 32]));
+        let kimi = json!({ "num_bits": 4, "type": "int", "symmetric": true, "strategy": "group", "group_size": 32 });
+        assert_eq!(packed(kimi), Ok(Quantization { scales: group, packing: Some(int4) }));
+        let unnamed = json!({ "num_bits": 8, "type": "int", "symmetric": false, "group_size": -1 });
+        let int8 = Packing { num_bits: 8, has_zero_points: true };
+        assert_eq!(packed(unnamed), Ok(Quantization { scales: Some(ScaleLayout::Rows), packing: Some(int8) }));
+        for (section, scales) in [
+            (json!({ "quant_method": "fp8", "weight_block_size": [64, 32] }), Some(ScaleLayout::Tiles([64, 32]))),
+            (json!({ "quant_method": "fp8", "weight_block_size": null }), None),
+            (json!({ "quant_method": "fbgemm_fp8" }), Some(ScaleLayout::Rows)),
+            (json!({ "quant_method": "mxfp4" }), None),
+        ] {
+            assert_eq!(parse(section.clone()), Ok(Quantization { scales, packing: None }), "{section}");
+        }
+        let floats = |weights: Value| {
+            parse(json!({ "quant_method": "compressed-tensors", "format": "float-quantized",
+                "config_groups": { "group_0": { "weights": weights } } }))
+        };
+        let per_tensor = floats(json!({ "num_bits": 8, "type": "float", "strategy": "tensor" }));
+        assert_eq!(per_tensor.unwrap().scales, Some(ScaleLayout::Whole));
+        let blocks = json!({ "num_bits": 8, "type": "float", "strategy": "block", "block_structure": "64x128" });
+        assert_eq!(floats(blocks).unwrap().scales, Some(ScaleLayout::Tiles([64, 128])));
+    }
+
+    #[test]
+    fn what_is_not_supported_is_refused_by_its_key() {
+        let four = |keys: Value| {
+            let mut weights = json!({ "num_bits": 4, "type": "int", "strategy": "group", "group_size": 32 });
+            weights.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+            packed(weights)
+        };
+        for (result, expect) in [
+            (parse(json!("fp8")), "`quantization_config` is \"fp8\", expected an object"),
+            (parse(json!({ "quant_method": "awq" })), "`quant_method` is `awq`, supported is fp8"),
+            (parse(json!({ "quant_method": "fp8", "weight_block_size": [0, 128] })), "`weight_block_size` is [0,128]"),
+            (parse(json!({ "quant_method": "fp8", "weight_block_size": [128] })), "`weight_block_size` is [128]"),
+            (parse(json!({ "quant_method": "compressed-tensors" })), "`config_groups` says nothing of weights"),
+            (four(json!({ "group_size": 0 })), "`group_size` is 0, expected at least 1"),
+            (four(json!({ "group_size": 1u64 << 40 })), "`group_size` is 1099511627776, expected a count below 2^32"),
+            (four(json!({ "group_size": null })), "`group_size` is missing"),
+            (four(json!({ "num_bits": 3 })), "`num_bits` is 3, supported is pack-quantized integers of 4 or 8 bits"),
+            (four(json!({ "type": "float" })), "`num_bits` is 4, supported is pack-quantized integers"),
+            (four(json!({ "strategy": "token" })), "`strategy` is `token`, supported is group"),
+        ] {
+            let error = result.unwrap_err();
+            assert!(error.starts_with(&format!("config.json: {expect}")), "{error}");
+        }
+    }
+
+    #[test]
+    fn scales_may_say_themselves_what_they_are_for() {
+        for (found, layout) in [
+            (&[2, 3][..], ScaleLayout::Tiles([128, 128])),
+            (&[200, 1], ScaleLayout::Rows),
+            (&[200], ScaleLayout::Rows),
+            (&[1], ScaleLayout::Whole),
+            (&[], ScaleLayout::Whole),
+            (&[7, 7], ScaleLayout::Tiles([128, 128])),
+        ] {
+            assert_eq!(ScaleLayout::of_shape(found, [200, 300]), layout, "{found:?}");
+        }
+    }
+}

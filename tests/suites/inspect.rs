@@ -1,0 +1,138 @@
+//! `moesaic inspect` through its command line: sizes of every golden checkpoint.
+
+use std::process::{Command, Output};
+
+use harness::golden;
+use serde_json::Value;
+
+const SERVER: &str = env!("CARGO_BIN_EXE_moesaic-under-test");
+
+fn run(name: &str, args: &[&str]) -> Output {
+    Command::new(SERVER).arg("inspect").arg(golden::folder(name)).args(args).output().expect("it runs")
+}
+
+fn inspect(name: &str) -> Value {
+    let output = run(name, &["--json"]);
+    assert!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).expect("JSON")
+}
+
+fn text(name: &str) -> String {
+    String::from_utf8(run(name, &[]).stdout).expect("UTF-8")
+}
+
+/// Parameters in all and per token, added up from the shapes in the files: without heads that are tied, without
+/// multi-token prediction, and without the experts of a layer that a token is not routed to.
+const SIZES: &[(&str, u64, u64)] = &[
+    ("bailing_moe-base", 197_952, 136_512),
+    ("bailing_moe-dense1", 186_304, 137_152),
+    ("bailing_moe_v2-base", 198_032, 124_304),
+    ("bailing_moe_v2-plain", 161_360, 87_632),
+    ("deepseek_v2-grouped", 151_696, 114_832),
+    ("deepseek_v2-lite", 233_456, 159_728),
+    ("deepseek_v3-base", 196_512, 122_784),
+    ("deepseek_v3-fp8", 353_912, 261_752),
+    ("deepseek_v3-mtp", 146_840, 109_976),
+    ("deepseek_v3-noq", 176_672, 115_232),
+    ("dots1-base", 241_200, 179_760),
+    ("dots1-window", 211_224, 100_632),
+    ("ernie4_5_moe-base", 204_240, 142_800),
+    ("ernie4_5_moe-interval", 211_916, 162_764),
+    ("glm4_moe-base", 216_912, 155_472),
+    ("glm4_moe-qknorm", 247_768, 137_176),
+    ("gpt_oss-bf16", 187_732, 150_228),
+    ("gpt_oss-mxfp4", 388_132, 238_372),
+    ("granitemoe-base", 210_880, 118_720),
+    ("granitemoe-bias", 167_232, 111_936),
+    ("hunyuan_v1_moe-base", 188_800, 112_000),
+    ("hunyuan_v1_moe-plain", 244_240, 175_120),
+    ("jetmoe-base", 214_592, 124_480),
+    ("jetmoe-top3", 204_864, 131_136),
+    ("kimi_k2-base", 171_676, 116_380),
+    ("kimi_k2-int4", 159_258, 116_250),
+    ("kimi_k2-tiktoken", 146_840, 109_976),
+    ("llama4-mm", 228_544, 167_104),
+    ("llama4-text", 225_664, 133_504),
+    ("minicpm_moe-base", 284_608, 146_368),
+    ("minicpm_moe-tied", 142_400, 96_320),
+    ("minimax_m2-base", 272_632, 157_432),
+    ("minimax_m2-wide", 167_372, 105_932),
+    ("mixtral-base", 235_456, 124_864),
+    ("mixtral-window", 133_056, 102_336),
+    ("olmoe-base", 248_128, 155_968),
+    ("olmoe-clip", 174_496, 100_768),
+    ("pangu_ultra_moe-base", 214_712, 153_272),
+    ("pangu_ultra_moe-vllm", 147_356, 98_204),
+    ("phimoe-base", 310_592, 144_704),
+    ("phimoe-plain", 142_592, 87_296),
+    ("qwen2_moe-base", 263_680, 153_088),
+    ("qwen2_moe-mixed", 176_640, 158_208),
+    ("qwen3_moe-base", 272_512, 161_920),
+    ("qwen3_moe-v5config", 148_416, 123_840),
+    ("qwen3_moe-yarn", 217_664, 168_512),
+];
+
+#[test]
+fn total_and_active_parameters_are_right() {
+    for &(name, total, active) in SIZES {
+        let found = inspect(name);
+        let keys = ["num_parameters", "num_active_parameters", "min_active_parameters"];
+        assert_eq!(keys.map(|key| found[key].as_u64()), [total, active, active].map(Some), "{name}");
+    }
+}
+
+/// A folder that nobody counted may be counted wrongly.
+#[test]
+fn every_golden_folder_is_counted() {
+    let source = include_str!("inspect.rs");
+    for entry in std::fs::read_dir(golden::folder("")).expect("tests/golden") {
+        let entry = entry.expect("a readable entry");
+        let name = entry.file_name().into_string().expect("a UTF-8 name");
+        assert!(!entry.path().is_dir() || source.contains(&format!("\"{name}\"")), "{name} is not counted");
+    }
+}
+
+#[test]
+fn longcat_has_a_range_of_active_parameters() {
+    // Three matrices of 64 × 32.
+    let expert = 3 * 64 * 32;
+    // Embedding, head, attention, routers (12 choices in 2 layers), dense networks, norms.
+    let fixed = 2 * 24_576 + 46_080 + 2 * (12 * 64 + 12) + 73_728 + 736;
+    // 2 layers of 8 experts; 3 are chosen, and all 3 may be among the 4 that compute nothing.
+    let base = inspect("longcat_flash-base");
+    assert_eq!(base["num_parameters"], fixed + 2 * 8 * expert);
+    assert_eq!(base["min_active_parameters"], fixed);
+    assert_eq!(base["num_active_parameters"], fixed + 2 * 3 * expert);
+    let text = text("longcat_flash-base");
+    assert!(text.contains("experts per layer  8 and 4 that compute nothing, 3 per token\n"), "{text}");
+    assert!(text.contains("active parameters  171,256 to 208,120\n"), "{text}");
+    // 1 layer of 6 experts; 4 are chosen, and only 3 compute nothing.
+    let bias = inspect("longcat_flash-bias");
+    let fixed = bias["num_parameters"].as_u64().expect("a count") - 6 * expert;
+    assert_eq!(bias["min_active_parameters"], fixed + expert);
+    assert_eq!(bias["num_active_parameters"], fixed + 4 * expert);
+}
+
+#[test]
+fn memory_after_expansion_is_stated() {
+    // 30 matrices of 64 × 32 in 4 bits: half a byte, and a scale of 2 bytes for 32, and 8 bytes of shape each.
+    let stored = 30 * (64 * 32 / 2 + 64 * 32 / 32 * 2 + 8);
+    let found = inspect("kimi_k2-int4");
+    let class = |name: &str| {
+        let classes = found["classes"].as_array().expect("a list");
+        classes.iter().find(|class| class["class"] == name).expect("the class").clone()
+    };
+    assert_eq!(class("experts")["num_parameters"], 30 * 64 * 32);
+    assert_eq!(class("experts")["num_bytes"], stored);
+    assert_eq!(class("experts")["memory_bytes"], 30 * 64 * 32 * 2);
+    assert_eq!(found["memory_bytes_f32"], 4 * found["num_parameters"].as_u64().expect("a count"));
+    for name in ["kimi_k2-int4", "deepseek_v3-fp8", "gpt_oss-mxfp4"] {
+        let found = inspect(name);
+        let bytes = |key: &str| found[key].as_u64().expect("a count");
+        assert!(bytes("weight_bytes") < bytes("memory_bytes"), "{name}");
+        assert!(bytes("memory_bytes") < bytes("memory_bytes_f32"), "{name}");
+    }
+    let text = text("kimi_k2-int4");
+    let line = "weights in memory  311.85 KiB with --dtype auto, 622.10 KiB with --dtype f32\n";
+    assert!(text.contains(line), "{text}");
+}
