@@ -6,6 +6,7 @@ use kernels::Reach;
 use serde_json::{Map, Value};
 
 use super::checkpoint::read_json;
+use super::class_defaults;
 use crate::error::EngineError;
 use crate::handle::GenerationDefaults;
 
@@ -20,7 +21,11 @@ impl ModelConfig {
     pub fn load(model_dir: &Path) -> Result<Self, EngineError> {
         let path = model_dir.join("config.json");
         match read_json(&path)? {
-            Value::Object(keys) => Ok(Self { keys }.language_model()),
+            Value::Object(keys) => {
+                let mut config = Self { keys }.language_model();
+                class_defaults::complete(&mut config.keys);
+                Ok(config)
+            }
             _ => Err(EngineError::Invalid { path, reason: "it is not a JSON object".into() }),
         }
     }
@@ -29,7 +34,11 @@ impl ModelConfig {
     fn language_model(self) -> Self {
         let Some(text) = self.section("text_config") else { return self };
         let mut keys = self.keys;
-        keys.extend(text.keys.into_iter().filter(|(key, value)| key != "model_type" && !value.is_null()));
+        for (key, value) in text.keys.into_iter().filter(|(key, _)| key != "model_type") {
+            if !value.is_null() || !keys.contains_key(&key) {
+                keys.insert(key, value);
+            }
+        }
         Self { keys }
     }
 
@@ -124,6 +133,19 @@ impl ModelConfig {
             Some(value) => value
                 .as_str()
                 .ok_or_else(|| EngineError::Config { key, reason: format!("is {value}, expected a string") }),
+        }
+    }
+
+    /// What `layer_types` says of layer `idx`, one of `supported`; `None` without such a list.
+    pub fn layer_type(&self, idx: usize, supported: &[&str]) -> Result<Option<&str>, EngineError> {
+        let key = "layer_types";
+        let Some(types) = self.get(key) else { return Ok(None) };
+        match types.get(idx).and_then(Value::as_str) {
+            Some(kind) if supported.contains(&kind) => Ok(Some(kind)),
+            other => {
+                let reason = format!("has {other:?} for layer {idx}, expected {}", supported.join(" or "));
+                Err(EngineError::Config { key, reason })
+            }
         }
     }
 
