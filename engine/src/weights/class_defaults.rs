@@ -34,12 +34,17 @@ fn aliases(model_type: &str) -> &'static [(&'static str, &'static str)] {
 /// Defaults of a class that are not those of the code that reads the key, which serves many families.
 fn defaults(model_type: &str) -> Value {
     match model_type {
-        "jetmoe" => json!({ "kv_channels": 128, "num_experts_per_tok": 2, "tie_word_embeddings": true }),
+        "jetmoe" => json!({
+            "kv_channels": 128, "max_position_embeddings": 4096, "num_experts_per_tok": 2, "num_key_value_heads": 16,
+            "tie_word_embeddings": true,
+        }),
         "minicpm" => json!({
-            "dim_model_base": 1, "num_experts_per_tok": 2, "rms_norm_eps": 1e-6, "tie_word_embeddings": true,
+            "dim_model_base": 1, "max_position_embeddings": 2048, "num_experts_per_tok": 2, "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": true,
         }),
         "gpt_oss" => json!({
-            "head_dim": 64, "num_experts_per_tok": 4, "sliding_window": 128, "rope_theta": 150_000.0,
+            "head_dim": 64, "max_position_embeddings": 131_072, "num_experts_per_tok": 4, "num_key_value_heads": 8,
+            "rope_theta": 150_000.0, "sliding_window": 128,
             // Shadowed by a `rope_scaling`.
             "rope_parameters": {
                 "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": false,
@@ -47,21 +52,29 @@ fn defaults(model_type: &str) -> Value {
             },
         }),
         "glm4_moe" => json!({
-            "first_k_dense_replace": 1, "n_shared_experts": 1, "num_experts_per_tok": 8, "partial_rotary_factor": 0.5,
-            "topk_group": 1,
+            "first_k_dense_replace": 1, "max_position_embeddings": 131_072, "n_shared_experts": 1,
+            "num_experts_per_tok": 8, "num_key_value_heads": 8, "partial_rotary_factor": 0.5, "topk_group": 1,
         }),
         "dots1" => json!({
-            "max_window_layers": 62, "norm_topk_prob": false, "sliding_window": 4096, "topk_group": 1,
+            "max_position_embeddings": 2048, "max_window_layers": 62, "norm_topk_prob": false,
+            "num_key_value_heads": 32, "sliding_window": 4096, "topk_group": 1,
         }),
         "ernie4_5_moe" => json!({
-            "moe_k": 6, "moe_layer_start_index": 1, "moe_num_shared_experts": 2, "rope_theta": 500_000.0,
-            "tie_word_embeddings": true,
+            "max_position_embeddings": 131_072, "moe_k": 6, "moe_layer_start_index": 1, "moe_num_shared_experts": 2,
+            "num_key_value_heads": 4, "rope_theta": 500_000.0, "tie_word_embeddings": true,
         }),
-        "hunyuan_v1_moe" => json!({ "moe_topk": 1, "num_experts": 1 }),
-        "minimax_m2" => json!({ "head_dim": 128, "num_experts_per_tok": 8, "rope_theta": 5_000_000.0 }),
-        "phimoe" => json!({ "num_experts_per_tok": 2, "rope_theta": 1_000_000.0 }),
+        "hunyuan_v1_moe" => json!({ "max_position_embeddings": 2048, "moe_topk": 1, "num_experts": 1 }),
+        "minimax_m2" => json!({
+            "head_dim": 128, "max_position_embeddings": 196_608, "num_experts_per_tok": 8, "num_key_value_heads": 8,
+            "rope_theta": 5_000_000.0,
+        }),
+        "phimoe" => json!({
+            "max_position_embeddings": 131_072, "num_experts_per_tok": 2, "num_key_value_heads": 8,
+            "rope_theta": 1_000_000.0,
+        }),
         "llama4" | "llama4_text" => json!({
-            "attention_chunk_size": 8192, "head_dim": 128, "num_experts_per_tok": 1, "rope_theta": 500_000.0,
+            "attention_chunk_size": 8192, "head_dim": 128, "max_position_embeddings": 131_072, "num_experts_per_tok": 1,
+            "num_key_value_heads": 8, "rope_theta": 500_000.0,
         }),
         _ => Value::Null,
     }
