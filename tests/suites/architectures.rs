@@ -67,6 +67,7 @@ served! {
     minimax_m2: "minimax_m2-base";
     minicpm_moe: "minicpm_moe-base";
     gpt_oss: "gpt_oss-mxfp4";
+    gpt_oss_in_f16: "gpt_oss-alpha";
     phimoe: "phimoe-base";
     jetmoe: "jetmoe-base";
     llama4: "llama4-mm";

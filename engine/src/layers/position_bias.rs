@@ -20,8 +20,8 @@ pub struct Buckets {
 impl Buckets {
     /// `relative_attention_num_buckets` and `relative_attention_max_distance`.
     pub fn from_config(config: &ModelConfig, is_bidirectional: bool) -> Result<Self, EngineError> {
-        let num_buckets = config.count_or("relative_attention_num_buckets", 32)?;
-        let max_distance = config.count_or("relative_attention_max_distance", 128)?;
+        let num_buckets = config.size("relative_attention_num_buckets")?;
+        let max_distance = config.size("relative_attention_max_distance")?;
         let buckets = Self { num_buckets, max_distance, is_bidirectional };
         if !(4..=MOST_DISTANCES).contains(&num_buckets) {
             let reason = format!("is {num_buckets}, allowed are 4 to {MOST_DISTANCES}");

@@ -11,12 +11,10 @@ use crate::layers::ends::{DecoderConfig, HeadKind};
 use crate::layers::moe::ExpertShape;
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
-    let config = &source.config.with_defaults(&[("rope_theta", 5e5)]);
-    let ModelSource { loader, max_model_len, .. } = *source;
+    let ModelSource { config, loader, max_model_len } = *source;
     config.expect_silu()?;
     let has_bias = config.flag_or("use_bias", false)?;
     let decoder = DecoderConfig {
-        tie_word_embeddings: config.flag_or("tie_word_embeddings", true)?,
         head: if has_bias { HeadKind::Biased } else { HeadKind::Plain },
         ..DecoderConfig::from_config(config, 1e-5)?
     };
@@ -37,7 +35,8 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         },
         num_shared: config.count_or("moe_num_shared_experts", 0)?,
         spec: RouterSpec {
-            renormalize: Some(config.float_or("moe_norm_min", 1e-12)? as f32),
+            renormalize: Some(0.0),
+            min_sum: config.float_or("moe_norm_min", 1e-12)? as f32,
             ..RouterSpec::new(Scoring::Softmax, config.size("moe_k")?)
         },
         choice_bias: Some(ChoiceBias::Row("moe_statics.e_score_correction_bias")),

@@ -19,10 +19,10 @@ pub fn load_glm(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         qk_norm: has_norm.then_some(QkNorm::PerHead { eps: decoder.rms_norm_eps }),
         ..AttentionConfig::from_config(config, source.max_model_len)?
     };
-    load(source, decoder, &|_| attention.clone())
+    load(source, decoder, &|_| Ok(attention.clone()))
 }
 
-/// Norms per head, biases on all projections, windows on the later layers.
+/// Norms per head, biases on all projections, windows on the layers that `layer_types` names, by default the later ones.
 pub fn load_dots(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let config = source.config;
     let decoder = DecoderConfig::from_config(config, 1e-6)?;
@@ -35,15 +35,20 @@ pub fn load_dots(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     };
     let window = config.window("sliding_window")?;
     let first_window = config.count_or("max_window_layers", usize::MAX)?;
-    let of_layer =
-        |idx| AttentionConfig { reach: if idx >= first_window { window } else { Reach::Full }, ..attention.clone() };
+    let of_layer = |idx| {
+        let slides = match config.layer_type(idx, &["full_attention", "sliding_attention"])? {
+            Some(kind) => kind == "sliding_attention",
+            None => idx >= first_window,
+        };
+        Ok(AttentionConfig { reach: if slides { window } else { Reach::Full }, ..attention.clone() })
+    };
     load(source, decoder, &of_layer)
 }
 
 fn load(
     source: &ModelSource,
     decoder: DecoderConfig,
-    attention: &dyn Fn(usize) -> AttentionConfig,
+    attention: &dyn Fn(usize) -> Result<AttentionConfig, EngineError>,
 ) -> Result<Box<dyn Model>, EngineError> {
     source.config.expect_silu()?;
     let layers = FineGrained {
@@ -51,7 +56,7 @@ fn load(
         ..FineGrained::from_config(source.config, sigmoid_router(source.config)?)?
     };
     let mixer = |prefix: &str, idx: usize| {
-        Ok(Mixer::Gqa(Attention::load(source.loader, &format!("{prefix}.self_attn"), attention(idx), idx)?))
+        Ok(Mixer::Gqa(Attention::load(source.loader, &format!("{prefix}.self_attn"), attention(idx)?, idx)?))
     };
     let feed_forward = |prefix: &str, idx: usize| layers.load(source, prefix, idx);
     let parts = LayerParts { mixer: &mixer, feed_forward: &feed_forward };

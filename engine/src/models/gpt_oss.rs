@@ -13,12 +13,8 @@ use crate::weights::loader::Loader;
 use crate::weights::model_config::ModelConfig;
 use crate::weights::mxfp4;
 
-/// Steepness of the activation's sigmoid, fixed in the reference.
-const ALPHA: f32 = 1.702;
-
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
-    let config = &source.config.with_defaults(&[("rope_theta", 1.5e5)]);
-    let ModelSource { loader, max_model_len, .. } = *source;
+    let ModelSource { config, loader, max_model_len } = *source;
     let decoder = DecoderConfig::from_config(config, 1e-5)?;
     let bias = config.flag_or("attention_bias", true)?.into();
     let attention = AttentionConfig {
@@ -33,12 +29,11 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         hidden_size: decoder.hidden_size,
         width: config.size("intermediate_size")?,
     };
-    let top_k = match config.opt_count("num_experts_per_tok")? {
-        Some(top_k) => top_k,
-        None => config.size("experts_per_token")?,
+    let top_k = config.size("num_experts_per_tok")?;
+    let activation = ExpertActivation::ClampedSwish {
+        alpha: config.float_or("swiglu_alpha", 1.702)? as f32,
+        limit: config.float_or("swiglu_limit", 7.0)? as f32,
     };
-    let activation =
-        ExpertActivation::ClampedSwish { alpha: ALPHA, limit: config.float_or("swiglu_limit", 7.0)? as f32 };
     let mixer = |prefix: &str, idx: usize| {
         let reach = if is_sliding(config, idx)? { window } else { Reach::Full };
         let attention = AttentionConfig { reach, ..attention.clone() };
@@ -60,17 +55,10 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
 
 /// `layer_types`, by default sliding on even layers.
 fn is_sliding(config: &ModelConfig, idx: usize) -> Result<bool, EngineError> {
-    let Some(types) = config.get("layer_types").and_then(|types| types.as_array()) else {
-        return Ok(idx.is_multiple_of(2));
-    };
-    match types.get(idx).and_then(|kind| kind.as_str()) {
-        Some("sliding_attention") => Ok(true),
-        Some("full_attention") => Ok(false),
-        other => {
-            let reason = format!("has {other:?} for layer {idx}, expected sliding_attention or full_attention");
-            Err(EngineError::Config { key: "layer_types", reason })
-        }
-    }
+    Ok(match config.layer_type(idx, &["full_attention", "sliding_attention"])? {
+        Some(kind) => kind == "sliding_attention",
+        None => idx.is_multiple_of(2),
+    })
 }
 
 fn load_experts(
@@ -80,6 +68,7 @@ fn load_experts(
     activation: ExpertActivation,
 ) -> Result<Vec<Expert>, EngineError> {
     let ExpertShape { num_experts, hidden_size, width } = shape;
+    check_blocks(loader, prefix, shape)?;
     let gate_up =
         Stacked { loader, name: format!("{prefix}.gate_up_proj"), shape: [num_experts, 2 * width, hidden_size] };
     let down = Stacked { loader, name: format!("{prefix}.down_proj"), shape: [num_experts, hidden_size, width] };
@@ -92,6 +81,20 @@ fn load_experts(
         Expert::Glu(ExpertWeights { gate_up, down, biases: Some(biases), activation })
     };
     Ok(weights.zip(biases).map(expert).collect())
+}
+
+/// Refuses MXFP4 of sizes that its blocks do not divide.
+fn check_blocks(loader: &Loader, prefix: &str, shape: ExpertShape) -> Result<(), EngineError> {
+    if !loader.has(&format!("{prefix}.gate_up_proj_blocks")) {
+        return Ok(());
+    }
+    match [shape.hidden_size, shape.width].into_iter().find(|cols| !cols.is_multiple_of(mxfp4::BLOCK)) {
+        None => Ok(()),
+        Some(cols) => {
+            let reason = format!("is mxfp4, whose blocks of {} do not divide rows of {cols} values", mxfp4::BLOCK);
+            Err(EngineError::Config { key: "quantization_config", reason })
+        }
+    }
 }
 
 /// Rows of `cols` values, gate and up alternating, to all of the gate before all of up.

@@ -16,7 +16,10 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     config.expect_silu()?;
     let decoder = DecoderConfig::from_config(config, 1e-5)?;
     let bias = config.flag_or("attention_bias", false)?.into();
-    let has_norm = config.flag_or("use_qk_norm", true)?;
+    check_own_keys(source)?;
+    // The reference normalises whatever `use_qk_norm` says; a checkpoint without norms has no tensors for them.
+    let has_norm =
+        config.flag_or("use_qk_norm", true)? || loader.has("model.layers.0.self_attn.query_layernorm.weight");
     let attention = AttentionConfig {
         qkv_bias: bias,
         out_bias: bias,
@@ -50,6 +53,18 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     };
     let parts = LayerParts { mixer: &mixer, feed_forward: &feed_forward };
     Ok(Box::new(Decoder::load(source, decoder, parts)?))
+}
+
+/// Refuses layers that attend to the keys of an earlier one (`use_cla`): they come without keys of their own.
+fn check_own_keys(source: &ModelSource) -> Result<(), EngineError> {
+    let share = source.config.count_or("cla_share_factor", 1)?;
+    let shares = source.config.flag_or("use_cla", false)? && share > 1;
+    let num_layers = source.config.size("num_hidden_layers")?;
+    if shares && num_layers > 1 && !source.loader.has("model.layers.1.self_attn.k_proj.weight") {
+        let reason = format!("is true: {share} layers share their keys and values, which is not supported");
+        return Err(EngineError::Config { key: "use_cla", reason });
+    }
+    Ok(())
 }
 
 /// A count that is one number for all layers, or a list with one for each.

@@ -14,8 +14,7 @@ use crate::weights::loader::Loader;
 use crate::weights::model_config::ModelConfig;
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
-    let config = &source.config.with_defaults(&[("rope_theta", 5e5)]);
-    let ModelSource { loader, max_model_len, .. } = *source;
+    let ModelSource { config, loader, max_model_len } = *source;
     config.expect_silu()?;
     let decoder = DecoderConfig::from_config(config, 1e-5)?;
     let attention = LayerKinds::from_config(config, max_model_len, decoder.rms_norm_eps)?;
@@ -26,14 +25,15 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     };
     let dense_width = config.size("intermediate_size_mlp")?;
     let step = config.count_or("interleave_moe_layer_step", 1)?.max(1);
+    let is_listed = config.get("moe_layers").is_some();
     let moe_layers = config.counts("moe_layers")?;
     let spec = RouterSpec::new(Scoring::Sigmoid, config.count_or("num_experts_per_tok", 1)?);
     let mixer = |prefix: &str, idx: usize| {
-        Ok(Mixer::Gqa(Attention::load(loader, &format!("{prefix}.self_attn"), attention.of_layer(idx), idx)?))
+        Ok(Mixer::Gqa(Attention::load(loader, &format!("{prefix}.self_attn"), attention.of_layer(config, idx)?, idx)?))
     };
     let feed_forward = |prefix: &str, idx: usize| {
         let block = format!("{prefix}.feed_forward");
-        let is_moe = if moe_layers.is_empty() { (idx + 1).is_multiple_of(step) } else { moe_layers.contains(&idx) };
+        let is_moe = if is_listed { moe_layers.contains(&idx) } else { (idx + 1).is_multiple_of(step) };
         if !is_moe {
             return Ok(FeedForwardParts::Dense(Mlp::load(loader, &block, shape.hidden_size, dense_width)?));
         }
@@ -57,10 +57,12 @@ pub fn is_vision_tensor(_: &ModelConfig, name: &str) -> bool {
     name.starts_with("vision_model.") || name.starts_with("multi_modal_projector.")
 }
 
-/// Rotating and position-free layers.
+/// Attention of the layers: rotating or without positions, chunked or full.
 struct LayerKinds {
     rotating: AttentionConfig,
     position_free: AttentionConfig,
+    /// Of the chunked layers.
+    reach: Reach,
     /// 1 for a rotating layer, if the configuration lists them.
     listed: Vec<usize>,
     interval: usize,
@@ -76,35 +78,48 @@ impl LayerKinds {
             ..AttentionConfig::from_config(config, max_model_len)?
         };
         let has_norm = config.flag_or("use_qk_norm", true)?;
-        let temperature = match config.flag_or("attn_temperature_tuning", true)? {
-            true => Some(QueryTemperature {
-                scale: config.float_or("attn_scale", 0.1)?,
-                floor: config.float_or("floor_scale", 8192.0)?,
-            }),
-            false => None,
-        };
         Ok(Self {
             rotating: AttentionConfig {
-                reach: match config.opt_count("attention_chunk_size")? {
-                    Some(chunk) if chunk > 0 => Reach::Chunk(chunk),
-                    _ => Reach::Full,
-                },
                 qk_norm: has_norm.then_some(QkNorm::PerRotatedHeadUnit { eps }),
                 ..base.clone()
             },
-            position_free: AttentionConfig { rope: None, temperature, ..base },
+            position_free: AttentionConfig { rope: None, temperature: temperature(config)?, ..base },
+            reach: match config.opt_count("attention_chunk_size")? {
+                Some(chunk) if chunk > 0 => Reach::Chunk(chunk),
+                _ => Reach::Full,
+            },
             listed: config.counts("no_rope_layers")?,
             interval: config.count_or("no_rope_layer_interval", 4)?.max(1),
         })
     }
 
-    fn of_layer(&self, idx: usize) -> AttentionConfig {
+    /// Rotating layers are the chunked ones, unless `layer_types` says otherwise.
+    fn of_layer(&self, config: &ModelConfig, idx: usize) -> Result<AttentionConfig, EngineError> {
         let rotates = match self.listed.get(idx) {
             Some(&listed) => listed != 0,
             None => !(idx + 1).is_multiple_of(self.interval),
         };
-        if rotates { self.rotating.clone() } else { self.position_free.clone() }
+        let is_chunked = match config.layer_type(idx, &["full_attention", "chunked_attention"])? {
+            Some(kind) => kind == "chunked_attention",
+            None => rotates,
+        };
+        let kind = if rotates { &self.rotating } else { &self.position_free };
+        Ok(AttentionConfig { reach: if is_chunked { self.reach } else { Reach::Full }, ..kind.clone() })
     }
+}
+
+/// `attn_temperature_tuning`: a flag, or a number in the first published configurations.
+fn temperature(config: &ModelConfig) -> Result<Option<QueryTemperature>, EngineError> {
+    let key = "attn_temperature_tuning";
+    let is_tuned = match config.get(key) {
+        Some(value) if value.is_number() => config.float_or(key, 0.0)? != 0.0,
+        _ => config.flag_or(key, true)?,
+    };
+    if !is_tuned {
+        return Ok(None);
+    }
+    let (scale, floor) = (config.float_or("attn_scale", 0.1)?, config.float_or("floor_scale", 8192.0)?);
+    Ok(Some(QueryTemperature { scale, floor }))
 }
 
 /// Experts stacked as `[experts, in, out]`, gate before up.

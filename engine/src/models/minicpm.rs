@@ -15,7 +15,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     config.expect_silu()?;
     let decoder = DecoderConfig::from_config(config, 1e-5)?;
     let depth = config.size("num_hidden_layers")? as f64;
-    let base_width = config.float_or("dim_model_base", decoder.hidden_size as f64)?;
+    let base_width = config.size("dim_model_base")? as f64;
     let decoder = DecoderConfig {
         multipliers: Multipliers {
             embedding: config.float_or("scale_emb", 1.0)?,
@@ -24,7 +24,9 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         },
         ..decoder
     };
-    let attention = AttentionConfig::from_config(config, max_model_len)?;
+    let bias = config.flag_or("attention_bias", false)?.into();
+    let attention =
+        AttentionConfig { qkv_bias: bias, out_bias: bias, ..AttentionConfig::from_config(config, max_model_len)? };
     let width = config.size("intermediate_size")?;
     let num_experts = config.count_or("num_experts", 0)?;
     let shape = ExpertShape { num_experts, hidden_size: decoder.hidden_size, width };

@@ -14,8 +14,7 @@ use crate::layers::norm::NormKind;
 use crate::weights::model_config::ModelConfig;
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
-    let config = &source.config.with_defaults(&[("partial_rotary_factor", 0.25), ("head_dim", 256.0)]);
-    let source = &ModelSource { config, ..*source };
+    let config = source.config;
     config.expect_silu()?;
     let decoder = DecoderConfig { norm_kind: NormKind::RmsPlusOne, ..DecoderConfig::from_config(config, 1e-6)? };
     let bias = config.flag_or("attention_bias", false)?.into();
@@ -37,7 +36,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
             Ok(Mixer::Gqa(Attention::load(source.loader, &prefix, attention.clone(), idx)?))
         }
     };
-    let sparse = SparseLayers::from_config(config, config.size("num_experts")?, true)?;
+    let sparse = SparseLayers::from_config(config, config.size("num_experts")?)?;
     let shared = |prefix: &str| load_shared_expert(source, prefix);
     let feed_forward = |prefix: &str, idx: usize| sparse.load(source, (prefix, idx), &shared);
     let parts = LayerParts { mixer: &mixer, feed_forward: &feed_forward };
@@ -46,7 +45,6 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
 
 /// Keys and values of the attention layers, states of the others.
 pub fn footprint(config: &ModelConfig) -> Result<Footprint, EngineError> {
-    let config = &config.with_defaults(&[("head_dim", 256.0)]);
     let is_linear = linear_layers(config)?;
     let num_linear = is_linear.iter().filter(|&&is_linear| is_linear).count() as u64;
     let num_attentions = is_linear.len() as u64 - num_linear;
@@ -58,13 +56,12 @@ pub fn footprint(config: &ModelConfig) -> Result<Footprint, EngineError> {
 }
 
 fn delta_heads(config: &ModelConfig) -> Result<DeltaSpec, EngineError> {
-    let size = |key, default| Ok::<_, EngineError>(config.opt_size(key)?.unwrap_or(default));
     let heads = DeltaSpec {
-        num_key_heads: size("linear_num_key_heads", 16)?,
-        num_value_heads: size("linear_num_value_heads", 32)?,
-        key_dim: size("linear_key_head_dim", 128)?,
-        value_dim: size("linear_value_head_dim", 128)?,
-        conv_kernel: size("linear_conv_kernel_dim", 4)?,
+        num_key_heads: config.size("linear_num_key_heads")?,
+        num_value_heads: config.size("linear_num_value_heads")?,
+        key_dim: config.size("linear_key_head_dim")?,
+        value_dim: config.size("linear_value_head_dim")?,
+        conv_kernel: config.size("linear_conv_kernel_dim")?,
     };
     let sizes = [heads.num_key_heads, heads.num_value_heads, heads.key_dim, heads.value_dim, heads.conv_kernel];
     // Far more than any model has, so that products of three stay within 64 bits.
@@ -81,18 +78,10 @@ fn delta_heads(config: &ModelConfig) -> Result<DeltaSpec, EngineError> {
 
 /// Per layer: by `layer_types`, else all but every `full_attention_interval`-th.
 fn linear_layers(config: &ModelConfig) -> Result<Vec<bool>, EngineError> {
-    let num_layers = config.size("num_hidden_layers")?;
-    let Some(types) = config.layer_types(num_layers)? else {
-        let interval = config.opt_size("full_attention_interval")?.unwrap_or(4);
-        return Ok((0..num_layers).map(|idx| !(idx + 1).is_multiple_of(interval)).collect());
+    let interval = config.size("full_attention_interval")?;
+    let is_linear = |idx: usize| match config.layer_type(idx, &["linear_attention", "full_attention"])? {
+        Some(kind) => Ok(kind == "linear_attention"),
+        None => Ok(!(idx + 1).is_multiple_of(interval)),
     };
-    let is_linear = |kind: &str| match kind {
-        "linear_attention" => Ok(true),
-        "full_attention" => Ok(false),
-        other => {
-            let reason = format!("has `{other}`, expected linear_attention or full_attention");
-            Err(EngineError::Config { key: "layer_types", reason })
-        }
-    };
-    types.into_iter().map(is_linear).collect()
+    (0..config.size("num_hidden_layers")?).map(is_linear).collect()
 }

@@ -25,7 +25,7 @@ pub fn load_qwen2(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         let attention = AttentionConfig { reach: windows.of_layer(idx), ..attention.clone() };
         Ok(Mixer::Gqa(Attention::load(loader, &format!("{prefix}.self_attn"), attention, idx)?))
     };
-    let sparse = SparseLayers::from_config(config, config.size("num_experts")?, false)?;
+    let sparse = SparseLayers::from_config(config, config.size("num_experts")?)?;
     let feed_forward = |prefix: &str, idx: usize| sparse.load(source, (prefix, idx), &shared);
     let parts = LayerParts { mixer: &mixer, feed_forward: &feed_forward };
     Ok(Box::new(Decoder::load(source, decoder, parts)?))
@@ -54,7 +54,7 @@ pub fn load_qwen3(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         Some(num_experts) => num_experts,
         None => config.size("num_local_experts")?,
     };
-    let sparse = SparseLayers::from_config(config, num_experts, false)?;
+    let sparse = SparseLayers::from_config(config, num_experts)?;
     let feed_forward = |prefix: &str, idx: usize| sparse.load(source, (prefix, idx), &|_| Ok(None));
     let parts = LayerParts { mixer: &mixer, feed_forward: &feed_forward };
     Ok(Box::new(Decoder::load(source, decoder, parts)?))
@@ -100,8 +100,7 @@ pub struct SparseLayers {
 }
 
 impl SparseLayers {
-    /// `renormalizes`: what an absent `norm_topk_prob` means.
-    pub fn from_config(config: &ModelConfig, num_experts: usize, renormalizes: bool) -> Result<Self, EngineError> {
+    pub fn from_config(config: &ModelConfig, num_experts: usize) -> Result<Self, EngineError> {
         config.expect_silu()?;
         Ok(Self {
             decoder_sparse_step: config.count_or("decoder_sparse_step", 1)?.max(1),
@@ -113,7 +112,7 @@ impl SparseLayers {
                 width: config.size("moe_intermediate_size")?,
             },
             spec: RouterSpec {
-                renormalize: config.flag_or("norm_topk_prob", renormalizes)?.then_some(0.0),
+                renormalize: config.flag_or("norm_topk_prob", false)?.then_some(0.0),
                 ..RouterSpec::new(Scoring::Softmax, config.size("num_experts_per_tok")?)
             },
         })

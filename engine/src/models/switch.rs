@@ -21,9 +21,8 @@ use crate::layers::t5_attention::{AttentionSize, CrossAttention, SelfAttention};
 use crate::weights::loader::Loader;
 use crate::weights::model_config::ModelConfig;
 
-/// T5 was trained on so many tokens; positions are relative, so that more are possible.
-const DEFAULT_POSITIONS: usize = 512;
-/// The encoder reads its input at once, in time that grows with its square.
+/// More than `n_positions` are possible, because positions are relative; but the encoder reads its input at once, in time
+/// that grows with its square.
 const MOST_POSITIONS: usize = 1 << 16;
 
 struct Switch {
@@ -73,7 +72,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let ModelSource { config, loader, .. } = *source;
     let sizes = Sizes::from_config(config)?;
     let vocab_size = config.size("vocab_size")?;
-    let is_tied = config.flag_or("tie_word_embeddings", true)?;
+    let is_tied = config.flag_or("tie_word_embeddings", false)?;
     let [num_encoder, num_decoder] = num_layers(config)?;
     let shared = match (is_tied, loader.has("shared.weight")) {
         (false, false) => None,
@@ -107,7 +106,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
 
 /// Copies of the shared embedding, and the shared one where both stacks have their own.
 pub fn is_ignored(config: &ModelConfig, name: &str) -> bool {
-    let is_tied = config.flag_or("tie_word_embeddings", true).unwrap_or(true);
+    let is_tied = config.flag_or("tie_word_embeddings", false).unwrap_or(false);
     match name {
         "encoder.embed_tokens.weight" | "decoder.embed_tokens.weight" | "lm_head.weight" => is_tied,
         _ => false,
@@ -123,7 +122,7 @@ pub fn footprint(config: &ModelConfig) -> Result<Footprint, EngineError> {
 }
 
 pub fn positions(config: &ModelConfig) -> Result<Positions, EngineError> {
-    let default = config.opt_size("n_positions")?.unwrap_or(DEFAULT_POSITIONS).min(MOST_POSITIONS);
+    let default = config.size("n_positions")?.min(MOST_POSITIONS);
     Ok(Positions { default, most: MOST_POSITIONS, limited_by: "the longest input its encoder may read at once" })
 }
 
@@ -137,8 +136,7 @@ fn own_embedding(stack: &str) -> String {
 }
 
 fn decoder_start(config: &ModelConfig, vocab_size: usize) -> Result<u32, EngineError> {
-    let pad = config.count_or("pad_token_id", 0)?;
-    let start = config.count_or("decoder_start_token_id", pad)?;
+    let start = config.count_or("decoder_start_token_id", 0)?;
     match start < vocab_size {
         true => Ok(start as u32),
         false => {
@@ -151,7 +149,7 @@ fn decoder_start(config: &ModelConfig, vocab_size: usize) -> Result<u32, EngineE
 /// transformers works the step out anew from the number of sparse layers, whatever the config says it is.
 fn sparse_step(config: &ModelConfig, stack: &str, num_blocks: usize) -> Result<usize, EngineError> {
     let key = if stack == "encoder" { "num_sparse_encoder_layers" } else { "num_sparse_decoder_layers" };
-    match config.count_or(key, 3)? {
+    match config.count_or(key, 0)? {
         0 => Ok(num_blocks),
         num_sparse if num_sparse <= num_blocks => Ok(num_blocks / num_sparse),
         num_sparse => {
@@ -171,7 +169,7 @@ impl Sizes {
             },
             width: config.size("d_ff")?,
             num_experts: config.size("num_experts")?,
-            capacity: config.opt_size("expert_capacity")?.unwrap_or(64),
+            capacity: config.size("expert_capacity")?,
             router_bias: config.flag_or("router_bias", false)?.into(),
             activation: activation(config)?,
             eps: config.float_or("layer_norm_epsilon", 1e-6)?,

@@ -3,6 +3,7 @@
 //! [`gguf`] reads GGUF files, [`upcycle`] turns a dense one into an MoE folder, [`inspect`] sizes a folder up.
 
 pub mod checkpoint;
+mod class_defaults;
 mod fp8;
 pub mod gguf;
 #[cfg(test)]

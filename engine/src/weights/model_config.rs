@@ -6,6 +6,7 @@ use kernels::Reach;
 use serde_json::{Map, Value};
 
 use super::checkpoint::read_json;
+use super::class_defaults;
 use crate::error::EngineError;
 use crate::handle::GenerationDefaults;
 
@@ -26,7 +27,11 @@ impl ModelConfig {
     /// A configuration in memory; none where it is not a JSON object.
     pub fn from_value(value: Value) -> Option<Self> {
         match value {
-            Value::Object(keys) => Some(Self { keys }.language_model()),
+            Value::Object(keys) => {
+                let mut config = Self { keys }.language_model();
+                class_defaults::complete(&mut config.keys);
+                Some(config)
+            }
             _ => None,
         }
     }
@@ -35,7 +40,11 @@ impl ModelConfig {
     fn language_model(self) -> Self {
         let Some(text) = self.section("text_config") else { return self };
         let mut keys = self.keys;
-        keys.extend(text.keys.into_iter().filter(|(key, value)| key != "model_type" && !value.is_null()));
+        for (key, value) in text.keys.into_iter().filter(|(key, _)| key != "model_type") {
+            if !value.is_null() || !keys.contains_key(&key) {
+                keys.insert(key, value);
+            }
+        }
         Self { keys }
     }
 
@@ -133,6 +142,19 @@ impl ModelConfig {
         }
     }
 
+    /// What `layer_types` says of layer `idx`, one of `supported`; `None` without such a list.
+    pub fn layer_type(&self, idx: usize, supported: &[&str]) -> Result<Option<&str>, EngineError> {
+        let key = "layer_types";
+        let Some(types) = self.get(key) else { return Ok(None) };
+        match types.get(idx).and_then(Value::as_str) {
+            Some(kind) if supported.contains(&kind) => Ok(Some(kind)),
+            other => {
+                let reason = format!("has {other:?} for layer {idx}, expected {}", supported.join(" or "));
+                Err(EngineError::Config { key, reason })
+            }
+        }
+    }
+
     /// A list of counts; absent is empty.
     pub fn counts(&self, key: &'static str) -> Result<Vec<usize>, EngineError> {
         let Some(value) = self.get(key) else { return Ok(Vec::new()) };
@@ -154,17 +176,6 @@ impl ModelConfig {
             return self.counts(key)?.into_iter().max().ok_or(EngineError::Config { key, reason });
         }
         self.size(key)
-    }
-
-    /// The kinds of the layers, `layer_types`, one for each of `num_layers`; `None` where the key is absent.
-    pub fn layer_types(&self, num_layers: usize) -> Result<Option<Vec<&str>>, EngineError> {
-        let key = "layer_types";
-        let Some(value) = self.get(key) else { return Ok(None) };
-        let types: Option<Vec<&str>> = value.as_array().and_then(|list| list.iter().map(Value::as_str).collect());
-        match types {
-            Some(types) if types.len() == num_layers => Ok(Some(types)),
-            _ => Err(EngineError::Config { key, reason: format!("is not a list of {num_layers} strings") }),
-        }
     }
 
     /// Width of one attention head: `head_dim`, else `hidden_size / num_attention_heads`.

@@ -71,6 +71,11 @@ fn configs_that_cannot_be_served_are_refused_at_load() {
             json!({ "num_local_experts": 4_000_000_000u32 }),
             "tensor `model.layers.0.block_sparse_moe.gate.weight` has shape [8, 64], expected [4000000000, 64]",
         ),
+        (
+            "gpt_oss-mxfp4",
+            json!({ "intermediate_size": 40 }),
+            "config.json: `quantization_config` is mxfp4, whose blocks of 32 do not divide rows of 40 values",
+        ),
         ("deepseek_v2-grouped", json!({ "n_group": 5 }), "kernel error: route: 12 experts do not form 5 groups"),
         (
             "deepseek_v2-grouped",
@@ -82,6 +87,20 @@ fn configs_that_cannot_be_served_are_refused_at_load() {
         let error = changed.load().map_or_else(|error| error, |_| "none".to_owned());
         assert!(error.starts_with(expect), "{keys}: {error}");
     }
+}
+
+#[test]
+fn what_hunyuan_has_decides_and_not_what_its_config_says() {
+    let keys = json!({ "use_cla": true, "cla_share_factor": 2, "use_qk_norm": false });
+    let changed = Changed::new("hunyuan_v1_moe-base", "cla", &keys);
+    changed.load().expect("every layer has keys of its own, and norms");
+    let path = changed.0.join("model.safetensors");
+    let bytes = std::fs::read(&path).expect("tensors");
+    let mut tensors = safetensors::SafeTensors::deserialize(&bytes).expect("tensors").tensors();
+    tensors.retain(|(name, _)| name != "model.layers.1.self_attn.k_proj.weight");
+    std::fs::write(&path, safetensors::serialize(tensors, None).expect("bytes")).expect("a checkpoint");
+    let error = changed.load().map_or_else(|error| error, |_| "none".to_owned());
+    assert_eq!(error, "config.json: `use_cla` is true: 2 layers share their keys and values, which is not supported");
 }
 
 #[test]

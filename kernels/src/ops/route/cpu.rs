@@ -61,6 +61,8 @@ fn route_row(logits: &[f32], spec: &RouterSpec, scratch: &mut Scratch, out: (&mu
         Scoring::Softmax | Scoring::Sigmoid => {}
     }
     let divisor = spec.renormalize.map_or(1.0, |eps| weights.iter().sum::<f32>() + eps);
+    // Not `max`, which would swallow a NaN.
+    let divisor = if divisor < spec.min_sum { spec.min_sum } else { divisor };
     weights.iter_mut().for_each(|weight| *weight = *weight / divisor * spec.scale);
 }
 

@@ -59,6 +59,8 @@ pub struct RouterSpec {
     pub groups: Option<Groups>,
     /// Divide the weights by their sum plus this.
     pub renormalize: Option<f32>,
+    /// Weights are divided by no less than this; 0 is no limit.
+    pub min_sum: f32,
     /// Multiplies the weights at the end.
     pub scale: f32,
 }
@@ -92,7 +94,7 @@ pub fn route(logits: &Tensor /* [num_tokens, num_experts] */, spec: &RouterSpec)
 impl RouterSpec {
     /// The scores of the `top_k` best experts as they are: no bias, groups, renormalisation or scale.
     pub fn new(scoring: Scoring, top_k: usize) -> Self {
-        Self { top_k, scoring, bias: None, groups: None, renormalize: None, scale: 1.0 }
+        Self { top_k, scoring, bias: None, groups: None, renormalize: None, min_sum: 0.0, scale: 1.0 }
     }
 
     /// Refuses a spec that cannot choose among `num_experts`; [`route`] does so too.

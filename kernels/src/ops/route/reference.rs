@@ -35,9 +35,10 @@ pub(crate) fn route_row(logits: &[f32], spec: &RouterSpec, experts: &mut [u32], 
         }
     }
     let divisor = match spec.renormalize {
-        Some(eps) => (weights.iter().copied().map(f64::from).sum::<f64>() + f64::from(eps)) as f32,
+        Some(eps) => weights.iter().copied().map(f64::from).sum::<f64>() + f64::from(eps),
         None => 1.0,
     };
+    let divisor = if divisor < f64::from(spec.min_sum) { spec.min_sum } else { divisor as f32 };
     weights.iter_mut().for_each(|weight| *weight = *weight / divisor * spec.scale);
 }
 

@@ -4,7 +4,7 @@ use super::{GroupScore, Groups, RouterSpec, Scoring, reference, route};
 use crate::testing::{Numbers, assert_close, tensor, values};
 
 fn spec(top_k: usize, scoring: Scoring) -> RouterSpec {
-    RouterSpec { top_k, scoring, bias: None, groups: None, renormalize: None, scale: 1.0 }
+    RouterSpec::new(scoring, top_k)
 }
 
 /// Routers as published, over 64 experts.
@@ -13,6 +13,7 @@ fn published(numbers: &mut Numbers) -> Vec<RouterSpec> {
     vec![
         spec(2, Scoring::SoftmaxTopK),
         RouterSpec { renormalize: Some(0.0), ..spec(8, Scoring::Softmax) },
+        RouterSpec { renormalize: Some(0.0), min_sum: 0.5, ..spec(8, Scoring::Softmax) },
         RouterSpec { groups: groups(GroupScore::Max, 0.0), scale: 16.0, ..spec(6, Scoring::Softmax) },
         RouterSpec {
             bias: Some(numbers.normal(64)),
