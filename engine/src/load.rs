@@ -19,6 +19,9 @@ use crate::weights::inspect::{Inspection, inspect};
 use crate::weights::loader::{LoadProgress, Loader};
 use crate::weights::model_config::{ModelConfig, generation_defaults};
 
+/// Longest sequence of any model; the longest published one takes 10 million tokens.
+const MAX_MODEL_LEN: usize = 1 << 24;
+
 /// A model in memory with the pieces that make an engine of it.
 pub struct LoadedModel {
     pub summary: ModelSummary,
@@ -53,7 +56,7 @@ pub fn load_model(config: &EngineConfig, progress: &mut dyn FnMut(LoadProgress))
     let inspection = inspect(&config.model_dir)?;
     let model_config = ModelConfig::load(&config.model_dir)?;
     let max_position_embeddings = model_config.size("max_position_embeddings")?;
-    let max_len = config.max_model_len.unwrap_or(max_position_embeddings);
+    let max_len = config.max_model_len.unwrap_or(max_position_embeddings.min(MAX_MODEL_LEN));
     if max_len > max_position_embeddings {
         let allowed = format!("at most {max_position_embeddings}, the model's max_position_embeddings");
         return Err(EngineError::Limit { what: "max_model_len", value: max_len as u64, allowed });
@@ -142,7 +145,7 @@ fn check_limits(config: &EngineConfig) -> Result<(), EngineError> {
     check("max_num_seqs", config.max_num_seqs, 1..=1 << 16)?;
     check("max_num_batched_tokens", config.max_num_batched_tokens, 1..=1 << 20)?;
     check("max_queue", config.max_queue, 1..=1 << 20)?;
-    check("max_model_len", config.max_model_len.unwrap_or(1), 1..=1 << 24)?;
+    check("max_model_len", config.max_model_len.unwrap_or(1), 1..=MAX_MODEL_LEN)?;
     if !config.block_size.is_power_of_two() {
         let value = config.block_size as u64;
         return Err(EngineError::Limit { what: "block_size", value, allowed: "powers of two from 1 to 256".into() });

@@ -37,7 +37,8 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         Some(top_k) => top_k,
         None => config.size("experts_per_token")?,
     };
-    let activation = GluActivation::ClampedSwish { alpha: ALPHA, limit: config.float_or("swiglu_limit", 7.0)? as f32 };
+    let activation =
+        GluActivation::ClampedSwish { alpha: ALPHA, limit: config.positive_or("swiglu_limit", 7.0)? as f32 };
     let mixer = |prefix: &str, idx: usize| {
         let reach = if is_sliding(config, idx)? { window } else { Reach::Full };
         let attention = AttentionConfig { reach, ..attention.clone() };
@@ -121,6 +122,10 @@ impl Stacked<'_, '_> {
                     self.loader.made(weight.format(), [rows, cols], &values)
                 })
                 .collect();
+        }
+        if !cols.is_multiple_of(mxfp4::BLOCK) {
+            let reason = format!("gives MXFP4 rows of {cols} values, expected whole blocks of {}", mxfp4::BLOCK);
+            return Err(EngineError::Config { key: "hidden_size or intermediate_size", reason });
         }
         let num_blocks = cols / mxfp4::BLOCK;
         let blocks = self.loader.bytes(&blocks_name, &[num_experts, rows, num_blocks, mxfp4::BLOCK_BYTES])?;

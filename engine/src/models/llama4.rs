@@ -79,7 +79,7 @@ impl LayerKinds {
         let temperature = match config.flag_or("attn_temperature_tuning", true)? {
             true => Some(QueryTemperature {
                 scale: config.float_or("attn_scale", 0.1)?,
-                floor: config.float_or("floor_scale", 8192.0)?,
+                floor: config.positive_or("floor_scale", 8192.0)?,
             }),
             false => None,
         };

@@ -108,7 +108,7 @@ pub fn inspect(model_dir: &Path) -> Result<Inspection, EngineError> {
         num_active_parameters: num_parameters - num_idle,
         weight_bytes: checkpoint.total_bytes(),
         kv_dtype,
-        kv_bytes_per_token: cache_width(&config)?
+        kv_bytes_per_token: cache_width(&config, model_type)?
             .saturating_mul(architecture.sites_per_layer * num_layers as u64)
             .saturating_mul(kv_element_bytes),
         dtypes: dtypes.iter().map(|dtype| format!("{dtype:?}").to_lowercase()).collect(),
@@ -182,23 +182,28 @@ fn classify(name: &str) -> TensorClass {
 fn first_count(config: &ModelConfig, keys: &[&'static str]) -> Result<usize, EngineError> {
     let key = keys.iter().copied().find(|key| config.get(key).is_some()).unwrap_or(keys[0]);
     if config.get(key).is_some_and(serde_json::Value::is_array) {
-        let reason = "is an empty list".to_owned();
-        return config.counts(key)?.into_iter().max().ok_or(EngineError::Config { key, reason });
+        let reason = "is a list without a positive count".to_owned();
+        let largest = config.counts(key)?.into_iter().max().filter(|&count| count > 0);
+        return largest.ok_or(EngineError::Config { key, reason });
     }
     config.size(key)
 }
 
-/// Numbers that one layer keeps per token. The config may say anything: no tensor was compared with it.
-fn cache_width(config: &ModelConfig) -> Result<u64, EngineError> {
-    let latent_keys = ["kv_lora_rank", "attention_kv_lora_dim"];
-    if latent_keys.iter().any(|key| config.get(key).is_some()) {
+/// Families whose attention keeps a latent and a rotary key.
+const LATENT_TYPES: [&str; 5] = ["deepseek_v2", "deepseek_v3", "kimi_k2", "pangu_ultra_moe", "longcat_flash"];
+
+/// Numbers that one layer keeps per token, from the keys that the family reads: what other keys say must not make a model
+/// look small, because its longest sequence follows from this. The config may say anything: no tensor was compared with it.
+fn cache_width(config: &ModelConfig, model_type: &str) -> Result<u64, EngineError> {
+    if LATENT_TYPES.contains(&model_type) {
+        let latent_keys = ["kv_lora_rank", "attention_kv_lora_dim"];
         let rotary = first_count(config, &["qk_rope_head_dim", "attention_qk_rope_dim"])?;
         return Ok((first_count(config, &latent_keys)? + rotary) as u64);
     }
     let num_kv_heads = first_count(config, &["num_key_value_heads", "num_attention_heads"])?;
-    let head_dim = match config.opt_count("kv_channels")? {
-        Some(head_dim) => head_dim,
-        None => config.head_dim()?,
+    let head_dim = match model_type {
+        "jetmoe" => config.size("kv_channels")?,
+        _ => config.head_dim()?,
     };
     Ok((2 * num_kv_heads as u64).saturating_mul(head_dim as u64))
 }
@@ -317,12 +322,23 @@ mod tests {
     #[test]
     fn sizes_that_no_model_has_are_no_reason_to_panic() {
         let config = json!({
-            "model_type": "mixtral", "hidden_size": 8, "num_hidden_layers": 4_000_000_000u32, "num_attention_heads": 2,
-            "num_key_value_heads": 4_000_000_000u32, "head_dim": 4_000_000_000u32, "num_local_experts": 4,
+            "model_type": "mixtral", "hidden_size": 8, "num_hidden_layers": i32::MAX, "num_attention_heads": 2,
+            "num_key_value_heads": i32::MAX, "head_dim": i32::MAX, "num_local_experts": 4,
             "num_experts_per_tok": 1, "vocab_size": 10,
         });
         let found = check("inspect-huge", config, &[("model.norm.weight", vec![8])]);
         assert_eq!(found.kv_bytes_per_token, u64::MAX);
+    }
+
+    #[test]
+    fn keys_of_other_families_do_not_make_a_cache_look_small() {
+        let config = json!({
+            "model_type": "mixtral", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_local_experts": 4, "num_experts_per_tok": 1, "vocab_size": 10,
+            "kv_lora_rank": 1, "qk_rope_head_dim": 1, "kv_channels": 1,
+        });
+        let found = check("inspect-foreign-keys", config, &[("model.norm.weight", vec![8])]);
+        assert_eq!(found.kv_bytes_per_token, 2 * 2 * 4 * 2);
     }
 
     #[test]

@@ -82,6 +82,7 @@ impl<'a> Loader<'a> {
         [count, rows, cols]: [usize; 3],
     ) -> Result<Vec<PackedWeight>, EngineError> {
         let entry = self.take(name, &[count, rows, cols])?;
+        weight_format(name, entry)?;
         let stride = entry.num_bytes / count;
         (0..count).map(|idx| self.stored(name, entry, idx * stride, [rows, cols])).collect()
     }
@@ -226,7 +227,8 @@ mod tests {
         let checkpoint = Checkpoint::open(dir.path()).unwrap();
         let mut progress = |_| ();
         let loader = Loader::new(&checkpoint, WeightDtype::Auto, &mut progress);
-        let error = loader.stacked_weights("experts", [200, 1, 2]).unwrap_err();
-        assert_eq!(error.to_string(), "tensor `experts` is stored as F8_E4M3, which is not supported");
+        let error = "tensor `experts` is stored as F8_E4M3, which is not supported";
+        assert_eq!(loader.stacked_weights("experts", [200, 1, 2]).unwrap_err().to_string(), error);
+        assert_eq!(loader.borrow_stacked("experts", [200, 1, 2]).unwrap_err().to_string(), error);
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! [`gguf`] reads GGUF files, [`upcycle`] turns a dense one into an MoE folder, [`inspect`] sizes a folder up.
 
+mod bounded_read;
 pub mod checkpoint;
 mod fp8;
 pub mod gguf;
@@ -13,3 +14,5 @@ pub mod loader;
 pub mod model_config;
 pub mod mxfp4;
 pub mod upcycle;
+
+pub use bounded_read::read_bounded;

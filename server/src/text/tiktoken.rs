@@ -16,7 +16,7 @@ use tokenizers::{
 use super::{
     TextError,
     token_bytes::BYTE_CHARS,
-    tokenizer_config::{TokenizerConfig, read_json, read_optional},
+    tokenizer_config::{MAX_VOCABULARY_BYTES, TokenizerConfig, read_json, read_optional},
 };
 
 /// How Kimi-K2 splits a text before merging, from its `tokenization_kimi.py`.
@@ -45,7 +45,7 @@ type Ranks = Vec<Vec<u8>>;
 /// `None` where the folder has no `tiktoken.model`.
 pub(super) fn load(model_dir: &Path, config: &TokenizerConfig) -> Result<Option<tokenizers::Tokenizer>, TextError> {
     let path = model_dir.join("tiktoken.model");
-    let Some(text) = read_optional(&path)? else { return Ok(None) };
+    let Some(text) = read_optional(&path, MAX_VOCABULARY_BYTES)? else { return Ok(None) };
     let ranks = parse_ranks(&text).map_err(|reason| TextError::invalid(&path, reason))?;
     let specials = special_tokens(ranks.len(), config, model_vocab_size(model_dir)?)?;
     build(&ranks, specials).map(Some).map_err(|error| TextError::invalid(&path, error))
