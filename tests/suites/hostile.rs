@@ -160,6 +160,7 @@ fn headers_that_lie_are_refused() {
         ("three bytes", vec![1, 2, 3]),
         ("a header of 2^64 - 1 bytes", length(u64::MAX)),
         ("a header of 99 MB", length(99_000_000)),
+        ("a header of 99 MB that is there", [&99_000_000u64.to_le_bytes()[..], &vec![b' '; 99_000_000]].concat()),
         ("a header past the end", length(3)),
         ("text for a header", [&2u64.to_le_bytes()[..], b"hi"].concat()),
         ("a tensor past the end", safetensors(&json!({"a": tensor(json!([4]), [0, 16])}), 8)),

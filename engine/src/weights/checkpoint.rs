@@ -12,7 +12,10 @@ use super::bounded_read::read_bounded;
 use crate::error::EngineError;
 
 /// Of an index; the largest published ones have some 15 MB.
-pub const MAX_INDEX_BYTES: u64 = 64 << 20;
+pub const MAX_INDEX_BYTES: u64 = 32 << 20;
+
+/// Of a file's header, which takes several times as much when parsed.
+const MAX_HEADER_BYTES: u64 = 32 << 20;
 
 /// Where one tensor lies.
 #[derive(Clone, Debug)]
@@ -70,6 +73,10 @@ impl Checkpoint {
     fn add_file(&mut self, path: &Path) -> Result<(), EngineError> {
         let file = MappedFile::open(path).map_err(|source| EngineError::Read { path: path.into(), source })?;
         let invalid = |reason: String| EngineError::Invalid { path: path.into(), reason };
+        let claimed = file.first_chunk().map_or(0, |&bytes| u64::from_le_bytes(bytes));
+        if claimed > MAX_HEADER_BYTES {
+            return Err(invalid(format!("its header claims {claimed} bytes, the limit is {MAX_HEADER_BYTES}")));
+        }
         let (header_len, metadata) = SafeTensors::read_metadata(&file)
             .map_err(|e| invalid(format!("{e}; hint: an incomplete download? Fetch the file again")))?;
         let data_start = header_len + size_of::<u64>();
