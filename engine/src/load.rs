@@ -10,7 +10,7 @@ use crate::config::{EngineConfig, KvDtype, WeightDtype};
 use crate::error::EngineError;
 use crate::handle::{EngineHandle, ModelSummary};
 use crate::memory::{ArenaSize, KvArena, budget};
-use crate::models::{self, CacheSite, Model, ModelSource, Prefill};
+use crate::models::{self, CacheSite, MAX_MODEL_LEN, Model, ModelSource, Prefill};
 use crate::runner::Runner;
 use crate::shared::{Front, Shared};
 use crate::step_loop::StepLoop;
@@ -150,7 +150,7 @@ fn check_limits(config: &EngineConfig) -> Result<(), EngineError> {
     check("max_num_seqs", config.max_num_seqs, 1..=1 << 16)?;
     check("max_num_batched_tokens", config.max_num_batched_tokens, 1..=1 << 20)?;
     check("max_queue", config.max_queue, 1..=1 << 20)?;
-    check("max_model_len", config.max_model_len.unwrap_or(1), 1..=1 << 24)?;
+    check("max_model_len", config.max_model_len.unwrap_or(1), 1..=MAX_MODEL_LEN)?;
     if !config.block_size.is_power_of_two() {
         let value = config.block_size as u64;
         return Err(EngineError::Limit { what: "block_size", value, allowed: "powers of two from 1 to 256".into() });

@@ -14,8 +14,12 @@ pub struct MappedFile {
 }
 
 impl MappedFile {
-    /// Maps the file. Errors are those of opening and mapping.
+    /// Maps the file. Errors are those of opening and mapping, and anything that is not a regular file.
     pub fn open(path: &Path) -> io::Result<Self> {
+        // Opening a pipe would wait for its writer.
+        if !std::fs::metadata(path)?.is_file() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file"));
+        }
         let file = File::open(path)?;
         // SAFETY: the file is trusted not to be written or truncated while mapped; whoever owns the checkpoint upholds it.
         let map = unsafe { Mmap::map(&file) }?;

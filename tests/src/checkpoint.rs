@@ -47,6 +47,22 @@ impl Copy {
         std::fs::write(&path, value.to_string()).expect("the copy is writable");
     }
 
+    /// Sets the element `idx` of a bf16 tensor of `model.safetensors` to these bits.
+    ///
+    /// # Panics
+    /// There is no such tensor.
+    pub fn set_bf16(&self, name: &str, idx: usize, bits: u16) {
+        let path = self.path("model.safetensors");
+        let mut bytes = std::fs::read(&path).expect("the file is there");
+        let length = bytes.first_chunk().expect("a safetensors file starts with a length");
+        let data_start = 8 + usize::try_from(u64::from_le_bytes(*length)).expect("the length of the header is small");
+        let header: Value = serde_json::from_slice(&bytes[8..data_start]).expect("the header is JSON");
+        let offset = header[name]["data_offsets"][0].as_u64().expect("the tensor is there");
+        let at = data_start + usize::try_from(offset).expect("the file is small") + 2 * idx;
+        bytes[at..at + 2].copy_from_slice(&bits.to_le_bytes());
+        std::fs::write(&path, bytes).expect("the copy is writable");
+    }
+
     /// Changes the header of `model.safetensors`; the bytes of the tensors stay.
     ///
     /// # Panics

@@ -71,9 +71,21 @@ impl Process {
     /// # Panics
     /// The process has ended.
     pub fn resident_bytes(&self) -> u64 {
+        self.memory("VmRSS:")
+    }
+
+    /// The most address space in bytes that it had.
+    ///
+    /// # Panics
+    /// The process has ended.
+    pub fn peak_virtual_bytes(&self) -> u64 {
+        self.memory("VmPeak:")
+    }
+
+    fn memory(&self, field: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.id())).expect("the process lives");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a process has a VmRSS line");
-        let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().expect("VmRSS is a number of kB");
+        let line = status.lines().find_map(|line| line.strip_prefix(field)).expect("a process has this line");
+        let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().expect("it is a number of kB");
         kib * 1024
     }
 

@@ -64,6 +64,23 @@ impl Server {
         (status, process.output())
     }
 
+    /// The same for a command made by [`command`], with at most `max_bytes` of address space: what asks for more gets none.
+    pub fn fail_within(command: &mut Command, max_bytes: u64) -> (ExitStatus, String) {
+        // The shell's own `ulimit`: setting a limit from here would need unsafe code.
+        let mut limited = Command::new("sh");
+        limited.args(["-c", "ulimit -v \"$0\" && exec \"$@\"", &(max_bytes / 1024).to_string()]);
+        limited.arg(command.get_program()).args(command.get_args());
+        for (name, value) in command.get_envs() {
+            match value {
+                Some(value) => limited.env(name, value),
+                None => limited.env_remove(name),
+            };
+        }
+        let mut process = Process::spawn(&mut limited);
+        let status = process.wait(PATIENCE);
+        (status, process.output())
+    }
+
     /// Sends a request and reads the whole answer.
     ///
     /// # Panics

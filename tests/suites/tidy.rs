@@ -11,9 +11,11 @@ const EDGES: &[(&str, &str)] = &[
     ("engine", "kernels"),
     ("engine", "cache"),
     ("tests", "server"),
+    ("fuzz", "engine"),
+    ("fuzz", "server"),
 ];
 
-const CRATES: &[&str] = &["server", "engine", "scheduler", "kernels", "cache", "tests"];
+const CRATES: &[&str] = &["server", "engine", "scheduler", "kernels", "cache", "tests", "fuzz"];
 
 const MAX_LINES: usize = 600;
 

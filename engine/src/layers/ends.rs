@@ -61,7 +61,7 @@ impl Default for Multipliers {
 impl DecoderConfig {
     /// The usual keys. `default_eps` is what transformers takes for the family where `rms_norm_eps` is absent.
     pub fn from_config(config: &ModelConfig, default_eps: f64) -> Result<Self, EngineError> {
-        let rms_norm_eps = config.float_or("rms_norm_eps", default_eps)?;
+        let rms_norm_eps = config.non_negative_or("rms_norm_eps", default_eps)?;
         Ok(Self {
             vocab_size: config.size("vocab_size")?,
             hidden_size: config.size("hidden_size")?,

@@ -25,6 +25,10 @@ impl Mlp {
         [hidden_size, width]: [usize; 2],
         bias: Bias,
     ) -> Result<Self, EngineError> {
+        if width == 0 {
+            let reason = "is missing or 0, but there are dense layers".into();
+            return Err(EngineError::Config { key: "intermediate_size", reason });
+        }
         let parts = ["gate", "up"].map(|name| (format!("{prefix}.{name}_proj"), width));
         Ok(Self {
             gate_up: Linear::load_fused(loader, &parts, hidden_size, bias)?,

@@ -52,7 +52,7 @@ impl MoaAttention {
         let MoaConfig { hidden_size, num_experts, num_kv_heads, head_dim, .. } = config;
         let width = num_kv_heads * head_dim;
         let name = |part: &str| format!("{prefix}.experts.{part}");
-        config.spec.check(num_experts)?;
+        config.spec.check(num_experts).map_err(EngineError::Router)?;
         let num_heads = config.spec.top_k * num_kv_heads;
         Ok(Self {
             router: Linear::load(loader, &name("router.layer"), num_experts, hidden_size, Bias::No)?,

@@ -67,7 +67,7 @@ impl Moe {
     /// Refuses a router that cannot choose among the experts: at load, not in the first step.
     pub fn new(parts: MoeParts, moe_idx: usize) -> Result<Self, EngineError> {
         let MoeParts { gate, spec, experts, shared, weighting } = parts;
-        spec.check(experts.len())?;
+        spec.check(experts.len()).map_err(EngineError::Router)?;
         Ok(Self { gate, spec, experts, shared, weighting, capacity: None, moe_idx })
     }
 

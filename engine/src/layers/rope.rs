@@ -49,6 +49,11 @@ impl Rope {
             Some(theta) => theta,
             None => config.float_or("rope_theta", 10_000.0)?,
         };
+        // At 1 all pairs turn alike, below it the later ones turn faster.
+        if theta <= 1.0 {
+            let reason = format!("is {theta}, expected a number above 1");
+            return Err(EngineError::Config { key: "rope_theta", reason });
+        }
         let section = config.section("rope_scaling").or(parameters);
         let scaling = section.map(|section| Scaling::from_config(&section, config)).transpose()?;
         Ok(Self { theta, scaling: scaling.unwrap_or(Scaling::None) })
@@ -56,13 +61,18 @@ impl Rope {
 
     /// Cosines and sines for positions `0..max_len` and a rotary width of `dim`.
     pub fn table(&self, dim: usize, max_len: usize) -> Result<Arc<RopeTable>, EngineError> {
-        if dim > MAX_ROTARY_DIM {
-            let allowed = format!("at most {MAX_ROTARY_DIM}");
-            return Err(EngineError::Limit { what: "the rotary width of a head", value: dim as u64, allowed });
+        if dim == 0 || !dim.is_multiple_of(2) || dim > MAX_ROTARY_DIM {
+            let what = "config.json: the rotary width of a head (head_dim, kv_channels or qk_rope_head_dim)";
+            let allowed = format!("even numbers from 2 to {MAX_ROTARY_DIM}");
+            return Err(EngineError::Limit { what, value: dim as u64, allowed });
         }
         let (frequencies, amplitude) = self.frequencies(dim);
         if frequencies.len() != dim / 2 {
             let reason = format!("has {} factors, expected {}", frequencies.len(), dim / 2);
+            return Err(EngineError::Config { key: "rope_scaling", reason });
+        }
+        if !frequencies.iter().all(|f| (max_len as f32 * f).is_finite()) || !amplitude.is_finite() {
+            let reason = "gives angles that are no finite numbers".into();
             return Err(EngineError::Config { key: "rope_scaling", reason });
         }
         // f32 throughout, as the reference computes angles.
@@ -127,25 +137,25 @@ impl Scaling {
     fn from_config(section: &ModelConfig, config: &ModelConfig) -> Result<Self, EngineError> {
         let kind = section.text_or("rope_type", section.text_or("type", "default")?)?;
         let max_len = config.count_or("max_position_embeddings", 0)? as f64;
-        let original_len = section.float_or("original_max_position_embeddings", max_len)?;
+        let original_len = section.positive_or("original_max_position_embeddings", max_len)?;
         match kind {
             "default" => Ok(Self::None),
             "longrope" | "su" => Self::longrope(section, config),
             // Hunyuan's static NTK; without `alpha` the base is stretched only past the positions a model is made for,
             // which are never served.
-            "dynamic" => Ok(section.opt_float("alpha")?.map_or(Self::None, |alpha| Self::NtkAlpha { alpha })),
-            "linear" => Ok(Self::Linear { factor: section.float_or("factor", 1.0)? }),
+            "dynamic" => Ok(section.opt_positive("alpha")?.map_or(Self::None, |alpha| Self::NtkAlpha { alpha })),
+            "linear" => Ok(Self::Linear { factor: section.positive_or("factor", 1.0)? }),
             "llama3" => Ok(Self::Llama3 {
-                factor: section.float_or("factor", 1.0)?,
-                low_freq_factor: section.float_or("low_freq_factor", 1.0)?,
-                high_freq_factor: section.float_or("high_freq_factor", 4.0)?,
+                factor: section.positive_or("factor", 1.0)?,
+                low_freq_factor: section.positive_or("low_freq_factor", 1.0)?,
+                high_freq_factor: section.positive_or("high_freq_factor", 4.0)?,
                 original_len,
             }),
             "yarn" => Ok(Self::Yarn(Yarn {
-                factor: section.float_or("factor", max_len / original_len)?,
+                factor: section.positive_or("factor", max_len / original_len)?,
                 original_len,
-                beta_fast: section.float_or("beta_fast", 32.0)?,
-                beta_slow: section.float_or("beta_slow", 1.0)?,
+                beta_fast: section.positive_or("beta_fast", 32.0)?,
+                beta_slow: section.positive_or("beta_slow", 1.0)?,
                 truncate: section.flag_or("truncate", true)?,
                 mscale: section.float_or("mscale", 0.0)?,
                 mscale_all_dim: section.float_or("mscale_all_dim", 0.0)?,
@@ -168,8 +178,8 @@ impl Scaling {
         let list = section.get("short_factor").and_then(|list| list.as_array()).ok_or_else(reason)?;
         let factors: Vec<f64> = list.iter().map(|item| item.as_f64().ok_or_else(reason)).collect::<Result<_, _>>()?;
         let max_len = config.count_or("max_position_embeddings", 0)? as f64;
-        let original = config.float_or("original_max_position_embeddings", max_len)?;
-        let original = section.float_or("original_max_position_embeddings", original)?;
+        let original = config.positive_or("original_max_position_embeddings", max_len)?;
+        let original = section.positive_or("original_max_position_embeddings", original)?;
         let stretch = max_len / original;
         let formula = if stretch <= 1.0 { 1.0 } else { (1.0 + stretch.ln() / original.ln()).sqrt() };
         Ok(Self::LongRope { factors, amplitude: section.float_or("short_mscale", formula)? })

@@ -36,7 +36,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         num_shared: config.count_or("moe_num_shared_experts", 0)?,
         spec: RouterSpec {
             renormalize: Some(0.0),
-            min_sum: config.float_or("moe_norm_min", 1e-12)? as f32,
+            min_sum: config.non_negative_or("moe_norm_min", 1e-12)? as f32,
             ..RouterSpec::new(Scoring::Softmax, config.size("moe_k")?)
         },
         choice_bias: Some(ChoiceBias::Row("moe_statics.e_score_correction_bias")),

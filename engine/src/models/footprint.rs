@@ -1,4 +1,5 @@
-//! What a model's sequences will take, from the config alone: no tensor was compared with it, so it may say anything.
+//! What a model's sequences will take, from the config alone, by the keys that the family reads: what other keys say must
+//! not make a model look small. No tensor was compared with the config, so it may say anything.
 
 use crate::error::EngineError;
 use crate::weights::model_config::ModelConfig;
@@ -25,30 +26,39 @@ pub struct Positions {
     pub limited_by: &'static str,
 }
 
+/// Longest sequence of any model; the longest published one has 10 million tokens.
+pub const MAX_MODEL_LEN: usize = 1 << 24;
+
 /// `max_position_embeddings`: as many as the model was made for.
 pub fn max_position_embeddings(config: &ModelConfig) -> Result<Positions, EngineError> {
     let most = config.size("max_position_embeddings")?;
-    Ok(Positions { default: most, most, limited_by: "the model's max_position_embeddings" })
+    Ok(Positions { default: most.min(MAX_MODEL_LEN), most, limited_by: "the model's max_position_embeddings" })
 }
 
-/// So many attentions in every layer, each with keys and values or with a latent.
-pub fn attentions(config: &ModelConfig, per_layer: u64) -> Result<Footprint, EngineError> {
-    let num_layers = config.first_count(&["num_hidden_layers", "num_layers"])?;
-    let token_width = attention_width(config)?.saturating_mul(per_layer * num_layers as u64);
-    Ok(Footprint { num_layers, token_width, state_width: 0 })
+/// One attention with keys and values in every layer.
+pub fn attentions(config: &ModelConfig) -> Result<Footprint, EngineError> {
+    per_layer(config, attention_width(config, config.head_dim()?)?)
+}
+
+/// So many latent attentions in every layer.
+pub fn latents(config: &ModelConfig, num_attentions: u64) -> Result<Footprint, EngineError> {
+    let latent = config.first_count(&["kv_lora_rank", "attention_kv_lora_dim"])?;
+    let rotary = config.first_count(&["qk_rope_head_dim", "attention_qk_rope_dim"])?;
+    per_layer(config, num_attentions * (latent + rotary) as u64)
+}
+
+/// JetMoE's heads have a width of their own.
+pub fn jetmoe(config: &ModelConfig) -> Result<Footprint, EngineError> {
+    per_layer(config, attention_width(config, config.size("kv_channels")?)?)
 }
 
 /// Numbers that one attention keeps per token.
-pub fn attention_width(config: &ModelConfig) -> Result<u64, EngineError> {
-    let latent_keys = ["kv_lora_rank", "attention_kv_lora_dim"];
-    if latent_keys.iter().any(|key| config.get(key).is_some()) {
-        let rotary = config.first_count(&["qk_rope_head_dim", "attention_qk_rope_dim"])?;
-        return Ok((config.first_count(&latent_keys)? + rotary) as u64);
-    }
+pub fn attention_width(config: &ModelConfig, head_dim: usize) -> Result<u64, EngineError> {
     let num_kv_heads = config.first_count(&["num_key_value_heads", "num_attention_heads"])?;
-    let head_dim = match config.opt_count("kv_channels")? {
-        Some(head_dim) => head_dim,
-        None => config.head_dim()?,
-    };
     Ok((2 * num_kv_heads as u64).saturating_mul(head_dim as u64))
+}
+
+fn per_layer(config: &ModelConfig, token_width: u64) -> Result<Footprint, EngineError> {
+    let num_layers = config.first_count(&["num_hidden_layers", "num_layers"])?;
+    Ok(Footprint { num_layers, token_width: token_width.saturating_mul(num_layers as u64), state_width: 0 })
 }

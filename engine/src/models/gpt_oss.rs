@@ -32,7 +32,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let top_k = config.size("num_experts_per_tok")?;
     let activation = ExpertActivation::ClampedSwish {
         alpha: config.float_or("swiglu_alpha", 1.702)? as f32,
-        limit: config.float_or("swiglu_limit", 7.0)? as f32,
+        limit: config.positive_or("swiglu_limit", 7.0)? as f32,
     };
     let mixer = |prefix: &str, idx: usize| {
         let reach = if is_sliding(config, idx)? { window } else { Reach::Full };

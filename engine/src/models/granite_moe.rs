@@ -16,7 +16,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         multipliers: Multipliers {
             embedding: config.float_or("embedding_multiplier", 1.0)?,
             residual: config.float_or("residual_multiplier", 1.0)?,
-            logits: 1.0 / config.float_or("logits_scaling", 1.0)?,
+            logits: 1.0 / config.positive_or("logits_scaling", 1.0)?,
         },
         ..DecoderConfig::from_config(config, 1e-6)?
     };

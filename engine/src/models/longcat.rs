@@ -133,10 +133,12 @@ fn load_moe(source: &ModelSource, prefix: &str, hidden_size: usize) -> Result<Mo
     let num_choices = shape.num_experts + num_identity;
     let has_bias = config.flag_or("router_bias", false)?.into();
     let router = format!("{prefix}.router");
+    // The router first: its shape proves the number of identities before they are made.
+    let gate = Linear::load(loader, &format!("{router}.classifier"), num_choices, hidden_size, has_bias)?;
     let mut experts = moe::load_experts(loader, &format!("{prefix}.experts"), moe::PROJECTIONS, shape)?;
     experts.extend((0..num_identity).map(|_| Expert::Identity));
     Ok(MoeParts {
-        gate: Linear::load(loader, &format!("{router}.classifier"), num_choices, hidden_size, has_bias)?,
+        gate,
         spec: RouterSpec {
             bias: Some(loader.floats(&format!("{router}.e_score_correction_bias"), &[num_choices])?),
             scale: config.float_or("routed_scaling_factor", 1.0)? as f32,

@@ -25,7 +25,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
-pub use footprint::{Footprint, Positions};
+pub use footprint::{Footprint, MAX_MODEL_LEN, Positions};
 
 use crate::error::EngineError;
 use crate::experts::RoutingStats;
@@ -151,12 +151,15 @@ const DECODER: Architecture = Architecture {
     model_type: "",
     load: mixtral::load,
     ignored: nothing,
-    footprint: |config| footprint::attentions(config, 1),
+    footprint: footprint::attentions,
     positions: footprint::max_position_embeddings,
 };
 
 /// The same with multi-token-prediction layers behind the others.
 const WITH_MTP: Architecture = Architecture { ignored: fine_grained::is_mtp_tensor, ..DECODER };
+
+/// The same with latent attention.
+const LATENT: Architecture = Architecture { footprint: |config| footprint::latents(config, 1), ..WITH_MTP };
 
 /// Every architecture this build serves.
 pub static ARCHITECTURES: &[Architecture] = &[
@@ -172,11 +175,11 @@ pub static ARCHITECTURES: &[Architecture] = &[
     },
     Architecture { model_type: "olmoe", load: olmoe::load, ..DECODER },
     Architecture { model_type: "granitemoe", load: granite_moe::load, ..DECODER },
-    Architecture { model_type: "deepseek_v2", load: deepseek::load_v2, ..WITH_MTP },
-    Architecture { model_type: "deepseek_v3", load: deepseek::load_v3, ..WITH_MTP },
-    Architecture { model_type: "kimi_k2", load: deepseek::load_v3, ..WITH_MTP },
-    Architecture { model_type: "kimi_k25", load: deepseek::load_v3, ignored: deepseek::is_vision_tensor, ..DECODER },
-    Architecture { model_type: "pangu_ultra_moe", load: deepseek::load_pangu, ..WITH_MTP },
+    Architecture { model_type: "deepseek_v2", load: deepseek::load_v2, ..LATENT },
+    Architecture { model_type: "deepseek_v3", load: deepseek::load_v3, ..LATENT },
+    Architecture { model_type: "kimi_k2", load: deepseek::load_v3, ..LATENT },
+    Architecture { model_type: "kimi_k25", load: deepseek::load_v3, ignored: deepseek::is_vision_tensor, ..LATENT },
+    Architecture { model_type: "pangu_ultra_moe", load: deepseek::load_pangu, ..LATENT },
     Architecture { model_type: "glm4_moe", load: glm4_moe::load_glm, ..WITH_MTP },
     Architecture { model_type: "dots1", load: glm4_moe::load_dots, ..DECODER },
     Architecture { model_type: "ernie4_5_moe", load: ernie::load, ignored: is_mtp_named, ..DECODER },
@@ -187,12 +190,12 @@ pub static ARCHITECTURES: &[Architecture] = &[
         model_type: "longcat_flash",
         load: longcat::load,
         ignored: longcat::is_ignored,
-        footprint: |config| footprint::attentions(config, 2),
+        footprint: |config| footprint::latents(config, 2),
         ..DECODER
     },
     Architecture { model_type: "llama4", load: llama4::load, ignored: llama4::is_vision_tensor, ..DECODER },
     Architecture { model_type: "llama4_text", load: llama4::load, ..DECODER },
-    Architecture { model_type: "jetmoe", load: jetmoe::load, ..DECODER },
+    Architecture { model_type: "jetmoe", load: jetmoe::load, footprint: footprint::jetmoe, ..DECODER },
     Architecture { model_type: "gpt_oss", load: gpt_oss::load, ..DECODER },
     Architecture { model_type: "phimoe", load: phimoe::load, ..DECODER },
     Architecture { model_type: "bailing_moe", load: bailing::load, ..WITH_MTP },

@@ -23,7 +23,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         qkv_bias: bias,
         out_bias: bias,
         qk_norm: Some(QkNorm::Whole { eps: decoder.rms_norm_eps }),
-        clip: config.opt_float("clip_qkv")?,
+        clip: config.opt_positive("clip_qkv")?,
         ..AttentionConfig::from_config(config, max_model_len)?
     };
     let spec = RouterSpec {

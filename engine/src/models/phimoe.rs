@@ -34,8 +34,10 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         hidden_size: decoder.hidden_size,
         width: config.size("intermediate_size")?,
     };
-    let spec =
-        RouterSpec::new(Scoring::SparseMixer { jitter: config.float_or("router_jitter_noise", 0.01)? as f32 }, TOP_K);
+    let spec = RouterSpec::new(
+        Scoring::SparseMixer { jitter: config.non_negative_or("router_jitter_noise", 0.01)? as f32 },
+        TOP_K,
+    );
     let mixer = |prefix: &str, idx: usize| {
         Ok(Mixer::Gqa(Attention::load(loader, &format!("{prefix}.self_attn"), attention.clone(), idx)?))
     };

@@ -50,7 +50,7 @@ pub fn footprint(config: &ModelConfig) -> Result<Footprint, EngineError> {
     let num_attentions = is_linear.len() as u64 - num_linear;
     Ok(Footprint {
         num_layers: is_linear.len(),
-        token_width: footprint::attention_width(config)?.saturating_mul(num_attentions),
+        token_width: footprint::attention_width(config, config.head_dim()?)?.saturating_mul(num_attentions),
         state_width: (delta_heads(config)?.state_width() as u64).saturating_mul(num_linear),
     })
 }

@@ -8,7 +8,14 @@ use kernels::{MappedFile, PackedWeight, WeightFormat};
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 
+use super::bounded_read::read_bounded;
 use crate::error::EngineError;
+
+/// Of an index; the largest published ones have some 15 MB.
+pub const MAX_INDEX_BYTES: u64 = 32 << 20;
+
+/// Of a file's header, which takes several times as much when parsed.
+const MAX_HEADER_BYTES: u64 = 32 << 20;
 
 /// Where one tensor lies.
 #[derive(Clone, Debug)]
@@ -40,15 +47,19 @@ impl Checkpoint {
     /// A missing, unreadable or malformed file, and a shard that lacks a tensor the index promises.
     pub fn open(model_dir: &Path) -> Result<Self, EngineError> {
         let index_path = model_dir.join("model.safetensors.index.json");
-        if !index_path.exists() {
+        // Not `exists`: a link in a circle is there, and wrong.
+        if std::fs::symlink_metadata(&index_path).is_err() {
             let mut checkpoint = Self { files: Vec::new(), tensors: BTreeMap::new() };
             checkpoint.add_file(&model_dir.join("model.safetensors"))?;
             return Ok(checkpoint);
         }
-        let index: ShardIndex = read_json(&index_path)?;
+        let index: ShardIndex = read_json(&index_path, MAX_INDEX_BYTES)?;
         let mut shards: Vec<&String> = index.weight_map.values().collect();
         shards.sort();
         shards.dedup();
+        if shards.is_empty() {
+            return Err(EngineError::Invalid { path: index_path, reason: "it names no shards".into() });
+        }
         let mut checkpoint = Self { files: Vec::new(), tensors: BTreeMap::new() };
         for shard in shards {
             checkpoint.add_file(&shard_path(model_dir, shard, &index_path)?)?;
@@ -62,6 +73,10 @@ impl Checkpoint {
     fn add_file(&mut self, path: &Path) -> Result<(), EngineError> {
         let file = MappedFile::open(path).map_err(|source| EngineError::Read { path: path.into(), source })?;
         let invalid = |reason: String| EngineError::Invalid { path: path.into(), reason };
+        let claimed = file.first_chunk().map_or(0, |&bytes| u64::from_le_bytes(bytes));
+        if claimed > MAX_HEADER_BYTES {
+            return Err(invalid(format!("its header claims {claimed} bytes, the limit is {MAX_HEADER_BYTES}")));
+        }
         let (header_len, metadata) = SafeTensors::read_metadata(&file)
             .map_err(|e| invalid(format!("{e}; hint: an incomplete download? Fetch the file again")))?;
         let data_start = header_len + size_of::<u64>();
@@ -127,8 +142,8 @@ fn shard_path(model_dir: &Path, shard: &str, index_path: &Path) -> Result<PathBu
     Ok(model_dir.join(shard))
 }
 
-/// Reads one JSON file.
-pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, EngineError> {
-    let text = std::fs::read(path).map_err(|source| EngineError::Read { path: path.into(), source })?;
+/// Reads one JSON file of at most `max_bytes`.
+pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path, max_bytes: u64) -> Result<T, EngineError> {
+    let text = read_bounded(path, max_bytes).map_err(|source| EngineError::Read { path: path.into(), source })?;
     serde_json::from_slice(&text).map_err(|e| EngineError::Invalid { path: path.into(), reason: e.to_string() })
 }

@@ -215,12 +215,23 @@ mod tests {
     #[test]
     fn sizes_that_no_model_has_are_no_reason_to_panic() {
         let config = json!({
-            "model_type": "mixtral", "hidden_size": 8, "num_hidden_layers": 4_000_000_000u32, "num_attention_heads": 2,
-            "num_key_value_heads": 4_000_000_000u32, "head_dim": 4_000_000_000u32, "num_local_experts": 4,
+            "model_type": "mixtral", "hidden_size": 8, "num_hidden_layers": i32::MAX, "num_attention_heads": 2,
+            "num_key_value_heads": i32::MAX, "head_dim": i32::MAX, "num_local_experts": 4,
             "num_experts_per_tok": 1, "vocab_size": 10,
         });
         let found = check("inspect-huge", config, &[("model.norm.weight", vec![8])]);
         assert_eq!(found.kv_bytes_per_token, u64::MAX);
+    }
+
+    #[test]
+    fn keys_of_other_families_do_not_make_a_cache_look_small() {
+        let config = json!({
+            "model_type": "mixtral", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_local_experts": 4, "num_experts_per_tok": 1, "vocab_size": 10,
+            "kv_lora_rank": 1, "qk_rope_head_dim": 1, "kv_channels": 1,
+        });
+        let found = check("inspect-foreign-keys", config, &[("model.norm.weight", vec![8])]);
+        assert_eq!(found.kv_bytes_per_token, 2 * 2 * 4 * 2);
     }
 
     #[test]

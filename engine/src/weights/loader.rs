@@ -290,8 +290,12 @@ mod tests {
         let checkpoint = Checkpoint::open(dir.path()).unwrap();
         let mut progress = |_| ();
         let loader = Loader::new(&checkpoint, Quantization::default(), WeightDtype::Auto, &mut progress);
-        let error = loader.stacked_weights("experts", [200, 1, 2]).unwrap_err();
-        let error = error.to_string();
-        assert!(error.starts_with("tensor `experts` is stored as F8_E4M3, which is not supported"), "{error}");
+        for error in [
+            loader.stacked_weights("experts", [200, 1, 2]).unwrap_err(),
+            loader.borrow_stacked("experts", [200, 1, 2]).unwrap_err(),
+        ] {
+            let error = error.to_string();
+            assert!(error.starts_with("tensor `experts` is stored as F8_E4M3, which is not supported"), "{error}");
+        }
     }
 }

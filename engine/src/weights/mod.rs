@@ -2,6 +2,7 @@
 //!
 //! [`gguf`] reads GGUF files, [`upcycle`] turns a dense one into an MoE folder, [`inspect`] sizes a folder up.
 
+mod bounded_read;
 pub mod checkpoint;
 mod class_defaults;
 mod fp8;
@@ -18,3 +19,5 @@ pub mod quantization;
 mod quantized;
 pub mod tally;
 pub mod upcycle;
+
+pub use bounded_read::read_bounded;

@@ -10,6 +10,12 @@ use super::class_defaults;
 use crate::error::EngineError;
 use crate::handle::GenerationDefaults;
 
+/// Of config.json and generation_config.json; published ones have some kilobytes, and parsed ones take 30 times as much.
+const MAX_CONFIG_BYTES: u64 = 4 << 20;
+
+/// Characters of a wrong value that its error repeats.
+const MAX_SHOWN: usize = 80;
+
 /// The model's own configuration, with the Hugging Face keys.
 #[derive(Clone, Debug)]
 pub struct ModelConfig {
@@ -20,7 +26,7 @@ impl ModelConfig {
     /// Reads `config.json` of a model folder.
     pub fn load(model_dir: &Path) -> Result<Self, EngineError> {
         let path = model_dir.join("config.json");
-        Self::from_value(read_json(&path)?)
+        Self::from_value(read_json(&path, MAX_CONFIG_BYTES)?)
             .ok_or_else(|| EngineError::Invalid { path, reason: "it is not a JSON object".into() })
     }
 
@@ -87,11 +93,11 @@ impl ModelConfig {
 
     /// A count, where the key is present.
     pub fn opt_count(&self, key: &'static str) -> Result<Option<usize>, EngineError> {
-        // The product of two counts still fits a usize; where more is multiplied or added, it saturates.
         self.get(key)
             .map(|value| {
-                value.as_u64().filter(|&count| count < 1 << 32).map(|count| count as usize).ok_or_else(|| {
-                    EngineError::Config { key, reason: format!("is {value}, expected a count below 2^32") }
+                as_count(value).ok_or_else(|| EngineError::Config {
+                    key,
+                    reason: format!("is {}, expected a count below 2^31", shown(value)),
                 })
             })
             .transpose()
@@ -117,19 +123,46 @@ impl ModelConfig {
     pub fn opt_float(&self, key: &'static str) -> Result<Option<f64>, EngineError> {
         self.get(key)
             .map(|value| {
-                value
-                    .as_f64()
-                    .ok_or_else(|| EngineError::Config { key, reason: format!("is {value}, expected a number") })
+                // Most numbers end up in f32, where a larger one would be infinite.
+                value.as_f64().filter(|number| number.abs() <= f64::from(f32::MAX)).ok_or_else(|| EngineError::Config {
+                    key,
+                    reason: format!("is {}, expected a number within the range of f32", shown(value)),
+                })
             })
             .transpose()
+    }
+
+    /// A number above 0, where the key is present.
+    pub fn opt_positive(&self, key: &'static str) -> Result<Option<f64>, EngineError> {
+        match self.opt_float(key)? {
+            Some(number) if number <= 0.0 => {
+                Err(EngineError::Config { key, reason: format!("is {number}, expected a number above 0") })
+            }
+            number => Ok(number),
+        }
+    }
+
+    pub fn positive_or(&self, key: &'static str, default: f64) -> Result<f64, EngineError> {
+        Ok(self.opt_positive(key)?.unwrap_or(default))
+    }
+
+    /// A number that is 0 or more.
+    pub fn non_negative_or(&self, key: &'static str, default: f64) -> Result<f64, EngineError> {
+        match self.float_or(key, default)? {
+            number if number < 0.0 => {
+                Err(EngineError::Config { key, reason: format!("is {number}, expected a number of at least 0") })
+            }
+            number => Ok(number),
+        }
     }
 
     pub fn flag_or(&self, key: &'static str, default: bool) -> Result<bool, EngineError> {
         match self.get(key) {
             None => Ok(default),
-            Some(value) => value
-                .as_bool()
-                .ok_or_else(|| EngineError::Config { key, reason: format!("is {value}, expected true or false") }),
+            Some(value) => value.as_bool().ok_or_else(|| EngineError::Config {
+                key,
+                reason: format!("is {}, expected true or false", shown(value)),
+            }),
         }
     }
 
@@ -138,7 +171,7 @@ impl ModelConfig {
             None => Ok(default),
             Some(value) => value
                 .as_str()
-                .ok_or_else(|| EngineError::Config { key, reason: format!("is {value}, expected a string") }),
+                .ok_or_else(|| EngineError::Config { key, reason: format!("is {}, expected a string", shown(value)) }),
         }
     }
 
@@ -158,9 +191,12 @@ impl ModelConfig {
     /// A list of counts; absent is empty.
     pub fn counts(&self, key: &'static str) -> Result<Vec<usize>, EngineError> {
         let Some(value) = self.get(key) else { return Ok(Vec::new()) };
-        let error = || EngineError::Config { key, reason: format!("is {value}, expected a list of counts") };
+        let error = || EngineError::Config {
+            key,
+            reason: format!("is {}, expected a list of counts below 2^31", shown(value)),
+        };
         let list = value.as_array().ok_or_else(error)?;
-        list.iter().map(|item| item.as_u64().map(|count| count as usize).ok_or_else(error)).collect()
+        list.iter().map(|item| as_count(item).ok_or_else(error)).collect()
     }
 
     /// A sliding window; absent is none.
@@ -172,8 +208,9 @@ impl ModelConfig {
     pub fn first_count(&self, keys: &[&'static str]) -> Result<usize, EngineError> {
         let key = keys.iter().copied().find(|key| self.get(key).is_some()).unwrap_or(keys[0]);
         if self.get(key).is_some_and(Value::is_array) {
-            let reason = "is an empty list".to_owned();
-            return self.counts(key)?.into_iter().max().ok_or(EngineError::Config { key, reason });
+            let reason = "is a list without a positive count".to_owned();
+            let largest = self.counts(key)?.into_iter().max().filter(|&count| count > 0);
+            return largest.ok_or(EngineError::Config { key, reason });
         }
         self.size(key)
     }
@@ -206,6 +243,20 @@ impl ModelConfig {
     }
 }
 
+/// Below 2^31, so that products of two, and sums of some of those, fit a usize; where more is multiplied, it saturates.
+fn as_count(value: &Value) -> Option<usize> {
+    value.as_u64().filter(|&count| count < 1 << 31).map(|count| count as usize)
+}
+
+/// A value as an error repeats it: a stranger's list may be long.
+fn shown(value: &Value) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(MAX_SHOWN) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
+}
+
 fn missing(key: &'static str) -> EngineError {
     EngineError::Config { key, reason: "is missing".into() }
 }
@@ -213,8 +264,9 @@ fn missing(key: &'static str) -> EngineError {
 /// Sampling defaults and stop tokens of `generation_config.json`; the stop tokens fall back to config.json.
 pub fn generation_defaults(model_dir: &Path, config: &ModelConfig) -> Result<GenerationDefaults, EngineError> {
     let path = model_dir.join("generation_config.json");
-    let generation = if path.exists() {
-        match read_json(&path)? {
+    // Not `exists`: a link in a circle is there, and wrong.
+    let generation = if std::fs::symlink_metadata(&path).is_ok() {
+        match read_json(&path, MAX_CONFIG_BYTES)? {
             Value::Object(keys) => ModelConfig { keys },
             _ => return Err(EngineError::Invalid { path, reason: "it is not a JSON object".into() }),
         }

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use engine::weights::{checkpoint::MAX_INDEX_BYTES, read_bounded};
 use serde_json::Value;
 
 use super::cache::is_plain_name;
@@ -54,7 +55,7 @@ pub(super) fn weight_files(snapshot: &Path) -> Result<Vec<String>, HubError> {
 
 /// The shards that `model.safetensors.index.json` names, sorted.
 pub(super) fn indexed_shards(index: &Path) -> Result<Vec<String>, HubError> {
-    let text = std::fs::read(index).map_err(HubError::io(index))?;
+    let text = read_bounded(index, MAX_INDEX_BYTES).map_err(HubError::io(index))?;
     let bad = |reason: &str| HubError::BadAnswer { url: index.display().to_string(), reason: reason.to_owned() };
     let json: Value = serde_json::from_slice(&text).map_err(|error| bad(&error.to_string()))?;
     let weight_map = json["weight_map"].as_object().ok_or_else(|| bad("it has no weight_map"))?;

@@ -2,7 +2,7 @@
 
 use std::{
     error::Error as _,
-    fs, io,
+    io,
     path::{Path, PathBuf},
 };
 
@@ -11,7 +11,7 @@ use serde_json::{Map, Value as Json};
 
 use super::{
     TextError, python_json, python_time,
-    tokenizer_config::{SpecialTokens, TokenizerConfig, read_optional},
+    tokenizer_config::{MAX_SETTINGS_BYTES, SpecialTokens, TokenizerConfig, read_optional, read_text},
 };
 
 /// The names that Hugging Face gives meaning: the template, and the one for requests with tools.
@@ -165,12 +165,11 @@ fn find_sources(
     config: &TokenizerConfig,
 ) -> Result<Option<Sources>, TextError> {
     if let Some(path) = override_file {
-        let source =
-            fs::read_to_string(path).map_err(|source| TextError::ReadFile { path: path.to_owned(), source })?;
+        let source = read_text(path, MAX_SETTINGS_BYTES)?;
         return Ok(Some((path.to_owned(), vec![(DEFAULT.to_owned(), source)])));
     }
     let path = model_dir.join("chat_template.jinja");
-    if let Some(source) = read_optional(&path)? {
+    if let Some(source) = read_optional(&path, MAX_SETTINGS_BYTES)? {
         return Ok(Some((path, vec![(DEFAULT.to_owned(), source)])));
     }
     let path = &config.path;

@@ -16,7 +16,7 @@ use tokenizers::{
 use super::{
     TextError,
     token_bytes::BYTE_CHARS,
-    tokenizer_config::{TokenizerConfig, read_json, read_optional},
+    tokenizer_config::{MAX_VOCABULARY_BYTES, TokenizerConfig, read_json, read_optional},
 };
 
 /// How Kimi-K2 splits a text before merging, from its `tokenization_kimi.py`.
@@ -39,13 +39,16 @@ const NUM_RESERVED_TOKENS: usize = 256;
 /// Most ids after the ranks, whatever the model's vocabulary claims to be: each becomes a token.
 const MAX_SPECIAL_TOKENS: usize = 1 << 16;
 
+/// Of one token; published ones have at most some hundred. The ways to split a token grow with the square of it.
+const MAX_TOKEN_BYTES: usize = 1024;
+
 /// Bytes of every token, indexed by rank, which is its id.
 type Ranks = Vec<Vec<u8>>;
 
 /// `None` where the folder has no `tiktoken.model`.
 pub(super) fn load(model_dir: &Path, config: &TokenizerConfig) -> Result<Option<tokenizers::Tokenizer>, TextError> {
     let path = model_dir.join("tiktoken.model");
-    let Some(text) = read_optional(&path)? else { return Ok(None) };
+    let Some(text) = read_optional(&path, MAX_VOCABULARY_BYTES)? else { return Ok(None) };
     let ranks = parse_ranks(&text).map_err(|reason| TextError::invalid(&path, reason))?;
     let specials = special_tokens(ranks.len(), config, model_vocab_size(model_dir)?)?;
     build(&ranks, specials).map(Some).map_err(|error| TextError::invalid(&path, error))
@@ -58,6 +61,13 @@ fn parse_ranks(text: &str) -> Result<Ranks, String> {
         let expected = || format!("line {}: expected `base64 rank`", line_idx + 1);
         let (token, rank) = line.trim().split_once(' ').ok_or_else(expected)?;
         let bytes = STANDARD.decode(token).map_err(|_| expected())?;
+        if bytes.len() > MAX_TOKEN_BYTES {
+            return Err(format!(
+                "line {}: a token of {} bytes, the limit is {MAX_TOKEN_BYTES}",
+                line_idx + 1,
+                bytes.len()
+            ));
+        }
         let rank: usize = rank.trim().parse().map_err(|_| expected())?;
         entries.push((rank, bytes));
     }

@@ -7,7 +7,7 @@ use tokenizers::{AddedToken, processors::template::TemplateProcessing};
 use super::{
     TextError, tiktoken,
     token_bytes::{TextAssembler, TokenForm},
-    tokenizer_config::{SpecialTokens, TokenizerConfig, read_optional},
+    tokenizer_config::{MAX_VOCABULARY_BYTES, SpecialTokens, TokenizerConfig, read_optional},
 };
 
 /// How [`Tokenizer::encode`] treats a text.
@@ -143,7 +143,7 @@ pub(super) fn parse_tokenizer_json(text: &str) -> Result<tokenizers::Tokenizer, 
 
 fn load_tokenizer_json(model_dir: &Path, config: &TokenizerConfig) -> Result<Option<tokenizers::Tokenizer>, TextError> {
     let path = model_dir.join("tokenizer.json");
-    let Some(text) = read_optional(&path)? else { return Ok(None) };
+    let Some(text) = read_optional(&path, MAX_VOCABULARY_BYTES)? else { return Ok(None) };
     let invalid = |error: tokenizers::Error| TextError::invalid(&path, error);
     let mut tokenizer = parse_tokenizer_json(&text).map_err(invalid)?;
     // Both belong to the training run that saved the file; Hugging Face clears them before each call, too.

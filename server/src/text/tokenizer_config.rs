@@ -2,14 +2,21 @@
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    io,
     path::{Path, PathBuf},
 };
 
+use engine::weights::read_bounded;
 use serde_json::Value;
 use tokenizers::AddedToken;
 
 use super::TextError;
+
+/// Of a JSON file of settings, or a chat template.
+pub(super) const MAX_SETTINGS_BYTES: u64 = 8 << 20;
+
+/// Of `tokenizer.json` or `tiktoken.model`; the largest published ones have some 35 MB.
+pub(super) const MAX_VOCABULARY_BYTES: u64 = 128 << 20;
 
 /// The roles that Hugging Face names, and the variables of the same names in chat templates.
 const ROLES: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
@@ -103,17 +110,22 @@ fn added_tokens(config: &Value) -> Result<Vec<(u32, AddedToken)>, String> {
     Ok(tokens)
 }
 
-/// The text of a file, or `None` where it does not exist.
-pub(super) fn read_optional(path: &Path) -> Result<Option<String>, TextError> {
-    match fs::read_to_string(path) {
-        Ok(text) => Ok(Some(text)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(TextError::ReadFile { path: path.to_owned(), source }),
+/// The text of a file of at most `max_bytes`.
+pub(super) fn read_text(path: &Path, max_bytes: u64) -> Result<String, TextError> {
+    let read = || String::from_utf8(read_bounded(path, max_bytes)?).map_err(|_| io::ErrorKind::InvalidData.into());
+    read().map_err(|source| TextError::ReadFile { path: path.to_owned(), source })
+}
+
+/// The same, or `None` where the file does not exist.
+pub(super) fn read_optional(path: &Path, max_bytes: u64) -> Result<Option<String>, TextError> {
+    match read_text(path, max_bytes) {
+        Err(TextError::ReadFile { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+        text => text.map(Some),
     }
 }
 
 /// The JSON of a file, or `None` where it does not exist.
 pub(super) fn read_json(path: &Path) -> Result<Option<Value>, TextError> {
-    let Some(text) = read_optional(path)? else { return Ok(None) };
+    let Some(text) = read_optional(path, MAX_SETTINGS_BYTES)? else { return Ok(None) };
     serde_json::from_str(&text).map(Some).map_err(|error| TextError::invalid(path, error))
 }

@@ -40,9 +40,11 @@ fn broken_tiktoken_files_are_refused() {
     let whole = tiktoken_model(259);
     let with_id = |id: u32| json!({"added_tokens_decoder": {id.to_string(): {"content": "[BOS]", "special": true}}});
     let no_tokens = json!({});
-    let cases: [(&str, String, Value, &str); 7] = [
+    let long_token = format!("{}= 0", "YWFh".repeat(342) + "YWE");
+    let cases: [(&str, String, Value, &str); 8] = [
         ("byte", tiktoken_model(255), no_tokens.clone(), "no token for the single byte 0xFF"),
         ("base64", "?? 0".to_owned(), no_tokens.clone(), "line 1: expected `base64 rank`"),
+        ("long", long_token, no_tokens.clone(), "line 1: a token of 1028 bytes, the limit is 1024"),
         ("rank", "YQ== x".to_owned(), no_tokens.clone(), "line 1: expected `base64 rank`"),
         ("gap", whole.replace(" 258\n", " 300\n"), no_tokens, "expected rank 258, got 300"),
         ("low", whole.clone(), with_id(258), "has id 258, outside 259..515"),
