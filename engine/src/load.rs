@@ -9,6 +9,7 @@ use scheduler::{Scheduler, SchedulerConfig};
 use crate::config::{EngineConfig, KvDtype, WeightDtype};
 use crate::error::EngineError;
 use crate::handle::{EngineHandle, ModelSummary};
+use crate::layers::rope::{ContextLen, Rope};
 use crate::memory::{KvArena, budget};
 use crate::models::{self, Model, ModelSource};
 use crate::runner::Runner;
@@ -53,14 +54,17 @@ pub fn load_model(config: &EngineConfig, progress: &mut dyn FnMut(LoadProgress))
     let inspection = inspect(&config.model_dir)?;
     let model_config = ModelConfig::load(&config.model_dir)?;
     let max_position_embeddings = model_config.size("max_position_embeddings")?;
-    let max_len = config.max_model_len.unwrap_or(max_position_embeddings);
-    if max_len > max_position_embeddings {
-        let allowed = format!("at most {max_position_embeddings}, the model's max_position_embeddings");
-        return Err(EngineError::Limit { what: "max_model_len", value: max_len as u64, allowed });
+    let configured = config.max_model_len.unwrap_or(max_position_embeddings);
+    let longest = Rope::longest_context(&model_config, max_position_embeddings)?;
+    if configured > longest {
+        let origin = if longest > max_position_embeddings { ", stretched by dynamic NTK" } else { "" };
+        let allowed = format!("at most {longest}, the model's max_position_embeddings{origin}");
+        return Err(EngineError::Limit { what: "max_model_len", value: configured as u64, allowed });
     }
     // Half of what was inspected, which may have been f32 where bf16 will be kept.
-    let max_len = max_len.min(budget::longest_sequence(config, inspection.kv_bytes_per_token / 2));
-    let (model, weight_bytes) = load_weights(config, &model_config, max_len, progress)?;
+    let max_len = configured.min(budget::longest_sequence(config, inspection.kv_bytes_per_token / 2));
+    let len = ContextLen { configured, reachable: max_len };
+    let (model, weight_bytes) = load_weights(config, &model_config, len, progress)?;
     let kv_dtype = resolve_kv_dtype(config, &inspection);
     let demand = budget::KvDemand {
         sites: &model.shape().cache_sites,
@@ -105,7 +109,7 @@ pub fn load_model(config: &EngineConfig, progress: &mut dyn FnMut(LoadProgress))
 fn load_weights(
     config: &EngineConfig,
     model_config: &ModelConfig,
-    max_model_len: usize,
+    max_model_len: ContextLen,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<(Box<dyn Model>, u64), EngineError> {
     let architecture = models::architecture(model_config.model_type()?)?;

@@ -23,6 +23,7 @@ use candle_core::Tensor;
 use crate::error::EngineError;
 use crate::experts::RoutingStats;
 use crate::forward_input::ForwardInput;
+use crate::layers::rope::ContextLen;
 use crate::memory::KvArena;
 use crate::weights::loader::Loader;
 use crate::weights::model_config::ModelConfig;
@@ -81,8 +82,8 @@ pub struct ForwardContext<'a> {
 pub struct ModelSource<'a, 'c> {
     pub config: &'a ModelConfig,
     pub loader: &'a Loader<'c>,
-    /// Positions the rotary tables cover.
-    pub max_model_len: usize,
+    /// What the rotary tables follow from.
+    pub max_model_len: ContextLen,
 }
 
 /// A row of the table of supported architectures.
@@ -103,6 +104,7 @@ pub static ARCHITECTURES: &[Architecture] = &[
     Architecture { model_type: "qwen3_moe", sites_per_layer: 1, load: qwen_moe::load_qwen3, ignored: nothing },
     Architecture { model_type: "olmoe", sites_per_layer: 1, load: olmoe::load, ignored: nothing },
     Architecture { model_type: "granitemoe", sites_per_layer: 1, load: granite_moe::load, ignored: nothing },
+    Architecture { model_type: "granitemoeshared", sites_per_layer: 1, load: granite_moe::load, ignored: nothing },
     Architecture {
         model_type: "deepseek_v2",
         sites_per_layer: 1,

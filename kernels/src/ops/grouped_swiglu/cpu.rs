@@ -2,11 +2,10 @@
 
 use std::ops::Range;
 
-use super::{Expert, ExpertWeights, GluActivation, GroupedSwiglu};
-use crate::dispatch;
+use super::{Expert, ExpertWeights, GroupedSwiglu};
 use crate::matmul::{BLOCK_OUTS, BLOCK_ROWS, BlockInput, part};
 use crate::memory::Disjoint;
-use crate::ops::swiglu::SiluMul;
+use crate::ops::swiglu::activate;
 use crate::pool;
 
 /// Floats that the buffers between the passes may take (64 MiB); longer inputs go in parts.
@@ -72,7 +71,7 @@ impl<'a> Plan<'a> {
         Self { op, first_pair: pairs.start, pairs: sorted, rows, blocks }
     }
 
-    /// `silu(gate x) * up x` of each row, `[num_rows, intermediate]`
+    /// `act(gate x, up x)` of each row, `[num_rows, intermediate]`
     fn gate_up(&self, x: &[f32]) -> Vec<f32> {
         let (hidden_size, intermediate) = (self.op.hidden_size, self.op.intermediate);
         let mut activated = vec![0.0; self.pairs.len() * intermediate];
@@ -154,16 +153,5 @@ impl<'a> Plan<'a> {
 fn add_to_rows(rows: &mut [f32], bias: &[f32]) {
     for row in rows.chunks_exact_mut(bias.len()) {
         row.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
-    }
-}
-
-fn activate(activation: GluActivation, (gate, up): (&[f32], &[f32]), out: &mut [f32]) {
-    match activation {
-        GluActivation::Silu => dispatch::run(SiluMul { gate, up, out }),
-        GluActivation::ClampedSwish { alpha, limit } => {
-            for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
-                *out = GluActivation::clamped_swish(alpha, limit, gate, up);
-            }
-        }
     }
 }

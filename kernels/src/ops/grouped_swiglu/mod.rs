@@ -9,6 +9,7 @@ mod tests;
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 
 use super::route::TopK;
+use super::swiglu::GluActivation;
 use crate::check::{self, Input, f32_output, f32_slice};
 use crate::error::Result;
 use crate::weight::PackedWeight;
@@ -48,23 +49,6 @@ pub struct ExpertBiases {
     pub gate_up: Vec<f32>,
     /// `[hidden_size]`
     pub down: Vec<f32>,
-}
-
-/// How gate and up become one.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum GluActivation {
-    /// `silu(gate) * up` (Shazeer, 2020)
-    Silu,
-    /// `g * sigmoid(alpha * g) * (u + 1)` with `g = min(gate, limit)` and `u` clamped to `±limit` (gpt-oss).
-    ClampedSwish { alpha: f32, limit: f32 },
-}
-
-impl GluActivation {
-    /// The activation of one pair, for all but the vectorised [`Self::Silu`].
-    fn clamped_swish(alpha: f32, limit: f32, gate: f32, up: f32) -> f32 {
-        let (gate, up) = (gate.min(limit), up.clamp(-limit, limit));
-        gate / (1.0 + (-alpha * gate).exp()) * (up + 1.0)
-    }
 }
 
 /// `Σ weight * expert(x)` over the slots of each token, summed in slot order. Experts without a token are not read.

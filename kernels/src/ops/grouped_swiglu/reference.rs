@@ -1,6 +1,6 @@
 //! Oracle of `grouped_swiglu`: one token and one slot at a time.
 
-use super::{Expert, ExpertWeights, GluActivation, GroupedSwiglu};
+use super::{Expert, ExpertWeights, GroupedSwiglu};
 use crate::ops::{linear, swiglu};
 
 pub(crate) fn grouped_swiglu(op: &GroupedSwiglu<'_>, x: &[f32]) -> Vec<f32> {
@@ -26,16 +26,6 @@ pub(crate) fn grouped_swiglu(op: &GroupedSwiglu<'_>, x: &[f32]) -> Vec<f32> {
 fn glu(expert: &ExpertWeights, x: &[f32], intermediate: usize) -> Vec<f32> {
     let biases = expert.biases.as_ref();
     let gate_up = linear::reference(x, &expert.gate_up, biases.map(|biases| biases.gate_up.as_slice()));
-    let activated = match expert.activation {
-        GluActivation::Silu => swiglu::reference(&gate_up, intermediate),
-        GluActivation::ClampedSwish { alpha, limit } => {
-            let (gate, up) = gate_up.split_at(intermediate);
-            let pairs = gate.iter().zip(up).map(|(&gate, &up)| {
-                let (gate, up) = (f64::from(gate.min(limit)), f64::from(up.clamp(-limit, limit)));
-                (gate / (1.0 + (-f64::from(alpha) * gate).exp()) * (up + 1.0)) as f32
-            });
-            pairs.collect()
-        }
-    };
+    let activated = swiglu::reference(&gate_up, intermediate, expert.activation);
     linear::reference(&activated, &expert.down, biases.map(|biases| biases.down.as_slice()))
 }

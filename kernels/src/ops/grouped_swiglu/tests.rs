@@ -1,6 +1,7 @@
 //! Parity with the oracle, row invariance to the bit, and refused inputs.
 
-use super::{Expert, ExpertBiases, ExpertWeights, GluActivation, GroupedSwiglu, TopK, grouped_swiglu, reference};
+use super::{Expert, ExpertBiases, ExpertWeights, GroupedSwiglu, TopK, grouped_swiglu, reference};
+use crate::ops::swiglu::GluActivation;
 use crate::testing::{Numbers, assert_close, bits, tensor, values};
 use crate::weight::{PackedWeight, WeightFormat};
 

@@ -1,5 +1,10 @@
-//! `swiglu` row by row in 16 lanes.
+//! `glu` row by row: SiLU in 16 lanes, the rarer activations element by element in f64.
 
+use std::f64::consts::{FRAC_1_SQRT_2, FRAC_2_SQRT_PI};
+
+use candle_core::cpu::erf::erf_f64;
+
+use super::GluActivation;
 use crate::dispatch::{self, Kernel};
 use crate::lanes::{Lanes, silu_mul};
 use crate::memory::Disjoint;
@@ -8,7 +13,7 @@ use crate::pool;
 /// An exponential and a division cost about as much as this many additions.
 const ELEMENT_WORK: usize = 4;
 
-pub(crate) fn swiglu(gate_up: &[f32], intermediate: usize) -> Vec<f32> {
+pub(crate) fn glu(gate_up: &[f32], intermediate: usize, activation: GluActivation) -> Vec<f32> {
     let mut out = vec![0.0; gate_up.len() / 2];
     if out.is_empty() {
         return out;
@@ -20,16 +25,55 @@ pub(crate) fn swiglu(gate_up: &[f32], intermediate: usize) -> Vec<f32> {
         let (gate, up) = gate_up[2 * row * intermediate..2 * (row + 1) * intermediate].split_at(intermediate);
         // SAFETY: each row is a task.
         let out = unsafe { target.part(row * intermediate, intermediate) };
-        dispatch::run(SiluMul { gate, up, out });
+        activate(activation, (gate, up), out);
     });
     out
 }
 
+/// `out = act(gate, up)`, element by element. Panics if the lengths differ.
+pub(crate) fn activate(activation: GluActivation, (gate, up): (&[f32], &[f32]), out: &mut [f32]) {
+    match activation {
+        GluActivation::Silu => dispatch::run(SiluMul { gate, up, out }),
+        GluActivation::Gelu => map(gate, up, out, |gate, up| gelu(gate) * up),
+        GluActivation::GeluTanh => map(gate, up, out, |gate, up| gelu_tanh(gate) * up),
+        GluActivation::Relu => map(gate, up, out, |gate, up| relu(gate) * up),
+        GluActivation::ClampedSwish { alpha, limit } => {
+            map(gate, up, out, |gate, up| {
+                let (gate, up) = (gate.min(limit), up.clamp(-limit, limit));
+                gate / (1.0 + (-alpha * gate).exp()) * (up + 1.0)
+            });
+        }
+    }
+}
+
+fn map(gate: &[f32], up: &[f32], out: &mut [f32], act: impl Fn(f32, f32) -> f32) {
+    assert!(gate.len() == out.len() && up.len() == out.len(), "rows of one length");
+    for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
+        *out = act(gate, up);
+    }
+}
+
+fn gelu(x: f32) -> f32 {
+    let x = f64::from(x);
+    (0.5 * x * (1.0 + erf_f64(x * FRAC_1_SQRT_2))) as f32
+}
+
+fn gelu_tanh(x: f32) -> f32 {
+    let x = f64::from(x);
+    let inner = FRAC_2_SQRT_PI * FRAC_1_SQRT_2 * (x + 0.044_715 * x * x * x);
+    (0.5 * x * (1.0 + inner.tanh())) as f32
+}
+
+/// A NaN stays one, unlike in `f32::max`.
+fn relu(x: f32) -> f32 {
+    if x < 0.0 { 0.0 } else { x }
+}
+
 /// `out = silu(gate) * up`
-pub(crate) struct SiluMul<'a> {
-    pub(crate) gate: &'a [f32],
-    pub(crate) up: &'a [f32],
-    pub(crate) out: &'a mut [f32],
+struct SiluMul<'a> {
+    gate: &'a [f32],
+    up: &'a [f32],
+    out: &'a mut [f32],
 }
 
 impl Kernel for SiluMul<'_> {
