@@ -9,6 +9,7 @@ use scheduler::{Scheduler, SchedulerConfig};
 use crate::config::{EngineConfig, KvDtype, WeightDtype};
 use crate::error::EngineError;
 use crate::handle::{EngineHandle, ModelSummary};
+use crate::layers::rope::ContextLen;
 use crate::memory::{ArenaSize, KvArena, budget};
 use crate::models::{self, CacheSite, MAX_MODEL_LEN, Model, ModelSource, Prefill};
 use crate::runner::Runner;
@@ -54,14 +55,15 @@ pub fn load_model(config: &EngineConfig, progress: &mut dyn FnMut(LoadProgress))
     let inspection = inspect(&config.model_dir)?;
     let model_config = ModelConfig::load(&config.model_dir)?;
     let positions = (models::architecture(model_config.model_type()?)?.positions)(&model_config)?;
-    let max_len = config.max_model_len.unwrap_or(positions.default);
-    if max_len > positions.most {
+    let configured = config.max_model_len.unwrap_or(positions.default);
+    if configured > positions.most {
         let allowed = format!("at most {}, {}", positions.most, positions.limited_by);
-        return Err(EngineError::Limit { what: "max_model_len", value: max_len as u64, allowed });
+        return Err(EngineError::Limit { what: "max_model_len", value: configured as u64, allowed });
     }
     // Half of what was inspected, which may have been f32 where bf16 will be kept.
-    let max_len = max_len.min(budget::longest_sequence(config, inspection.kv_bytes_per_token / 2));
-    let (model, weight_bytes) = load_weights(config, &model_config, max_len, progress)?;
+    let max_len = configured.min(budget::longest_sequence(config, inspection.kv_bytes_per_token / 2));
+    let len = ContextLen { configured, reachable: max_len };
+    let (model, weight_bytes) = load_weights(config, &model_config, len, progress)?;
     let kv_dtype = resolve_kv_dtype(config, &inspection);
     let demand = budget::KvDemand {
         sites: &model.shape().cache_sites,
@@ -112,7 +114,7 @@ pub fn load_model(config: &EngineConfig, progress: &mut dyn FnMut(LoadProgress))
 fn load_weights(
     config: &EngineConfig,
     model_config: &ModelConfig,
-    max_model_len: usize,
+    max_model_len: ContextLen,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<(Box<dyn Model>, u64), EngineError> {
     let architecture = models::architecture(model_config.model_type()?)?;

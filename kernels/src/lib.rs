@@ -42,7 +42,7 @@ pub use ops::pointwise::{Pointwise, pointwise};
 pub use ops::rms_norm::{rms_norm, rms_norm_residual};
 pub use ops::rope::{RopeStyle, RopeTable, rope};
 pub use ops::route::{GroupScore, Groups, RouterSpec, Scoring, TopK, route};
-pub use ops::swiglu::swiglu;
+pub use ops::swiglu::{GluActivation, glu, swiglu};
 pub use paged_cache::{KvFormat, PagedBatch, PagedCache};
 pub use state_cache::StateCache;
 pub use weight::{PackedWeight, WeightFormat};

@@ -7,7 +7,7 @@ use kernels::{GqaSpec, LearnedScores, Pointwise, Reach, RopeStyle, RopeTable};
 
 use super::linear::{Bias, Linear};
 use super::norm::{Norm, NormKind};
-use super::rope::Rope;
+use super::rope::{ContextLen, Rope};
 use crate::error::EngineError;
 use crate::models::{CacheSite, ForwardContext};
 use crate::weights::loader::Loader;
@@ -56,7 +56,7 @@ impl QueryTemperature {
 
 impl AttentionConfig {
     /// The plain attention of Llama and most families after it: no biases, no norms, rotation by halves.
-    pub fn from_config(config: &ModelConfig, max_model_len: usize) -> Result<Self, EngineError> {
+    pub fn from_config(config: &ModelConfig, max_model_len: ContextLen) -> Result<Self, EngineError> {
         let (num_heads, head_dim) = (config.size("num_attention_heads")?, config.head_dim()?);
         let num_kv_heads = config.opt_count("num_key_value_heads")?.unwrap_or(num_heads);
         if num_kv_heads == 0 || !num_heads.is_multiple_of(num_kv_heads) {
@@ -87,7 +87,7 @@ impl AttentionConfig {
 
 /// Leading dimensions of a head that rotate: `rotary_dim`, or `partial_rotary_factor` of the head.
 fn rotary_dim(config: &ModelConfig, head_dim: usize) -> Result<usize, EngineError> {
-    let nested = config.section("rope_parameters").map(|section| section.opt_float("partial_rotary_factor"));
+    let nested = Rope::section(config).map(|section| section.opt_float("partial_rotary_factor"));
     let factor = match nested.transpose()?.flatten() {
         Some(factor) => factor,
         None => config.float_or("partial_rotary_factor", 1.0)?,

@@ -102,10 +102,10 @@ fn load_layers(
             feed_forward_norm: norm(format!("{prefix}.{feed_forward_norm}"))?,
             feed_forward_out_norm: sandwich("post_mlp_layernorm")?,
             feed_forward: match (parts.feed_forward)(&prefix, idx)? {
-                FeedForwardParts::Dense(mlp) => FeedForward::Dense(mlp),
+                FeedForwardParts::Dense(mlp) => FeedForward::Dense(mlp.activated(config.activation)),
                 FeedForwardParts::Moe(moe) => {
                     num_moe_layers += 1;
-                    FeedForward::Moe(Box::new(Moe::new(*moe, num_moe_layers - 1)?))
+                    FeedForward::Moe(Box::new(Moe::new(moe.activated(config.activation), num_moe_layers - 1)?))
                 }
             },
         })

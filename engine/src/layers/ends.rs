@@ -1,7 +1,7 @@
 //! What stands around the layers of a decoder: embedding, last norm, output projection.
 
 use candle_core::Tensor;
-use kernels::PackedWeight;
+use kernels::{GluActivation, PackedWeight};
 
 use super::norm::{Norm, NormKind};
 use crate::error::EngineError;
@@ -22,6 +22,8 @@ pub struct DecoderConfig {
     pub head: HeadKind,
     pub norms: LayerNorms,
     pub multipliers: Multipliers,
+    /// Of dense networks, and of experts that have none of their own.
+    pub activation: GluActivation,
 }
 
 /// Where a layer normalises, and what the norms are called.
@@ -73,6 +75,7 @@ impl DecoderConfig {
             head: HeadKind::Plain,
             norms: LayerNorms::Pre,
             multipliers: Multipliers::default(),
+            activation: config.activation()?,
         })
     }
 

@@ -1,6 +1,7 @@
-//! The dense SwiGLU feed-forward network, also the form of shared experts.
+//! The dense gated feed-forward network, also the form of shared experts.
 
 use candle_core::Tensor;
+use kernels::GluActivation;
 
 use super::linear::{Bias, Linear};
 use crate::error::EngineError;
@@ -10,6 +11,7 @@ use crate::weights::loader::Loader;
 pub struct Mlp {
     gate_up: Linear,
     down: Linear,
+    activation: GluActivation,
 }
 
 impl Mlp {
@@ -33,10 +35,21 @@ impl Mlp {
         Ok(Self {
             gate_up: Linear::load_fused(loader, &parts, hidden_size, bias)?,
             down: Linear::load(loader, &format!("{prefix}.down_proj"), hidden_size, width, bias)?,
+            activation: GluActivation::Silu,
         })
     }
 
+    /// Gate and up in one matrix, the gate's rows first.
+    pub fn from_fused(gate_up: Linear, down: Linear) -> Self {
+        Self { gate_up, down, activation: GluActivation::Silu }
+    }
+
+    /// The same network with another activation than SiLU.
+    pub fn activated(self, activation: GluActivation) -> Self {
+        Self { activation, ..self }
+    }
+
     pub fn forward(&self, x: &Tensor) -> Result<Tensor, EngineError> {
-        self.down.forward(&kernels::swiglu(&self.gate_up.forward(x)?)?)
+        self.down.forward(&kernels::glu(&self.gate_up.forward(x)?, self.activation)?)
     }
 }

@@ -1,7 +1,7 @@
 //! The mixture-of-experts layer: router, routed experts, shared expert.
 
 use candle_core::Tensor;
-use kernels::{Expert, ExpertWeights, PackedWeight, Pointwise, RouterSpec, TopK};
+use kernels::{Expert, ExpertActivation, ExpertWeights, GluActivation, PackedWeight, Pointwise, RouterSpec, TopK};
 
 use super::linear::{Bias, Linear};
 use super::mlp::Mlp;
@@ -61,6 +61,22 @@ pub struct MoeParts {
     pub experts: Vec<Expert>,
     pub shared: Option<SharedExpert>,
     pub weighting: Weighting,
+}
+
+impl MoeParts {
+    /// The same layer with another activation, where an expert has no special one of its own.
+    pub fn activated(mut self, activation: GluActivation) -> Self {
+        for expert in &mut self.experts {
+            if let Expert::Glu(weights) = expert
+                && weights.activation == ExpertActivation::Gated(GluActivation::Silu)
+            {
+                weights.activation = ExpertActivation::Gated(activation);
+            }
+        }
+        self.shared =
+            self.shared.map(|shared| SharedExpert { mlp: shared.mlp.activated(activation), gate: shared.gate });
+        self
+    }
 }
 
 impl Moe {

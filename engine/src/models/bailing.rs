@@ -22,7 +22,6 @@ const NAMES: AttentionNames = AttentionNames {
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let ModelSource { config, loader, max_model_len } = *source;
-    config.expect_silu()?;
     let has_normalized_head = config.flag_or("norm_head", false)?;
     let decoder = DecoderConfig {
         embedding_name: "model.word_embeddings.weight",

@@ -9,19 +9,30 @@ use crate::error::EngineError;
 use crate::layers::decoder::{Decoder, LayerParts, Mixer};
 use crate::layers::ends::{DecoderConfig, LayerNorms};
 use crate::layers::mla::{LoraScales, MlaAttention, MlaConfig};
-use crate::layers::rope::Rope;
+use crate::layers::rope::{ContextLen, Rope};
 use crate::weights::model_config::ModelConfig;
 
 /// The reference builds its low-rank norms with this default, whatever `rms_norm_eps` says.
 const LORA_NORM_EPS: f64 = 1e-6;
 
 pub fn load_v2(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
-    let layers = FineGrained::from_config(source.config, v2_router(source.config)?)?;
-    load(source, DecoderConfig::from_config(source.config, 1e-6)?, layers)
+    let config = &source.config.with_defaults(&[("n_shared_experts", 2.0)]);
+    let source = &ModelSource { config, ..*source };
+    let layers = FineGrained {
+        bias: config.flag_or("mlp_bias", false)?.into(),
+        ..FineGrained::from_config(config, v2_router(config)?)?
+    };
+    load(source, DecoderConfig::from_config(config, 1e-6)?, layers)
 }
 
 pub fn load_v3(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
-    let defaults = [("n_group", 8.0), ("topk_group", 4.0), ("routed_scaling_factor", 2.5)];
+    let defaults = [
+        ("n_group", 8.0),
+        ("topk_group", 4.0),
+        ("routed_scaling_factor", 2.5),
+        ("n_shared_experts", 1.0),
+        ("first_k_dense_replace", 3.0),
+    ];
     let config = &source.config.with_defaults(&defaults);
     let source = &ModelSource { config, ..*source };
     config.expect_text("scoring_func", &["sigmoid"])?;
@@ -45,13 +56,19 @@ pub fn load_pangu(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let has_bias = config.flag_or("router_enable_expert_bias", false)?;
     let layers = FineGrained {
         choice_bias: has_bias.then_some(ChoiceBias::Vector("e_score_correction_bias")),
-        ..FineGrained::from_config(config, sigmoid_router(config)?)?
+        ..FineGrained::from_config(config, pangu_router(config)?)?
     };
     let norms = match config.flag_or("sandwich_norm", false)? {
         true => LayerNorms::Sandwich,
         false => LayerNorms::Pre,
     };
     load(source, DecoderConfig { norms, ..DecoderConfig::from_config(config, 1e-5)? }, layers)
+}
+
+/// The weight of an only expert stays as it is.
+fn pangu_router(config: &ModelConfig) -> Result<RouterSpec, EngineError> {
+    let spec = sigmoid_router(config)?;
+    Ok(RouterSpec { renormalize: spec.renormalize.filter(|_| spec.top_k > 1), ..spec })
 }
 
 /// openPangu's published keys in DeepSeek's spelling.
@@ -70,7 +87,6 @@ fn pangu_keys(config: &ModelConfig) -> ModelConfig {
 
 fn load(source: &ModelSource, decoder: DecoderConfig, layers: FineGrained) -> Result<Box<dyn Model>, EngineError> {
     let ModelSource { config, loader, max_model_len } = *source;
-    config.expect_silu()?;
     let attention = mla_config(config, max_model_len)?;
     let mixer = |prefix: &str, idx: usize| {
         Ok(Mixer::Mla(MlaAttention::load(loader, &format!("{prefix}.self_attn"), attention.clone(), idx)?))
@@ -81,7 +97,7 @@ fn load(source: &ModelSource, decoder: DecoderConfig, layers: FineGrained) -> Re
 }
 
 /// Latent attention with DeepSeek's keys.
-pub(super) fn mla_config(config: &ModelConfig, max_model_len: usize) -> Result<MlaConfig, EngineError> {
+pub(super) fn mla_config(config: &ModelConfig, max_model_len: ContextLen) -> Result<MlaConfig, EngineError> {
     let (nope, rotary) = (config.size("qk_nope_head_dim")?, config.size("qk_rope_head_dim")?);
     let rope = Rope::from_config(config)?;
     Ok(MlaConfig {

@@ -2,6 +2,7 @@
 //! not make a model look small. No tensor was compared with the config, so it may say anything.
 
 use crate::error::EngineError;
+use crate::layers::rope::Rope;
 use crate::weights::model_config::ModelConfig;
 
 /// Sizes of everything a sequence keeps, over all layers.
@@ -31,8 +32,13 @@ pub const MAX_MODEL_LEN: usize = 1 << 24;
 
 /// `max_position_embeddings`: as many as the model was made for.
 pub fn max_position_embeddings(config: &ModelConfig) -> Result<Positions, EngineError> {
-    let most = config.size("max_position_embeddings")?;
-    Ok(Positions { default: most.min(MAX_MODEL_LEN), most, limited_by: "the model's max_position_embeddings" })
+    let trained = config.size("max_position_embeddings")?;
+    let most = Rope::longest_context(config, trained)?;
+    let limited_by = match most > trained {
+        true => "the model's max_position_embeddings, stretched by dynamic NTK",
+        false => "the model's max_position_embeddings",
+    };
+    Ok(Positions { default: trained.min(MAX_MODEL_LEN), most, limited_by })
 }
 
 /// One attention with keys and values in every layer.

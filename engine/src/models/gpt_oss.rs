@@ -1,6 +1,8 @@
 //! gpt-oss: attention sinks, alternating windows, clamped and biased experts, in bf16 or MXFP4.
 
-use kernels::{Expert, ExpertActivation, ExpertBiases, ExpertWeights, Reach, RouterSpec, Scoring, WeightFormat};
+use kernels::{
+    Expert, ExpertActivation, ExpertBiases, ExpertWeights, GluActivation, Reach, RouterSpec, Scoring, WeightFormat,
+};
 
 use super::{Model, ModelSource};
 use crate::error::EngineError;
@@ -30,10 +32,10 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         width: config.size("intermediate_size")?,
     };
     let top_k = config.size("num_experts_per_tok")?;
-    let activation = ExpertActivation::ClampedSwish {
+    let activation = ExpertActivation::Gated(GluActivation::ClampedSwish {
         alpha: config.float_or("swiglu_alpha", 1.702)? as f32,
         limit: config.positive_or("swiglu_limit", 7.0)? as f32,
-    };
+    });
     let mixer = |prefix: &str, idx: usize| {
         let reach = if is_sliding(config, idx)? { window } else { Reach::Full };
         let attention = AttentionConfig { reach, ..attention.clone() };

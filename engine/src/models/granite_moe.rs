@@ -1,4 +1,5 @@
-//! Granite MoE: stacked experts, softmax over the chosen logits, multipliers on embedding, residual, scores and logits.
+//! Granite MoE: stacked experts, softmax over the chosen logits, multipliers on embedding, residual, scores and logits;
+//! with or without a network that all tokens share.
 
 use kernels::{RouterSpec, Scoring};
 
@@ -7,11 +8,13 @@ use crate::error::EngineError;
 use crate::layers::attention::{Attention, AttentionConfig};
 use crate::layers::decoder::{Decoder, FeedForwardParts, LayerParts, Mixer};
 use crate::layers::ends::{DecoderConfig, Multipliers};
-use crate::layers::moe::{self, ExpertShape, MoeParts, Weighting};
+use crate::layers::linear::{Bias, Linear};
+use crate::layers::mlp::Mlp;
+use crate::layers::moe::{self, ExpertShape, MoeParts, SharedExpert, Weighting};
+use crate::weights::loader::Loader;
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let ModelSource { config, loader, max_model_len } = *source;
-    config.expect_silu()?;
     let decoder = DecoderConfig {
         multipliers: Multipliers {
             embedding: config.float_or("embedding_multiplier", 1.0)?,
@@ -36,17 +39,39 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let mixer = |prefix: &str, idx: usize| {
         Ok(Mixer::Gqa(Attention::load(loader, &format!("{prefix}.self_attn"), attention.clone(), idx)?))
     };
+    // Only granitemoeshared has the key.
+    let shared_width = config.count_or("shared_intermediate_size", 0)?;
     let feed_forward = |prefix: &str, _: usize| {
         let block = format!("{prefix}.block_sparse_moe");
-        let names = ["input_linear", "output_linear"].map(|part| format!("{block}.{part}.weight"));
+        // Saved from memory, without transformers' renaming, router and experts have the names most families give them.
+        let is_renamed = loader.has(&format!("{block}.router.weight"));
+        let (router, names) = match is_renamed {
+            true => ("router", ["experts.gate_up_proj", "experts.down_proj"]),
+            false => ("router.layer", ["input_linear.weight", "output_linear.weight"]),
+        };
+        let names = names.map(|part| format!("{block}.{part}"));
         Ok(FeedForwardParts::moe(MoeParts {
-            gate: moe::load_gate(loader, &format!("{block}.router.layer"), shape)?,
+            gate: moe::load_gate(loader, &format!("{block}.{router}"), shape)?,
             spec: spec.clone(),
             experts: moe::load_stacked_experts(loader, [&names[0], &names[1]], shape)?,
-            shared: None,
+            shared: load_shared(loader, &format!("{prefix}.shared_mlp"), [decoder.hidden_size, shared_width])?,
             weighting: Weighting::default(),
         }))
     };
     let parts = LayerParts { mixer: &mixer, feed_forward: &feed_forward };
     Ok(Box::new(Decoder::load(source, decoder, parts)?))
+}
+
+/// `{prefix}.{input,output}_linear`, the gate's rows first; a width of 0 is none.
+fn load_shared(
+    loader: &Loader,
+    prefix: &str,
+    [hidden_size, width]: [usize; 2],
+) -> Result<Option<SharedExpert>, EngineError> {
+    if width == 0 {
+        return Ok(None);
+    }
+    let gate_up = Linear::load(loader, &format!("{prefix}.input_linear"), 2 * width, hidden_size, Bias::No)?;
+    let down = Linear::load(loader, &format!("{prefix}.output_linear"), hidden_size, width, Bias::No)?;
+    Ok(Some(SharedExpert { mlp: Mlp::from_fused(gate_up, down), gate: None }))
 }

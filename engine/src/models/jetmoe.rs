@@ -1,6 +1,6 @@
 //! JetMoE (arXiv 2404.07413): experts in the attention heads as well as in the feed-forward layers.
 
-use kernels::{Expert, ExpertActivation, ExpertBiases, ExpertWeights, RouterSpec, Scoring};
+use kernels::{Expert, ExpertActivation, ExpertBiases, ExpertWeights, GluActivation, RouterSpec, Scoring};
 
 use super::{Model, ModelSource};
 use crate::error::EngineError;
@@ -62,7 +62,12 @@ fn load_experts(loader: &Loader, prefix: &str, shape: ExpertShape) -> Result<Vec
     let bias = loader.floats(&format!("{prefix}.bias"), &[hidden_size])?;
     let expert = |(gate_up, down)| {
         let biases = ExpertBiases { gate_up: vec![0.0; 2 * width], down: bias.clone() };
-        Expert::Glu(ExpertWeights { gate_up, down, biases: Some(biases), activation: ExpertActivation::Silu })
+        Expert::Glu(ExpertWeights {
+            gate_up,
+            down,
+            biases: Some(biases),
+            activation: ExpertActivation::Gated(GluActivation::Silu),
+        })
     };
     Ok(gate_up.into_iter().zip(down).map(expert).collect())
 }

@@ -10,6 +10,7 @@ use crate::layers::decoder::{Decoder, FeedForwardParts, LayerParts, Mixer};
 use crate::layers::ends::DecoderConfig;
 use crate::layers::mlp::Mlp;
 use crate::layers::moe::{self, ExpertShape, MoeParts, SharedExpert, Weighting};
+use crate::layers::rope::ContextLen;
 use crate::weights::loader::Loader;
 use crate::weights::model_config::ModelConfig;
 
@@ -69,7 +70,7 @@ struct LayerKinds {
 }
 
 impl LayerKinds {
-    fn from_config(config: &ModelConfig, max_model_len: usize, eps: f64) -> Result<Self, EngineError> {
+    fn from_config(config: &ModelConfig, max_model_len: ContextLen, eps: f64) -> Result<Self, EngineError> {
         let bias = config.flag_or("attention_bias", false)?.into();
         let base = AttentionConfig {
             qkv_bias: bias,

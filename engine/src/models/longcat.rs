@@ -8,11 +8,12 @@ use super::deepseek::mla_config;
 use super::{CacheSite, ForwardContext, Model, ModelShape, ModelSource, Prefill};
 use crate::error::EngineError;
 use crate::layers::ends::{DecoderConfig, Ends, enter};
-use crate::layers::linear::Linear;
+use crate::layers::linear::{Bias, Linear};
 use crate::layers::mla::{LoraScales, MlaAttention, MlaConfig};
 use crate::layers::mlp::Mlp;
 use crate::layers::moe::{self, ExpertShape, Moe, MoeParts, Weighting};
 use crate::layers::norm::Norm;
+use crate::layers::rope::ContextLen;
 use crate::weights::model_config::ModelConfig;
 
 struct LongCat {
@@ -35,11 +36,10 @@ struct Half {
 }
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
-    let config = &source.config.renamed(&[("num_layers", "num_hidden_layers")]).with_defaults(&[("rope_theta", 1e7)]);
-    config.expect_silu()?;
+    let config = &source.config.with_defaults(&[("rope_theta", 1e7), ("routed_scaling_factor", 6.0)]);
     let decoder = DecoderConfig::from_config(config, 1e-5)?;
     let attention = attention_config(config, source.max_model_len)?;
-    let layers = (0..config.size("num_hidden_layers")?)
+    let layers = (0..num_layers(config)?)
         .map(|idx| Layer::load(&ModelSource { config, ..*source }, &decoder, &attention, idx))
         .collect::<Result<Vec<_>, _>>()?;
     let sites = layers.iter().flat_map(|layer| layer.halves.each_ref().map(|half| half.attention.cache_site()));
@@ -53,15 +53,26 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     Ok(Box::new(LongCat { ends: Ends::load(source.loader, decoder)?, layers, shape }))
 }
 
-/// Multi-token prediction, and the matrices that transformers saves for experts that have none.
+/// `num_layers`; transformers derives `num_hidden_layers` from it, one for each of the two attentions.
+fn num_layers(config: &ModelConfig) -> Result<usize, EngineError> {
+    match config.opt_size("num_layers")? {
+        Some(num_layers) => Ok(num_layers),
+        None => Ok(config.size("num_hidden_layers")? / 2),
+    }
+}
+
+/// Multi-token prediction, the matrices that transformers saves for experts that have none, and the bias of the router,
+/// which the reference allocates and never adds.
 pub fn is_ignored(config: &ModelConfig, name: &str) -> bool {
     let num_experts = config.count_or("n_routed_experts", usize::MAX).unwrap_or(usize::MAX);
     let expert = name.split_once(".mlp.experts.").and_then(|(_, rest)| rest.split('.').next()?.parse::<usize>().ok());
-    name.starts_with("model.mtp.") || expert.is_some_and(|expert| expert >= num_experts)
+    name.starts_with("model.mtp.")
+        || name.ends_with(".router.classifier.bias")
+        || expert.is_some_and(|expert| expert >= num_experts)
 }
 
 /// Factors `sqrt(hidden_size / rank)` make up for what the low ranks lose.
-fn attention_config(config: &ModelConfig, max_model_len: usize) -> Result<MlaConfig, EngineError> {
+fn attention_config(config: &ModelConfig, max_model_len: ContextLen) -> Result<MlaConfig, EngineError> {
     let attention = mla_config(config, max_model_len)?;
     let factor = |is_on: bool, rank: usize| match is_on {
         true => (attention.hidden_size as f64 / rank as f64).sqrt(),
@@ -91,11 +102,12 @@ impl Layer {
                 input_norm: decoder.load_norm(loader, &format!("{prefix}.input_layernorm.{half}"))?,
                 attention: MlaAttention::load(loader, &format!("{prefix}.self_attn.{half}"), attention.clone(), site)?,
                 post_attention_norm: decoder.load_norm(loader, &format!("{prefix}.post_attention_layernorm.{half}"))?,
-                mlp: Mlp::load(loader, &format!("{prefix}.mlps.{half}"), decoder.hidden_size, dense_width)?,
+                mlp: Mlp::load(loader, &format!("{prefix}.mlps.{half}"), decoder.hidden_size, dense_width)?
+                    .activated(decoder.activation),
             })
         };
         let moe = load_moe(source, &format!("{prefix}.mlp"), decoder.hidden_size)?;
-        Ok(Self { halves: [load_half(0)?, load_half(1)?], moe: Moe::new(moe, idx)? })
+        Ok(Self { halves: [load_half(0)?, load_half(1)?], moe: Moe::new(moe.activated(decoder.activation), idx)? })
     }
 
     /// Takes and gives `(what the layer before left over, residual stream)`.
@@ -131,10 +143,9 @@ fn load_moe(source: &ModelSource, prefix: &str, hidden_size: usize) -> Result<Mo
         width: config.size("expert_ffn_hidden_size")?,
     };
     let num_choices = shape.num_experts + num_identity;
-    let has_bias = config.flag_or("router_bias", false)?.into();
     let router = format!("{prefix}.router");
     // The router first: its shape proves the number of identities before they are made.
-    let gate = Linear::load(loader, &format!("{router}.classifier"), num_choices, hidden_size, has_bias)?;
+    let gate = Linear::load(loader, &format!("{router}.classifier"), num_choices, hidden_size, Bias::No)?;
     let mut experts = moe::load_experts(loader, &format!("{prefix}.experts"), moe::PROJECTIONS, shape)?;
     experts.extend((0..num_identity).map(|_| Expert::Identity));
     Ok(MoeParts {

@@ -12,7 +12,6 @@ use crate::layers::moe::{self, ExpertShape, MoeParts, Weighting};
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let config = &source.config.with_defaults(&[("rope_theta", 1e6)]);
     let ModelSource { loader, max_model_len, .. } = *source;
-    config.expect_silu()?;
     let decoder = DecoderConfig::from_config(config, 1e-5)?;
     let shape = ExpertShape {
         num_experts: config.size("num_local_experts")?,
@@ -29,7 +28,9 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         Ok(Mixer::Gqa(Attention::load(loader, &format!("{prefix}.self_attn"), attention.clone(), idx)?))
     };
     let feed_forward = |prefix: &str, _: usize| {
-        let block = format!("{prefix}.block_sparse_moe");
+        // Saved from memory, without transformers' renaming, the block has the name that most families give it.
+        let is_renamed = loader.has(&format!("{prefix}.mlp.gate.weight"));
+        let block = format!("{prefix}.{}", if is_renamed { "mlp" } else { "block_sparse_moe" });
         Ok(FeedForwardParts::moe(MoeParts {
             gate: moe::load_gate(loader, &format!("{block}.gate"), shape)?,
             spec: spec.clone(),

@@ -30,6 +30,7 @@ pub use footprint::{Footprint, MAX_MODEL_LEN, Positions};
 use crate::error::EngineError;
 use crate::experts::RoutingStats;
 use crate::forward_input::ForwardInput;
+use crate::layers::rope::ContextLen;
 use crate::memory::KvArena;
 use crate::weights::loader::Loader;
 use crate::weights::model_config::ModelConfig;
@@ -130,8 +131,8 @@ pub struct ForwardContext<'a> {
 pub struct ModelSource<'a, 'c> {
     pub config: &'a ModelConfig,
     pub loader: &'a Loader<'c>,
-    /// Positions the rotary tables cover.
-    pub max_model_len: usize,
+    /// What the rotary tables follow from.
+    pub max_model_len: ContextLen,
 }
 
 /// A row of the table of supported architectures.
@@ -175,6 +176,7 @@ pub static ARCHITECTURES: &[Architecture] = &[
     },
     Architecture { model_type: "olmoe", load: olmoe::load, ..DECODER },
     Architecture { model_type: "granitemoe", load: granite_moe::load, ..DECODER },
+    Architecture { model_type: "granitemoeshared", load: granite_moe::load, ..DECODER },
     Architecture { model_type: "deepseek_v2", load: deepseek::load_v2, ..LATENT },
     Architecture { model_type: "deepseek_v3", load: deepseek::load_v3, ..LATENT },
     Architecture { model_type: "kimi_k2", load: deepseek::load_v3, ..LATENT },

@@ -69,10 +69,12 @@ pub fn load_shared_expert(source: &ModelSource, prefix: &str) -> Result<Option<S
     Ok(Some(SharedExpert { mlp, gate: Some(gate) }))
 }
 
-/// Sliding windows of Qwen2-MoE: every other layer below `max_window_layers`, if switched on at all.
+/// Sliding windows of Qwen2-MoE, if switched on at all: the layers that `layer_types` names, by default every other one
+/// below `max_window_layers`.
 struct Qwen2Windows {
     window: Reach,
     max_window_layers: usize,
+    named: Option<Vec<bool>>,
 }
 
 impl Qwen2Windows {
@@ -81,11 +83,15 @@ impl Qwen2Windows {
             true => config.window("sliding_window")?,
             false => Reach::Full,
         };
-        Ok(Self { window, max_window_layers: config.count_or("max_window_layers", 28)? })
+        let named = config.sliding_layers(config.size("num_hidden_layers")?)?;
+        Ok(Self { window, max_window_layers: config.count_or("max_window_layers", 28)?, named })
     }
 
     fn of_layer(&self, idx: usize) -> Reach {
-        let is_sliding = (idx + 1) % 2 == 1 && idx < self.max_window_layers;
+        let is_sliding = match &self.named {
+            Some(named) => named[idx],
+            None => idx.is_multiple_of(2) && idx < self.max_window_layers,
+        };
         if is_sliding { self.window } else { Reach::Full }
     }
 }
@@ -101,7 +107,6 @@ pub struct SparseLayers {
 
 impl SparseLayers {
     pub fn from_config(config: &ModelConfig, num_experts: usize) -> Result<Self, EngineError> {
-        config.expect_silu()?;
         Ok(Self {
             decoder_sparse_step: config.count_or("decoder_sparse_step", 1)?.max(1),
             mlp_only_layers: config.counts("mlp_only_layers")?,

@@ -1,6 +1,10 @@
 //! Every golden checkpoint against the outputs that transformers gave for it, in f32.
 
-use crate::driver::{Driver, golden_dir};
+use std::path::Path;
+
+use crate::driver::Driver;
+#[cfg(test)]
+use crate::driver::golden_dir;
 use engine::sampling::params::SamplingParams;
 use engine::{EngineConfig, StopCriteria, WeightDtype};
 use serde_json::Value;
@@ -94,15 +98,27 @@ fn check_greedy(name: &str, driver: &mut Driver, reference: &Value) {
     }
 }
 
-fn check(name: &str) {
-    let dir = golden_dir(name);
+/// What is compared, in turn; a failed check says nothing of the next.
+pub const CHECKS: [fn(&str, &mut Driver, &Value); 3] = [check_logits, check_routing, check_greedy];
+
+/// The model of a folder and what it must give.
+pub fn open(dir: &Path) -> (Driver, Value) {
     let text = std::fs::read_to_string(dir.join("reference.json")).expect("reference.json");
     let reference: Value = serde_json::from_str(&text).expect("JSON");
-    let config = EngineConfig { dtype: WeightDtype::F32, kv_cache_memory: Some(16 << 20), ..EngineConfig::new(dir) };
-    let mut driver = Driver::new(&config);
-    check_logits(name, &mut driver, &reference);
-    check_routing(name, &mut driver, &reference);
-    check_greedy(name, &mut driver, &reference);
+    let config = EngineConfig {
+        dtype: WeightDtype::F32,
+        kv_cache_memory: Some(16 << 20),
+        // Where a reference depends on the served length.
+        max_model_len: reference["max_model_len"].as_u64().map(|len| len as usize),
+        ..EngineConfig::new(dir)
+    };
+    (Driver::new(&config), reference)
+}
+
+#[cfg(test)]
+fn check(name: &str) {
+    let (mut driver, reference) = open(&golden_dir(name));
+    CHECKS.iter().for_each(|check| check(name, &mut driver, &reference));
 }
 
 macro_rules! golden {
@@ -114,6 +130,7 @@ golden! {
     mixtral_window "mixtral-window"
     qwen2_moe_base "qwen2_moe-base"
     qwen2_moe_mixed "qwen2_moe-mixed"
+    qwen2_moe_layers "qwen2_moe-layers"
     qwen3_moe_base "qwen3_moe-base"
     qwen3_moe_v5config "qwen3_moe-v5config"
     qwen3_moe_yarn "qwen3_moe-yarn"
@@ -121,8 +138,10 @@ golden! {
     olmoe_clip "olmoe-clip"
     granitemoe_base "granitemoe-base"
     granitemoe_bias "granitemoe-bias"
+    granitemoeshared_base "granitemoeshared-base"
     deepseek_v2_grouped "deepseek_v2-grouped"
     deepseek_v2_lite "deepseek_v2-lite"
+    deepseek_v2_mlpbias "deepseek_v2-mlpbias"
     deepseek_v3_base "deepseek_v3-base"
     deepseek_v3_fp8 "deepseek_v3-fp8"
     deepseek_v3_mtp "deepseek_v3-mtp"
@@ -150,6 +169,7 @@ golden! {
     bailing_moe_v2_plain "bailing_moe_v2-plain"
     pangu_ultra_moe_base "pangu_ultra_moe-base"
     pangu_ultra_moe_vllm "pangu_ultra_moe-vllm"
+    pangu_ultra_moe_top1 "pangu_ultra_moe-top1"
     jetmoe_base "jetmoe-base"
     jetmoe_top3 "jetmoe-top3"
     llama4_kinds "llama4-kinds"
@@ -166,6 +186,7 @@ golden! {
     qwen3_next_alternate "qwen3_next-alternate"
     switch_transformers_base "switch_transformers-base"
     switch_transformers_capacity "switch_transformers-capacity"
+    longcat_flash_routerbias "longcat_flash-routerbias"
 }
 
 /// A folder that nobody tests is a promise that nobody keeps.

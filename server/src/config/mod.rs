@@ -150,7 +150,7 @@ settings! {
         /// Compute threads; all cores the process may run on where not set
         #[arg(long, env = "MOESAIC_THREADS")]
         threads: usize;
-        /// Longest prompt plus output in tokens; the model's own limit where not set
+        /// Longest prompt plus output in tokens; the model's own limit where not set. Fixes longrope and dynamic NTK at load
         #[arg(long, env = "MOESAIC_MAX_MODEL_LEN")]
         max_model_len: usize;
         /// File with a Jinja chat template that replaces the model's own

@@ -3,10 +3,9 @@
 use std::ops::Range;
 
 use super::{Expert, ExpertActivation, ExpertWeights, GroupedSwiglu};
-use crate::dispatch;
 use crate::matmul::{BLOCK_OUTS, BLOCK_ROWS, BlockInput, part};
 use crate::memory::Disjoint;
-use crate::ops::swiglu::SiluMul;
+use crate::ops::swiglu;
 use crate::pool;
 
 /// Floats that the buffers between the passes may take (64 MiB); longer inputs go in parts.
@@ -160,12 +159,7 @@ fn add_to_rows(rows: &mut [f32], bias: &[f32]) {
 
 fn activate(activation: ExpertActivation, (gate, up): (&[f32], &[f32]), out: &mut [f32]) {
     match activation {
-        ExpertActivation::Silu => dispatch::run(SiluMul { gate, up, out }),
-        ExpertActivation::ClampedSwish { alpha, limit } => {
-            for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
-                *out = ExpertActivation::clamped_swish(alpha, limit, gate, up);
-            }
-        }
+        ExpertActivation::Gated(activation) => swiglu::activate(activation, (gate, up), out),
         ExpertActivation::Plain(pointwise) => {
             out.iter_mut().zip(gate).for_each(|(out, &up)| *out = pointwise.apply(up));
         }

@@ -10,6 +10,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 
 use super::pointwise::Pointwise;
 use super::route::TopK;
+use super::swiglu::GluActivation;
 use crate::check::{self, Input, f32_output, f32_slice};
 use crate::error::Result;
 use crate::weight::PackedWeight;
@@ -38,7 +39,7 @@ pub struct ExpertWeights {
 impl ExpertWeights {
     /// SwiGLU without biases, what most families have.
     pub fn swiglu(gate_up: PackedWeight, down: PackedWeight) -> Self {
-        Self { gate_up, down, biases: None, activation: ExpertActivation::Silu }
+        Self { gate_up, down, biases: None, activation: ExpertActivation::Gated(GluActivation::Silu) }
     }
 }
 
@@ -51,13 +52,10 @@ pub struct ExpertBiases {
     pub down: Vec<f32>,
 }
 
-/// How gate and up become one, or what is done to up alone.
+/// What is done between the two matrices.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum ExpertActivation {
-    /// `silu(gate) * up` (Shazeer, 2020)
-    Silu,
-    /// `g * sigmoid(alpha * g) * (u + 1)` with `g = min(gate, limit)` and `u` clamped to `±limit` (gpt-oss).
-    ClampedSwish { alpha: f32, limit: f32 },
+    Gated(GluActivation),
     /// No gate (Switch Transformer).
     Plain(Pointwise),
 }
@@ -66,15 +64,9 @@ impl ExpertActivation {
     /// Rows of `gate_up` for each of `intermediate`.
     fn num_parts(self) -> usize {
         match self {
-            Self::Silu | Self::ClampedSwish { .. } => 2,
+            Self::Gated(_) => 2,
             Self::Plain(_) => 1,
         }
-    }
-
-    /// The activation of one pair, for all but the vectorised [`Self::Silu`].
-    fn clamped_swish(alpha: f32, limit: f32, gate: f32, up: f32) -> f32 {
-        let (gate, up) = (gate.min(limit), up.clamp(-limit, limit));
-        gate / (1.0 + (-alpha * gate).exp()) * (up + 1.0)
     }
 }
 

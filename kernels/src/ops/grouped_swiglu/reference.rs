@@ -27,15 +27,7 @@ fn glu(expert: &ExpertWeights, x: &[f32], intermediate: usize) -> Vec<f32> {
     let biases = expert.biases.as_ref();
     let gate_up = linear::reference(x, &expert.gate_up, biases.map(|biases| biases.gate_up.as_slice()));
     let activated = match expert.activation {
-        ExpertActivation::Silu => swiglu::reference(&gate_up, intermediate),
-        ExpertActivation::ClampedSwish { alpha, limit } => {
-            let (gate, up) = gate_up.split_at(intermediate);
-            let pairs = gate.iter().zip(up).map(|(&gate, &up)| {
-                let (gate, up) = (f64::from(gate.min(limit)), f64::from(up.clamp(-limit, limit)));
-                (gate / (1.0 + (-f64::from(alpha) * gate).exp()) * (up + 1.0)) as f32
-            });
-            pairs.collect()
-        }
+        ExpertActivation::Gated(activation) => swiglu::reference(&gate_up, intermediate, activation),
         ExpertActivation::Plain(pointwise) => gate_up.iter().map(|&up| pointwise.apply(up)).collect(),
     };
     linear::reference(&activated, &expert.down, biases.map(|biases| biases.down.as_slice()))

@@ -2,6 +2,7 @@
 
 use super::{Expert, ExpertActivation, ExpertBiases, ExpertWeights, GroupedSwiglu, TopK, grouped_swiglu, reference};
 use crate::ops::pointwise::Pointwise;
+use crate::ops::swiglu::GluActivation;
 use crate::testing::{Numbers, assert_close, bits, tensor, values};
 use crate::weight::{PackedWeight, WeightFormat};
 
@@ -58,7 +59,7 @@ fn varied(numbers: &mut Numbers, shape: [usize; 3]) -> Vec<Expert> {
         let Expert::Glu(weights) = expert else { continue };
         weights.biases =
             Some(ExpertBiases { gate_up: numbers.normal(2 * intermediate), down: numbers.normal(hidden_size) });
-        weights.activation = ExpertActivation::ClampedSwish { alpha: 1.702, limit: 1.5 };
+        weights.activation = ExpertActivation::Gated(GluActivation::ClampedSwish { alpha: 1.702, limit: 1.5 });
     }
     let up: Vec<f32> =
         numbers.normal(intermediate * hidden_size).iter().map(|up| up / (hidden_size as f32).sqrt()).collect();

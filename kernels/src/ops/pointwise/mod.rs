@@ -1,6 +1,8 @@
 //! Activations of one number.
 
-use candle_core::cpu::erf::erf_f32;
+use std::f64::consts::{FRAC_1_SQRT_2, FRAC_2_SQRT_PI};
+
+use candle_core::cpu::erf::erf_f64;
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 
 use crate::check::{Input, f32_output, f32_slice};
@@ -42,10 +44,15 @@ impl Pointwise {
                     x
                 }
             }
-            Self::Gelu => 0.5 * x * (1.0 + erf_f32(x * std::f32::consts::FRAC_1_SQRT_2)),
+            // In f64: the difference to 1 of either function would lose half of its digits.
+            Self::Gelu => {
+                let x = f64::from(x);
+                (0.5 * x * (1.0 + erf_f64(x * FRAC_1_SQRT_2))) as f32
+            }
             Self::GeluTanh => {
-                let inner = (2.0 / std::f32::consts::PI).sqrt() * (x + 0.044_715 * x * x * x);
-                0.5 * x * (1.0 + inner.tanh())
+                let x = f64::from(x);
+                let inner = FRAC_2_SQRT_PI * FRAC_1_SQRT_2 * (x + 0.044_715 * x * x * x);
+                (0.5 * x * (1.0 + inner.tanh())) as f32
             }
             Self::Silu => x / (1.0 + (-x).exp()),
             Self::Sigmoid => 1.0 / (1.0 + (-x).exp()),

@@ -1,5 +1,6 @@
-//! `swiglu` row by row in 16 lanes.
+//! `glu` row by row: SiLU in 16 lanes, the rarer activations element by element.
 
+use super::GluActivation;
 use crate::dispatch::{self, Kernel};
 use crate::lanes::{Lanes, silu_mul};
 use crate::memory::Disjoint;
@@ -8,7 +9,7 @@ use crate::pool;
 /// An exponential and a division cost about as much as this many additions.
 const ELEMENT_WORK: usize = 4;
 
-pub(crate) fn swiglu(gate_up: &[f32], intermediate: usize) -> Vec<f32> {
+pub(crate) fn glu(gate_up: &[f32], intermediate: usize, activation: GluActivation) -> Vec<f32> {
     let mut out = vec![0.0; gate_up.len() / 2];
     if out.is_empty() {
         return out;
@@ -20,16 +21,37 @@ pub(crate) fn swiglu(gate_up: &[f32], intermediate: usize) -> Vec<f32> {
         let (gate, up) = gate_up[2 * row * intermediate..2 * (row + 1) * intermediate].split_at(intermediate);
         // SAFETY: each row is a task.
         let out = unsafe { target.part(row * intermediate, intermediate) };
-        dispatch::run(SiluMul { gate, up, out });
+        activate(activation, (gate, up), out);
     });
     out
 }
 
+/// `out = act(gate, up)`, element by element. Panics if the lengths differ.
+pub(crate) fn activate(activation: GluActivation, (gate, up): (&[f32], &[f32]), out: &mut [f32]) {
+    match activation {
+        GluActivation::Silu => dispatch::run(SiluMul { gate, up, out }),
+        GluActivation::Pointwise(function) => map(gate, up, out, |gate, up| function.apply(gate) * up),
+        GluActivation::ClampedSwish { alpha, limit } => {
+            map(gate, up, out, |gate, up| {
+                let (gate, up) = (gate.min(limit), up.clamp(-limit, limit));
+                gate / (1.0 + (-alpha * gate).exp()) * (up + 1.0)
+            });
+        }
+    }
+}
+
+fn map(gate: &[f32], up: &[f32], out: &mut [f32], act: impl Fn(f32, f32) -> f32) {
+    assert!(gate.len() == out.len() && up.len() == out.len(), "rows of one length");
+    for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
+        *out = act(gate, up);
+    }
+}
+
 /// `out = silu(gate) * up`
-pub(crate) struct SiluMul<'a> {
-    pub(crate) gate: &'a [f32],
-    pub(crate) up: &'a [f32],
-    pub(crate) out: &'a mut [f32],
+struct SiluMul<'a> {
+    gate: &'a [f32],
+    up: &'a [f32],
+    out: &'a mut [f32],
 }
 
 impl Kernel for SiluMul<'_> {

@@ -1,4 +1,4 @@
-//! `silu(gate) * up` (Shazeer, 2020) over fused gate and up activations.
+//! Gated activations, above all `silu(gate) * up` (Shazeer, 2020), over fused gate and up activations.
 
 mod cpu;
 #[cfg(test)]
@@ -6,42 +6,63 @@ mod reference;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use cpu::SiluMul;
+pub(crate) use cpu::activate;
 #[cfg(test)]
-pub(crate) use reference::swiglu as reference;
+pub(crate) use reference::glu as reference;
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 
+use super::pointwise::Pointwise;
 use crate::check::{Input, f32_output, f32_slice};
 use crate::error::Result;
 
-const OP: &str = "swiglu";
+const OP: &str = "glu";
 
-/// `silu(gate) * up`, where the first half of each row is the gate. Fails unless `x` is f32, contiguous and of even
-/// width.
-pub fn swiglu(
+/// How gate and up become one.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub enum GluActivation {
+    /// `silu(gate) * up` (Shazeer, 2020)
+    #[default]
+    Silu,
+    /// Another function of the gate, times up.
+    Pointwise(Pointwise),
+    /// `g * sigmoid(alpha * g) * (u + 1)` with `g = min(gate, limit)` and `u` clamped to `±limit` (gpt-oss).
+    ClampedSwish { alpha: f32, limit: f32 },
+}
+
+/// `act(gate, up)`, where the first half of each row is the gate. Fails unless `x` is f32, contiguous and of even width.
+pub fn glu(
     gate_up: &Tensor, /* [num_tokens, 2 * intermediate] */
+    activation: GluActivation,
 ) -> Result<Tensor /* [num_tokens, intermediate] */> {
     let input = Input { op: OP, what: "gate_up", tensor: gate_up };
     let [num_tokens, width] = input.dims("[num_tokens, 2 * intermediate]")?;
     if !width.is_multiple_of(2) {
         return Err(input.shape_error("an even width".to_owned()));
     }
-    Ok(gate_up.apply_op1_no_bwd(&Swiglu { num_tokens, intermediate: width / 2 })?)
+    Ok(gate_up.apply_op1_no_bwd(&Glu { num_tokens, intermediate: width / 2, activation })?)
 }
 
-struct Swiglu {
+/// [`glu`] with SiLU, what most families have.
+pub fn swiglu(
+    gate_up: &Tensor, /* [num_tokens, 2 * intermediate] */
+) -> Result<Tensor /* [num_tokens, intermediate] */> {
+    glu(gate_up, GluActivation::Silu)
+}
+
+struct Glu {
     num_tokens: usize,
     intermediate: usize,
+    activation: GluActivation,
 }
 
-impl CustomOp1 for Swiglu {
+impl CustomOp1 for Glu {
     fn name(&self) -> &'static str {
         OP
     }
 
     fn cpu_fwd(&self, gate_up: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let out = cpu::swiglu(f32_slice(gate_up, layout)?, self.intermediate);
+        let out = cpu::glu(f32_slice(gate_up, layout)?, self.intermediate, self.activation);
         Ok(f32_output(out, (self.num_tokens, self.intermediate)))
     }
 }

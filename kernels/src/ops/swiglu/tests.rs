@@ -1,6 +1,6 @@
 //! Parity with the oracle, row invariance to the bit, and refused inputs.
 
-use super::{reference, swiglu};
+use super::{GluActivation, Pointwise, glu, reference, swiglu};
 use crate::testing::{Numbers, assert_close, bits, tensor, values};
 
 #[test]
@@ -10,7 +10,48 @@ fn agrees_with_the_reference() {
         let x = numbers.with_outliers(num_tokens * 2 * intermediate);
         let y = swiglu(&tensor(&x, &[num_tokens, 2 * intermediate])).unwrap();
         assert_eq!(y.dims(), [num_tokens, intermediate]);
-        assert_close(&values(&y), &reference(&x, intermediate), 1e-6);
+        assert_close(&values(&y), &reference(&x, intermediate, GluActivation::Silu), 1e-6);
+    }
+}
+
+const RARER: [GluActivation; 4] = [
+    GluActivation::Pointwise(Pointwise::Gelu),
+    GluActivation::Pointwise(Pointwise::GeluTanh),
+    GluActivation::Pointwise(Pointwise::Relu),
+    GluActivation::ClampedSwish { alpha: 1.702, limit: 1.5 },
+];
+
+#[test]
+fn rarer_activations_agree_with_the_reference() {
+    let mut numbers = Numbers::new(4);
+    for activation in RARER {
+        for (num_tokens, intermediate) in [(0, 4), (1, 1), (3, 17), (40, 150)] {
+            let x = numbers.with_outliers(num_tokens * 2 * intermediate);
+            let y = glu(&tensor(&x, &[num_tokens, 2 * intermediate]), activation).unwrap();
+            assert_close(&values(&y), &reference(&x, intermediate, activation), 1e-6);
+        }
+        // What transformers' functions give for a gate of 1.
+        let expected = match activation {
+            GluActivation::Pointwise(Pointwise::Gelu) => 0.841_344_7,
+            GluActivation::Pointwise(Pointwise::GeluTanh) => 0.841_192,
+            GluActivation::Pointwise(Pointwise::Relu) => 1.0,
+            _ => continue,
+        };
+        let y = values(&glu(&tensor(&[1.0, 1.0], &[1, 2]), activation).unwrap());
+        assert!((y[0] - expected).abs() < 1e-6, "{activation:?}: {y:?}");
+    }
+}
+
+#[test]
+fn a_nan_gate_stays_one() {
+    for activation in [
+        GluActivation::Silu,
+        GluActivation::Pointwise(Pointwise::Gelu),
+        GluActivation::Pointwise(Pointwise::GeluTanh),
+        GluActivation::Pointwise(Pointwise::Relu),
+    ] {
+        let y = values(&glu(&tensor(&[f32::NAN, 1.0, 1.0, 1.0], &[1, 4]), activation).unwrap());
+        assert!(y[0].is_nan() && !y[1].is_nan(), "{activation:?}");
     }
 }
 
