@@ -267,7 +267,8 @@ def transformers5_spelling(cfg: Config) -> Config:
     return cfg
 
 
-ALWAYS_PUBLISHED = {"model_type", "max_position_embeddings", "num_experts_per_tok"}
+ALWAYS_PUBLISHED = {"model_type", "max_position_embeddings", "num_experts_per_tok", "num_local_experts", "num_experts",
+                    "n_routed_experts", "moe_topk"}
 
 
 def without_defaults(folder: Path, r: random.Random) -> None:
