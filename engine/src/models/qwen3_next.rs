@@ -28,8 +28,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     };
     let heads = delta_heads(config)?;
     let delta = GatedDeltaConfig { hidden_size: decoder.hidden_size, heads, norm_eps: decoder.rms_norm_eps };
-    let is_linear = linear_layers(config)?;
-    let mixer = |prefix: &str, idx: usize| match is_linear[idx] {
+    let mixer = |prefix: &str, idx: usize| match is_linear(config, idx)? {
         true => Ok(Mixer::Delta(GatedDelta::load(source.loader, &format!("{prefix}.linear_attn"), delta, idx)?)),
         false => {
             let prefix = format!("{prefix}.self_attn");
@@ -45,13 +44,13 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
 
 /// Keys and values of the attention layers, states of the others.
 pub fn footprint(config: &ModelConfig) -> Result<Footprint, EngineError> {
-    let is_linear = linear_layers(config)?;
-    let num_linear = is_linear.iter().filter(|&&is_linear| is_linear).count() as u64;
-    let num_attentions = is_linear.len() as u64 - num_linear;
+    let num_layers = config.size("num_hidden_layers")?;
+    let num_attentions = num_attentions(config, num_layers)?;
+    let attention = footprint::attention_width(config, config.head_dim()?)?;
     Ok(Footprint {
-        num_layers: is_linear.len(),
-        token_width: footprint::attention_width(config, config.head_dim()?)?.saturating_mul(num_attentions),
-        state_width: (delta_heads(config)?.state_width() as u64).saturating_mul(num_linear),
+        num_layers,
+        token_width: attention.saturating_mul(num_attentions as u64),
+        state_width: (delta_heads(config)?.state_width() as u64).saturating_mul((num_layers - num_attentions) as u64),
     })
 }
 
@@ -76,12 +75,18 @@ fn delta_heads(config: &ModelConfig) -> Result<DeltaSpec, EngineError> {
     Ok(heads)
 }
 
-/// Per layer: by `layer_types`, else all but every `full_attention_interval`-th.
-fn linear_layers(config: &ModelConfig) -> Result<Vec<bool>, EngineError> {
-    let interval = config.size("full_attention_interval")?;
-    let is_linear = |idx: usize| match config.layer_type(idx, &["linear_attention", "full_attention"])? {
+/// By `layer_types`, else all but every `full_attention_interval`-th.
+fn is_linear(config: &ModelConfig, idx: usize) -> Result<bool, EngineError> {
+    match config.layer_type(idx, &["linear_attention", "full_attention"])? {
         Some(kind) => Ok(kind == "linear_attention"),
-        None => Ok(!(idx + 1).is_multiple_of(interval)),
-    };
-    (0..config.size("num_hidden_layers")?).map(is_linear).collect()
+        None => Ok(!(idx + 1).is_multiple_of(config.size("full_attention_interval")?)),
+    }
+}
+
+/// Layers with attention, without a look at each where no list names them: the config may promise any number.
+fn num_attentions(config: &ModelConfig, num_layers: usize) -> Result<usize, EngineError> {
+    match config.get("layer_types") {
+        None => Ok(num_layers / config.size("full_attention_interval")?),
+        Some(_) => (0..num_layers).try_fold(0, |sum, idx| Ok(sum + usize::from(!is_linear(config, idx)?))),
+    }
 }

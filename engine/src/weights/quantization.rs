@@ -248,7 +248,7 @@ mod tests {
             (parse(json!({ "quant_method": "fp8", "weight_block_size": [128] })), "`weight_block_size` is [128]"),
             (parse(json!({ "quant_method": "compressed-tensors" })), "`config_groups` says nothing of weights"),
             (four(json!({ "group_size": 0 })), "`group_size` is 0, expected at least 1"),
-            (four(json!({ "group_size": 1u64 << 40 })), "`group_size` is 1099511627776, expected a count below 2^32"),
+            (four(json!({ "group_size": 1u64 << 40 })), "`group_size` is 1099511627776, expected a count below 2^31"),
             (four(json!({ "group_size": null })), "`group_size` is missing"),
             (four(json!({ "num_bits": 3 })), "`num_bits` is 3, supported is pack-quantized integers of 4 or 8 bits"),
             (four(json!({ "type": "float" })), "`num_bits` is 4, supported is pack-quantized integers"),

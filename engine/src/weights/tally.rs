@@ -161,6 +161,7 @@ fn size_of_tensor(
         ".input_scale",
         ".output_scale",
     ];
+    const IN_F32: [&str; 3] = ["bias", "conv1d.weight", "relative_attention_bias.weight"];
     if USED_UP.iter().any(|ending| name.ends_with(ending)) {
         return TensorSize { num_parameters: 0, memory_bytes: [0; 2] };
     }
@@ -170,8 +171,8 @@ fn size_of_tensor(
         Dtype::U8 if name.ends_with("_blocks") => (2 * stored, 2),
         Dtype::I32 if name.ends_with(".weight_packed") => (packed_parameters(checkpoint, quantization, name, entry), 2),
         Dtype::F8_E4M3 | Dtype::I8 => (stored, 2),
-        // Norms, biases and the like are vectors of f32.
-        _ if entry.shape.len() < 2 || name.ends_with("bias") => (stored, 4),
+        // Norms, biases and the like are kept in f32.
+        _ if entry.shape.len() < 2 || IN_F32.iter().any(|part| name.ends_with(part)) => (stored, 4),
         _ => (stored, entry.num_bytes as u64 / stored.max(1)),
     };
     TensorSize {

@@ -223,7 +223,7 @@ fn broken_packed_tensors_are_refused_by_name() {
             ),
             (|edit| weights_of(edit)["group_size"] = 0.into(), "config.json: `group_size` is 0, expected at least 1"),
             (
-                |edit| weights_of(edit)["group_size"] = u32::MAX.into(),
+                |edit| weights_of(edit)["group_size"] = i32::MAX.into(),
                 "gate_proj.weight_scale` has shape [32, 2], expected [32, 1]",
             ),
             (|edit| weights_of(edit)["num_bits"] = 8.into(), "weight_packed` has shape [32, 8], expected [32, 16]"),
