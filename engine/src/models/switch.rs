@@ -74,9 +74,9 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let vocab_size = config.size("vocab_size")?;
     let is_tied = config.flag_or("tie_word_embeddings", false)?;
     let [num_encoder, num_decoder] = num_layers(config)?;
-    let shared = match (is_tied, loader.has("shared.weight")) {
-        (false, false) => None,
-        _ => Some(loader.weight("shared.weight", vocab_size, sizes.attention.hidden_size)?),
+    let shared = match is_tied || ["encoder", "decoder"].iter().any(|stack| !loader.has(&own_embedding(stack))) {
+        true => Some(loader.weight("shared.weight", vocab_size, sizes.attention.hidden_size)?),
+        false => None,
     };
     let embedding = |stack: &str| match &shared {
         Some(shared) if is_tied || !loader.has(&own_embedding(stack)) => Ok(shared.clone()),
@@ -109,6 +109,7 @@ pub fn is_ignored(config: &ModelConfig, name: &str) -> bool {
     let is_tied = config.flag_or("tie_word_embeddings", false).unwrap_or(false);
     match name {
         "encoder.embed_tokens.weight" | "decoder.embed_tokens.weight" | "lm_head.weight" => is_tied,
+        "shared.weight" => !is_tied,
         _ => false,
     }
 }
