@@ -35,10 +35,16 @@ pub struct ModelInfo {
     vocab_size: usize,
     weight_bytes: u64,
     kv_bytes_per_token: u64,
+    /// Of recurrent layers, for each running sequence; 0 where the model has none.
+    state_bytes_per_sequence: u64,
     kv_cache_dtype: &'static str,
     max_model_len: usize,
     block_size: usize,
     num_blocks: usize,
+    /// Sequences whose recurrent state fits at once; 0 where the model has none.
+    num_state_slots: usize,
+    /// An encoder reads the prompt.
+    has_encoder: bool,
     threads: usize,
     has_chat_template: bool,
 }
@@ -66,10 +72,13 @@ fn describe(app: &App, model: &Model) -> ModelInfo {
         vocab_size: summary.vocab_size,
         weight_bytes: summary.weight_bytes,
         kv_bytes_per_token: summary.kv_bytes_per_token,
+        state_bytes_per_sequence: summary.state_bytes_per_sequence,
         kv_cache_dtype: summary.kv_dtype,
         max_model_len: summary.max_model_len,
         block_size: summary.block_size,
         num_blocks: summary.num_blocks,
+        num_state_slots: summary.num_state_slots,
+        has_encoder: summary.has_encoder,
         threads: summary.threads,
         has_chat_template: model.template.is_some(),
     }
