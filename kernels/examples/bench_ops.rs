@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use candle_core::{Device, Tensor};
 use kernels::{
-    Expert, ExpertWeights, GqaSpec, KvFormat, LearnedScores, PackedWeight, PagedBatch, PagedCache, Reach, TopK,
-    WeightFormat, grouped_swiglu, linear, paged_attention, pool,
+    DeltaSpec, DeltaWeights, Expert, ExpertWeights, GqaSpec, KvFormat, LearnedScores, PackedWeight, PagedBatch,
+    PagedCache, Reach, StateCache, TopK, WeightFormat, gated_delta, grouped_swiglu, linear, paged_attention, pool,
 };
 
 type AnyResult<T> = Result<T, Box<dyn std::error::Error>>;
@@ -28,6 +28,9 @@ fn main() -> AnyResult<()> {
     }
     for (rows, context_len) in [(1, 1024), (256, 1024)] {
         bench_attention(rows, context_len)?;
+    }
+    for (num_seqs, rows) in [(1, 1), (8, 1), (1, 64)] {
+        bench_gated_delta(num_seqs, rows)?;
     }
     Ok(())
 }
@@ -148,5 +151,34 @@ fn bench_attention(rows: usize, context_len: usize) -> AnyResult<()> {
     let pairs = rows * context_len - rows * (rows - 1) / 2;
     let name = format!("attention f32 rows={rows} context={context_len} 9/3x64");
     report(&name, seconds, context_len * width * 4, pairs * spec.num_heads * 2 * spec.head_dim);
+    Ok(())
+}
+
+/// Qwen3-Next's heads, each sequence with so many rows.
+fn bench_gated_delta(num_seqs: usize, rows: usize) -> AnyResult<()> {
+    let spec = DeltaSpec { num_key_heads: 16, num_value_heads: 32, key_dim: 128, value_dim: 128, conv_kernel: 4 };
+    let (channels, heads) = (spec.num_channels(), spec.num_value_heads);
+    let weights = DeltaWeights::new(spec, vec![0.1; channels * 4], &vec![0.0; heads], vec![0.0; heads])?;
+    let mut states = StateCache::new(spec.state_width(), num_seqs)?;
+    let batch = PagedBatch {
+        cu_seqlens: (0..=num_seqs).map(|seq| (seq * rows) as u32).collect(),
+        context_lens: vec![rows as u32 + 1; num_seqs],
+        source_lens: vec![0; num_seqs],
+        state_slots: (0..num_seqs as u32).collect(),
+        ..PagedBatch::default()
+    };
+    let (qkv, gates) = (tensor(&[num_seqs * rows, channels])?, tensor(&[num_seqs * rows, 2 * heads])?);
+    let seconds = best_time(|| {
+        black_box(gated_delta(&qkv, &gates, &weights, &mut states, &batch)?);
+        Ok(())
+    })?;
+    // Each row decays and reads a state, then corrects and reads it again: four multiplications per number of it.
+    let (num_rows, state) = (num_seqs * rows, heads * 128 * 128);
+    report(
+        &format!("gated_delta 32x128x128 seqs={num_seqs} rows={rows}"),
+        seconds,
+        num_rows * state * 16,
+        num_rows * state * 4,
+    );
     Ok(())
 }

@@ -27,7 +27,7 @@ pub struct Inspection {
     pub num_experts_per_tok: usize,
     pub hidden_size: usize,
     pub vocab_size: usize,
-    /// `max_position_embeddings`, where the config has it.
+    /// Tokens of a sequence that are served without `--max-model-len`, where the config says it.
     pub max_model_len: Option<usize>,
     /// Without tensors that serving ignores, such as multi-token-prediction layers, and without quantization scales.
     pub num_parameters: u64,
@@ -87,7 +87,7 @@ pub fn inspect(model_dir: &Path) -> Result<Inspection, EngineError> {
         num_experts_per_tok,
         hidden_size: config.first_count(&["hidden_size", "d_model"])?,
         vocab_size: config.size("vocab_size")?,
-        max_model_len: config.opt_count("max_position_embeddings")?,
+        max_model_len: (architecture.positions)(&config).ok().map(|positions| positions.default),
         num_parameters,
         num_active_parameters: num_parameters - idle_parameters(&config, &tally, 0)?,
         min_active_parameters: num_parameters - idle_parameters(&config, &tally, num_zero_experts)?,
