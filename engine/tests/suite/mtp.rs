@@ -47,7 +47,10 @@ fn guesses_are_those_of_the_reference() {
 }
 
 #[test]
-fn a_prompt_too_short_for_a_layer_has_no_guess_from_it() {
+fn no_layer_or_a_prompt_too_short_for_it_is_no_guess() {
+    let mut recurrent =
+        load(&EngineConfig { load_mtp: false, ..config(golden_dir("qwen3_next-base")) }).expect("a model");
+    assert_eq!(recurrent.runner.drafts_of(&[7, 8]).expect("no guess").len(), 0);
     let mut model = load(&config(golden_dir("glm4_moe-mtp"))).expect("a model");
     assert_eq!(model.runner.drafts_of(&[7]).expect("no guess").len(), 0);
     assert_eq!(model.runner.drafts_of(&[7, 8]).expect("a guess").len(), 1);
