@@ -48,6 +48,8 @@ pub struct EngineConfig {
     pub max_queue: usize,
     /// How long an idle engine gathers requests before the first step.
     pub batch_timeout: Duration,
+    /// Loads the multi-token-prediction layers too. Asking for them where there are none is an error.
+    pub load_mtp: bool,
     /// Compute threads; `None` takes every core the process may run on.
     pub threads: Option<usize>,
 }
@@ -67,6 +69,7 @@ impl EngineConfig {
             max_num_batched_tokens: 512,
             max_queue: 1024,
             batch_timeout: Duration::ZERO,
+            load_mtp: false,
             threads: None,
         }
     }

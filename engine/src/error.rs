@@ -17,6 +17,8 @@ pub enum EngineError {
     UnknownArchitecture { found: String, supported: String },
     #[error("config.json: `{key}` {reason}")]
     Config { key: &'static str, reason: String },
+    #[error("multi-token-prediction layers were asked for (--load-mtp), but {0}")]
+    NoMtp(String),
     #[error("config.json: experts per token or expert groups do not fit the experts: {0}")]
     Router(kernels::KernelError),
     #[error("tensor `{name}` is missing from the checkpoint")]

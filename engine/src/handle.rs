@@ -97,6 +97,8 @@ pub struct ModelSummary {
     /// Rows of the embedding; may exceed the tokenizer's vocabulary.
     pub vocab_size: usize,
     pub num_layers: usize,
+    /// Loaded multi-token-prediction layers, beside `num_layers`.
+    pub num_mtp_layers: usize,
     pub num_experts: usize,
     pub num_experts_per_tok: usize,
     pub num_parameters: u64,

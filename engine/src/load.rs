@@ -92,6 +92,7 @@ pub fn load_model(config: &EngineConfig, progress: &mut dyn FnMut(LoadProgress))
         architecture: model_config.model_type()?.to_owned(),
         vocab_size: shape.vocab_size,
         num_layers: shape.num_layers,
+        num_mtp_layers: shape.num_mtp_layers,
         num_experts: shape.experts_per_moe_layer.iter().copied().max().unwrap_or(0),
         num_experts_per_tok: inspection.num_experts_per_tok,
         num_parameters: inspection.num_parameters,
@@ -121,11 +122,13 @@ fn load_weights(
     let checkpoint = Checkpoint::open(&config.model_dir)?;
     let quantization = Quantization::from_config(model_config)?;
     let loader = Loader::new(&checkpoint, quantization, config.dtype, progress);
-    let source = ModelSource { config: model_config, loader: &loader, max_model_len };
+    let num_mtp_layers = if config.load_mtp { architecture.mtp.wanted(model_config, &loader)? } else { 0 };
+    let source = ModelSource { config: model_config, loader: &loader, max_model_len, num_mtp_layers };
     let model = (architecture.load)(&source)?;
     let weight_bytes = loader.weight_bytes();
     loader.finish(|name| {
-        models::is_ignored_everywhere(model_config, name) || (architecture.ignored)(model_config, name)
+        let is_loaded = num_mtp_layers > 0 && architecture.mtp.holds(model_config, name);
+        models::is_ignored_everywhere(model_config, name) || (architecture.ignored)(model_config, name) && !is_loaded
     })?;
     Ok((model, weight_bytes))
 }

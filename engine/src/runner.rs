@@ -11,7 +11,7 @@ use crate::forward_input::{ChunkRows, ForwardInput, Pass};
 use crate::handle::{PromptLogprob, SampledToken};
 use crate::layers::decoder::gather_rows;
 use crate::memory::KvArena;
-use crate::models::{ForwardContext, Model, Prefill};
+use crate::models::{DraftInput, ForwardContext, Model, Prefill};
 use crate::sampling::params::SamplingParams;
 use crate::sampling::prompt_logprob;
 use crate::sampling::sampler::{SampleRow, sample};
@@ -124,6 +124,37 @@ impl Runner {
         self.input.push(rows, self.block_size);
         let hidden = self.hidden()?;
         Ok(self.model.logits(&hidden)?.to_vec2::<f32>()?)
+    }
+
+    /// What every loaded multi-token-prediction layer guesses, `[layer][position][vocab_size]`: layer `k` at position `i`
+    /// the token at `i + k + 2`, from the states and tokens up to `i + k + 1`. As [`Self::logits_of`], outside any schedule.
+    pub fn drafts_of(&mut self, tokens: &[u32]) -> Result<Vec<Vec<Vec<f32>>>, EngineError> {
+        let num_mtp_layers = self.model.shape().num_mtp_layers;
+        if num_mtp_layers == 0 {
+            return Ok(Vec::new());
+        }
+        let blocks: Vec<BlockId> = (0..tokens.len().div_ceil(self.block_size) as u32).map(BlockId).collect();
+        // No family that has such layers keeps recurrent states or an encoder.
+        let mut rows = ChunkRows { start: 0, tokens, source_len: 0, blocks: &blocks, state_slot: None };
+        self.input.clear(Pass::Decoder);
+        self.input.push(rows, self.block_size);
+        let mut hidden = self.hidden()?;
+        let mut guesses = Vec::new();
+        for mtp_idx in 0..num_mtp_layers {
+            let Some((_, behind)) = rows.tokens.split_first().filter(|(_, behind)| !behind.is_empty()) else { break };
+            rows.tokens = behind;
+            self.input.clear(Pass::Decoder);
+            self.input.push(rows, self.block_size);
+            let all_rows: Vec<u32> = (0..behind.len() as u32).collect();
+            let input = DraftInput { mtp_idx, hidden: &hidden.narrow(0, 0, behind.len())?, rows: &all_rows };
+            let context =
+                &mut ForwardContext { input: &self.input, arena: &mut self.arena, routing: &mut self.routing };
+            let draft = self.model.draft(&input, context)?;
+            self.routing.finish_step();
+            guesses.push(draft.logits.to_vec2::<f32>()?);
+            hidden = draft.hidden;
+        }
+        Ok(guesses)
     }
 
     /// Hidden states of all rows, `[num_tokens, hidden_size]`.

@@ -323,7 +323,14 @@ mod tests {
             let LoadedModel { summary, scheduler, .. } = golden();
             let (num_layers, cache_sites, experts_per_moe_layer) = (0, Vec::new(), Vec::new());
             let prefill = Prefill::Causal;
-            let shape = ModelShape { vocab_size: 4, num_layers, cache_sites, experts_per_moe_layer, prefill };
+            let shape = ModelShape {
+                vocab_size: 4,
+                num_layers,
+                num_mtp_layers: 0,
+                cache_sites,
+                experts_per_moe_layer,
+                prefill,
+            };
             let size = ArenaSize { format: KvFormat::F32, block_size: 16, num_blocks: 1, num_state_slots: 0 };
             let arena = KvArena::new(&[], size).unwrap();
             let runner = Runner::new(Box::new(Broken { shape, fail }), arena, 16);

@@ -56,8 +56,8 @@ pub fn checkpoint(data: &[u8]) -> bool {
     }
 }
 
-/// `config.json` beside the weights of the golden folder that its key `golden` names: loads the model and computes two
-/// tokens.
+/// `config.json` beside the weights of the golden folder that its key `golden` names: loads the model, with its layers for
+/// multi-token prediction if a key `load_mtp` says so, and computes two tokens.
 pub fn config(data: &[u8]) -> bool {
     let scratch = Scratch::new();
     scratch.write("config.json", data);
@@ -67,11 +67,15 @@ pub fn config(data: &[u8]) -> bool {
     if weights.is_file() {
         std::os::unix::fs::symlink(weights, scratch.path("model.safetensors")).expect("a link");
     }
-    let config =
-        EngineConfig { kv_cache_memory: Some(1 << 20), threads: Some(1), ..EngineConfig::new(scratch.folder()) };
+    let config = EngineConfig {
+        kv_cache_memory: Some(1 << 20),
+        threads: Some(1),
+        load_mtp: json["load_mtp"] == true,
+        ..EngineConfig::new(scratch.folder())
+    };
     let inspected = engine::inspect(scratch.folder());
     let Ok(mut model) = load_model(&config, &mut |_| ()) else { return false };
-    model.runner.logits_of(&[1, 2]).is_ok() && inspected.is_ok()
+    model.runner.logits_of(&[1, 2]).is_ok() && model.runner.drafts_of(&[1, 2]).is_ok() && inspected.is_ok()
 }
 
 /// A GGUF file: its metadata, tensor table, and the values of its tensors.

@@ -75,3 +75,40 @@ served! {
     switch_transformers: "switch_transformers-base";
     switch_transformers_with_full_experts: "switch_transformers-capacity";
 }
+
+/// Without the setting the layers are skipped; with it they are loaded, and the model answers as before.
+#[test]
+fn layers_for_multi_token_prediction_are_loaded_on_request() {
+    for (name, num_layers) in
+        [("deepseek_v3-mtp", 1), ("glm4_moe-mtp", 2), ("bailing_moe_v2-mtp", 2), ("longcat_flash-mtp", 1)]
+    {
+        let reference = golden::reference(name);
+        let prompt = &reference["prompts"][2];
+        let body = json!({"prompt": prompt["ids"], "temperature": 0, "max_tokens": 32, "ignore_eos": true, "return_token_ids": true});
+        let [without, with] = [&[][..], &["--load-mtp"][..]].map(|args: &[&str]| {
+            let server = Server::start(SERVER, name, args);
+            let answer = server.ask("/v1/completions", &body);
+            assert_eq!(answer["choices"][0]["token_ids"], prompt["greedy_ids"], "{name} {args:?}");
+            server.get("/server_info").json()
+        });
+        assert_eq!(
+            (&without["model"]["num_mtp_layers"], &with["model"]["num_mtp_layers"]),
+            (&json!(0), &json!(num_layers))
+        );
+        assert_eq!((&without["config"]["load_mtp"], &with["config"]["load_mtp"]), (&json!(false), &json!(true)));
+        for key in ["weight_bytes", "kv_bytes_per_token"] {
+            assert!(with["model"][key].as_u64() > without["model"][key].as_u64(), "{name}: {key}");
+        }
+    }
+}
+
+#[test]
+fn asking_for_layers_that_the_model_has_not_ends_the_start() {
+    for (name, reason) in [
+        ("mixtral-base", "they are not loaded for the architecture `mixtral`"),
+        ("glm4_moe-base", "`num_nextn_predict_layers` in config.json is 0 or absent"),
+    ] {
+        let (status, output) = Server::fail(SERVER, &golden::folder(name), &["--load-mtp"]);
+        assert!(!status.success() && output.contains("--load-mtp") && output.contains(reason), "{name}: {output}");
+    }
+}

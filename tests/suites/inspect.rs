@@ -27,6 +27,7 @@ const SIZES: &[(&str, u64, u64)] = &[
     ("bailing_moe-base", 197_952, 136_512),
     ("bailing_moe-dense1", 186_304, 137_152),
     ("bailing_moe_v2-base", 198_032, 124_304),
+    ("bailing_moe_v2-mtp", 38_660, 35_588),
     ("bailing_moe_v2-plain", 161_360, 87_632),
     ("deepseek_v2-grouped", 151_696, 114_832),
     ("deepseek_v2-lite", 233_456, 159_728),
@@ -42,6 +43,7 @@ const SIZES: &[(&str, u64, u64)] = &[
     ("ernie4_5_moe-floor", 123_655, 92_935),
     ("ernie4_5_moe-interval", 211_916, 162_764),
     ("glm4_moe-base", 216_912, 155_472),
+    ("glm4_moe-mtp", 38_756, 35_684),
     ("glm4_moe-qknorm", 247_768, 137_176),
     ("gpt_oss-alpha", 152_946, 121_650),
     ("gpt_oss-bf16", 187_732, 150_228),
@@ -124,6 +126,27 @@ fn longcat_has_a_range_of_active_parameters() {
     let fixed = bias["num_parameters"].as_u64().expect("a count") - 6 * expert;
     assert_eq!(bias["min_active_parameters"], fixed + expert);
     assert_eq!(bias["num_active_parameters"], fixed + 4 * expert);
+}
+
+#[test]
+fn layers_for_multi_token_prediction_are_stated_apart() {
+    // Parameters of each, as stored in bf16; vectors are f32 in memory.
+    for (name, num_layers, parameters) in
+        [("glm4_moe-mtp", 2, 57_160), ("bailing_moe_v2-mtp", 2, 32_392), ("longcat_flash-mtp", 1, 31_688)]
+    {
+        let found = inspect(name);
+        assert_eq!(
+            (found["num_mtp_layers"].as_u64(), &found["mtp_memory_bytes_f32"]),
+            (Some(num_layers), &(4 * parameters).into())
+        );
+        let bytes = found["mtp_memory_bytes"].as_u64().expect("a count");
+        assert!((2 * parameters..3 * parameters).contains(&bytes), "{name}: {bytes}");
+        let line = format!("MTP layers         {num_layers}, loaded with --load-mtp: ");
+        assert!(text(name).contains(&line), "{name}");
+    }
+    assert_eq!(inspect("longcat_flash-mtp")["num_parameters"], 71_606);
+    assert_eq!(inspect("deepseek_v3-base")["num_mtp_layers"], 0);
+    assert!(!text("deepseek_v3-base").contains("MTP"));
 }
 
 #[test]

@@ -9,6 +9,8 @@ pub struct RoutingStats {
     loads: Vec<Vec<u64>>,
     /// Distinct experts that the present step used, summed over layers.
     active_in_step: usize,
+    /// Router calls of the present step: layers that it left out do not count.
+    calls_in_step: usize,
     /// Router calls of the present step in layer order, if captured.
     capture: Option<Vec<TopK>>,
 }
@@ -17,7 +19,7 @@ impl RoutingStats {
     /// `experts_per_layer`: routed experts of each MoE layer.
     pub fn new(experts_per_layer: &[usize]) -> Self {
         let loads = experts_per_layer.iter().map(|&num_experts| vec![0; num_experts]).collect();
-        Self { loads, active_in_step: 0, capture: None }
+        Self { loads, active_in_step: 0, calls_in_step: 0, capture: None }
     }
 
     /// Keeps every router call from the next step on, until [`Self::take_capture`].
@@ -32,6 +34,7 @@ impl RoutingStats {
 
     /// Counts the choices of one router call.
     pub fn record(&mut self, moe_idx: usize, topk: &TopK) {
+        self.calls_in_step += 1;
         let mut seen = vec![false; self.loads[moe_idx].len()];
         for &expert in &topk.experts {
             self.loads[moe_idx][expert as usize] += 1;
@@ -47,11 +50,12 @@ impl RoutingStats {
         metrics::counter!("moesaic_expert_dropped_tokens_total").increment(num_dropped as u64);
     }
 
-    /// Emits the share of experts the step woke, per layer on average.
+    /// Emits how many experts the step woke, per layer that it ran, on average.
     pub fn finish_step(&mut self) {
         let active = std::mem::take(&mut self.active_in_step);
-        if !self.loads.is_empty() {
-            metrics::histogram!("moesaic_experts_per_step").record(active as f64 / self.loads.len() as f64);
+        let calls = std::mem::take(&mut self.calls_in_step);
+        if calls > 0 {
+            metrics::histogram!("moesaic_experts_per_step").record(active as f64 / calls as f64);
         }
     }
 

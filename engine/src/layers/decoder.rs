@@ -3,15 +3,16 @@
 use candle_core::{Device, Tensor};
 
 use super::attention::Attention;
-use super::ends::{DecoderConfig, Ends, LayerNorms, enter, scaled};
+use super::ends::{DecoderConfig, Ends, LayerNorms, Multipliers, enter, scaled};
 use super::gated_delta::GatedDelta;
 use super::mla::MlaAttention;
 use super::mlp::Mlp;
 use super::moa::MoaAttention;
 use super::moe::{Moe, MoeParts};
+use super::mtp::MtpLayer;
 use super::norm::Norm;
 use crate::error::EngineError;
-use crate::models::{CacheSite, ForwardContext, Model, ModelShape, ModelSource, Prefill};
+use crate::models::{CacheSite, Draft, DraftInput, ForwardContext, Model, ModelShape, ModelSource, Prefill};
 
 #[derive(Debug)]
 pub enum Mixer {
@@ -43,6 +44,7 @@ pub struct DecoderLayer {
 pub struct Decoder {
     ends: Ends,
     layers: Vec<DecoderLayer>,
+    mtp_layers: Vec<MtpLayer>,
     shape: ModelShape,
 }
 
@@ -65,17 +67,28 @@ impl FeedForwardParts {
 }
 
 impl Decoder {
-    /// All `num_hidden_layers` layers and what stands around them.
+    /// All `num_hidden_layers` layers and what stands around them, and the multi-token-prediction layers behind them that
+    /// `source` wants.
     pub fn load(source: &ModelSource, config: DecoderConfig, parts: LayerParts) -> Result<Self, EngineError> {
-        let layers = load_layers(source, config, parts)?;
+        let mut layers = load_layers(source, config, parts)?;
+        let cache_sites = layers.iter().map(|layer| layer.mixer.cache_site()).collect();
+        let experts_per_moe_layer = layers.iter().flat_map(DecoderLayer::num_experts).collect();
+        let num_layers = layers.len() - source.num_mtp_layers;
+        let load_mtp = |(idx, layer)| {
+            let names = config.mtp_layout.names(&format!("model.layers.{}", num_layers + idx));
+            MtpLayer::load(source.loader, &config, &names, layer)
+        };
+        let mtp_layers =
+            layers.split_off(num_layers).into_iter().enumerate().map(load_mtp).collect::<Result<_, _>>()?;
         let shape = ModelShape {
             vocab_size: config.vocab_size,
-            num_layers: layers.len(),
-            cache_sites: layers.iter().map(|layer| layer.mixer.cache_site()).collect(),
-            experts_per_moe_layer: layers.iter().flat_map(DecoderLayer::num_experts).collect(),
+            num_layers,
+            num_mtp_layers: source.num_mtp_layers,
+            cache_sites,
+            experts_per_moe_layer,
             prefill: Prefill::Causal,
         };
-        Ok(Self { ends: Ends::load(source.loader, config)?, layers, shape })
+        Ok(Self { ends: Ends::load(source.loader, config)?, layers, mtp_layers, shape })
     }
 }
 
@@ -110,7 +123,7 @@ fn load_layers(
             },
         })
     };
-    (0..source.config.size("num_hidden_layers")?).map(&mut load_layer).collect()
+    (0..source.config.size("num_hidden_layers")? + source.num_mtp_layers).map(&mut load_layer).collect()
 }
 
 impl Model for Decoder {
@@ -121,16 +134,10 @@ impl Model for Decoder {
     fn hidden(&self, context: &mut ForwardContext) -> Result<Tensor, EngineError> {
         let multipliers = self.ends.multipliers();
         let mut residual = self.ends.embed(&context.input.input_ids)?;
-        let mut delta: Option<Tensor> = None;
+        let mut delta = None;
         for layer in &self.layers {
-            let normed;
-            (normed, residual) = enter(&layer.input_norm, delta.take(), residual)?;
-            let attended = renormed(layer.mixer.forward(&normed, context)?, &layer.attention_out_norm)?;
-            let attended = scaled(attended, multipliers.residual)?;
-            let normed;
-            (normed, residual) = layer.feed_forward_norm.forward_residual(&attended, &residual)?;
-            let out = renormed(layer.feed_forward.forward(&normed, context)?, &layer.feed_forward_out_norm)?;
-            delta = Some(scaled(out, multipliers.residual)?);
+            let (left, stream) = layer.forward(delta, residual, multipliers, context)?;
+            (delta, residual) = (Some(left), stream);
         }
         self.ends.leave(delta, residual)
     }
@@ -138,9 +145,29 @@ impl Model for Decoder {
     fn logits(&self, hidden: &Tensor) -> Result<Tensor, EngineError> {
         self.ends.logits(hidden)
     }
+
+    fn draft(&self, input: &DraftInput, context: &mut ForwardContext) -> Result<Draft, EngineError> {
+        self.mtp_layers[input.mtp_idx].forward(&self.ends, input, context)
+    }
 }
 
 impl DecoderLayer {
+    /// Takes and gives `(what the layer before left over, residual stream)`.
+    pub fn forward(
+        &self,
+        delta: Option<Tensor>,
+        residual: Tensor,
+        multipliers: Multipliers,
+        context: &mut ForwardContext,
+    ) -> Result<(Tensor, Tensor), EngineError> {
+        let (normed, residual) = enter(&self.input_norm, delta, residual)?;
+        let attended = renormed(self.mixer.forward(&normed, context)?, &self.attention_out_norm)?;
+        let attended = scaled(attended, multipliers.residual)?;
+        let (normed, residual) = self.feed_forward_norm.forward_residual(&attended, &residual)?;
+        let out = renormed(self.feed_forward.forward(&normed, context)?, &self.feed_forward_out_norm)?;
+        Ok((scaled(out, multipliers.residual)?, residual))
+    }
+
     /// Experts of the routers in the layer, in the order they are asked.
     fn num_experts(&self) -> impl Iterator<Item = usize> {
         self.mixer.num_experts().into_iter().chain(self.feed_forward.num_experts())
@@ -155,7 +182,7 @@ impl Mixer {
         }
     }
 
-    fn cache_site(&self) -> CacheSite {
+    pub fn cache_site(&self) -> CacheSite {
         match self {
             Self::Gqa(attention) => attention.cache_site(),
             Self::Mla(attention) => attention.cache_site(),

@@ -3,6 +3,7 @@
 use candle_core::Tensor;
 use kernels::{GluActivation, PackedWeight};
 
+use super::mtp::MtpLayout;
 use super::norm::{Norm, NormKind};
 use crate::error::EngineError;
 use crate::weights::loader::Loader;
@@ -21,6 +22,8 @@ pub struct DecoderConfig {
     pub embedding_name: &'static str,
     pub head: HeadKind,
     pub norms: LayerNorms,
+    /// Of multi-token-prediction layers, where they are to be loaded.
+    pub mtp_layout: MtpLayout,
     pub multipliers: Multipliers,
     /// Of dense networks, and of experts that have none of their own.
     pub activation: GluActivation,
@@ -74,6 +77,7 @@ impl DecoderConfig {
             embedding_name: "model.embed_tokens.weight",
             head: HeadKind::Plain,
             norms: LayerNorms::Pre,
+            mtp_layout: MtpLayout::SharedHead,
             multipliers: Multipliers::default(),
             activation: config.activation()?,
         })

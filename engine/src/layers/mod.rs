@@ -9,6 +9,7 @@ pub mod mla;
 pub mod mlp;
 pub mod moa;
 pub mod moe;
+pub mod mtp;
 pub mod norm;
 pub mod position_bias;
 pub mod rope;

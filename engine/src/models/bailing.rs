@@ -11,6 +11,7 @@ use crate::layers::decoder::{Decoder, LayerParts, Mixer};
 use crate::layers::ends::{DecoderConfig, HeadKind};
 use crate::layers::linear::Bias;
 use crate::layers::moe::ExpertShape;
+use crate::layers::mtp::MtpLayout;
 use crate::weights::model_config::ModelConfig;
 
 const NAMES: AttentionNames = AttentionNames {
@@ -21,11 +22,12 @@ const NAMES: AttentionNames = AttentionNames {
 };
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
-    let ModelSource { config, loader, max_model_len } = *source;
+    let ModelSource { config, loader, max_model_len, .. } = *source;
     let has_normalized_head = config.flag_or("norm_head", false)?;
     let decoder = DecoderConfig {
         embedding_name: "model.word_embeddings.weight",
         head: if has_normalized_head { HeadKind::ColumnNormalized } else { HeadKind::Plain },
+        mtp_layout: MtpLayout::FinalNorm,
         ..DecoderConfig::from_config(config, 1e-6)?
     };
     let has_norm = config.flag_or("use_qk_norm", false)?;

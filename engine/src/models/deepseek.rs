@@ -86,7 +86,7 @@ fn pangu_keys(config: &ModelConfig) -> ModelConfig {
 }
 
 fn load(source: &ModelSource, decoder: DecoderConfig, layers: FineGrained) -> Result<Box<dyn Model>, EngineError> {
-    let ModelSource { config, loader, max_model_len } = *source;
+    let ModelSource { config, loader, max_model_len, .. } = *source;
     let attention = mla_config(config, max_model_len)?;
     let mixer = |prefix: &str, idx: usize| {
         Ok(Mixer::Mla(MlaAttention::load(loader, &format!("{prefix}.self_attn"), attention.clone(), idx)?))

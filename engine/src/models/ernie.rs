@@ -11,7 +11,7 @@ use crate::layers::ends::{DecoderConfig, HeadKind};
 use crate::layers::moe::ExpertShape;
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
-    let ModelSource { config, loader, max_model_len } = *source;
+    let ModelSource { config, loader, max_model_len, .. } = *source;
     config.expect_silu()?;
     let has_bias = config.flag_or("use_bias", false)?;
     let decoder = DecoderConfig {

@@ -16,7 +16,7 @@ use crate::weights::model_config::ModelConfig;
 use crate::weights::mxfp4;
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
-    let ModelSource { config, loader, max_model_len } = *source;
+    let ModelSource { config, loader, max_model_len, .. } = *source;
     let decoder = DecoderConfig::from_config(config, 1e-5)?;
     let bias = config.flag_or("attention_bias", true)?.into();
     let attention = AttentionConfig {

@@ -14,7 +14,7 @@ use crate::layers::moe::{self, ExpertShape, MoeParts, SharedExpert, Weighting};
 use crate::weights::loader::Loader;
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
-    let ModelSource { config, loader, max_model_len } = *source;
+    let ModelSource { config, loader, max_model_len, .. } = *source;
     let decoder = DecoderConfig {
         multipliers: Multipliers {
             embedding: config.float_or("embedding_multiplier", 1.0)?,

@@ -16,7 +16,7 @@ use crate::weights::loader::Loader;
 const LAYER_NORM_EPS: f64 = 1e-6;
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
-    let ModelSource { config, loader, max_model_len } = *source;
+    let ModelSource { config, loader, max_model_len, .. } = *source;
     config.expect_text("activation_function", &["silu"])?;
     let decoder = DecoderConfig { layer_norm_eps: LAYER_NORM_EPS, ..DecoderConfig::from_config(config, 1e-6)? };
     let head_dim = config.size("kv_channels")?;

@@ -5,13 +5,16 @@ use candle_core::Tensor;
 use kernels::{Expert, RouterSpec, Scoring};
 
 use super::deepseek::mla_config;
-use super::{CacheSite, ForwardContext, Model, ModelShape, ModelSource, Prefill};
+use super::mtp::APART;
+use super::{CacheSite, Draft, DraftInput, ForwardContext, Model, ModelShape, ModelSource, Prefill};
 use crate::error::EngineError;
+use crate::layers::decoder::{DecoderLayer, FeedForward, Mixer};
 use crate::layers::ends::{DecoderConfig, Ends, enter};
 use crate::layers::linear::{Bias, Linear};
 use crate::layers::mla::{LoraScales, MlaAttention, MlaConfig};
 use crate::layers::mlp::Mlp;
 use crate::layers::moe::{self, ExpertShape, Moe, MoeParts, Weighting};
+use crate::layers::mtp::{MtpLayer, MtpNames, PassesOn};
 use crate::layers::norm::Norm;
 use crate::layers::rope::ContextLen;
 use crate::weights::model_config::ModelConfig;
@@ -19,6 +22,7 @@ use crate::weights::model_config::ModelConfig;
 struct LongCat {
     ends: Ends,
     layers: Vec<Layer>,
+    mtp_layers: Vec<MtpLayer>,
     shape: ModelShape,
 }
 
@@ -39,18 +43,25 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let config = &source.config.with_defaults(&[("rope_theta", 1e7), ("routed_scaling_factor", 6.0)]);
     let decoder = DecoderConfig::from_config(config, 1e-5)?;
     let attention = attention_config(config, source.max_model_len)?;
+    let source = &ModelSource { config, ..*source };
     let layers = (0..num_layers(config)?)
-        .map(|idx| Layer::load(&ModelSource { config, ..*source }, &decoder, &attention, idx))
+        .map(|idx| Layer::load(source, &decoder, &attention, idx))
         .collect::<Result<Vec<_>, _>>()?;
+    let mtp_layers = match source.num_mtp_layers {
+        0 => Vec::new(),
+        _ => vec![load_mtp(source, &decoder, &attention, 2 * layers.len())?],
+    };
     let sites = layers.iter().flat_map(|layer| layer.halves.each_ref().map(|half| half.attention.cache_site()));
+    let mtp_sites = mtp_layers.iter().map(|mtp| mtp.layer().mixer.cache_site());
     let shape = ModelShape {
         vocab_size: decoder.vocab_size,
         num_layers: layers.len(),
-        cache_sites: sites.collect::<Vec<CacheSite>>(),
+        num_mtp_layers: mtp_layers.len(),
+        cache_sites: sites.chain(mtp_sites).collect::<Vec<CacheSite>>(),
         experts_per_moe_layer: layers.iter().map(|layer| layer.moe.num_experts()).collect(),
         prefill: Prefill::Causal,
     };
-    Ok(Box::new(LongCat { ends: Ends::load(source.loader, decoder)?, layers, shape }))
+    Ok(Box::new(LongCat { ends: Ends::load(source.loader, decoder)?, layers, mtp_layers, shape }))
 }
 
 /// `num_layers`; transformers derives `num_hidden_layers` from it, one for each of the two attentions.
@@ -66,9 +77,40 @@ fn num_layers(config: &ModelConfig) -> Result<usize, EngineError> {
 pub fn is_ignored(config: &ModelConfig, name: &str) -> bool {
     let num_experts = config.count_or("n_routed_experts", usize::MAX).unwrap_or(usize::MAX);
     let expert = name.split_once(".mlp.experts.").and_then(|(_, rest)| rest.split('.').next()?.parse::<usize>().ok());
-    name.starts_with("model.mtp.")
+    name.starts_with(APART)
         || name.ends_with(".router.classifier.bias")
         || expert.is_some_and(|expert| expert >= num_experts)
+}
+
+/// A latent attention with a dense network, in the names of `model.mtp.layers.0`: vLLM's `longcat_flash_mtp.py`.
+fn load_mtp(
+    source: &ModelSource,
+    decoder: &DecoderConfig,
+    attention: &MlaConfig,
+    site: usize,
+) -> Result<MtpLayer, EngineError> {
+    let ModelSource { config, loader, .. } = *source;
+    let name = |part: &str| format!("{APART}layers.0.{part}");
+    let mlp = name("transformer_layer.mlp");
+    let layer = DecoderLayer {
+        input_norm: decoder.load_norm(loader, &name("input_layernorm"))?,
+        mixer: Mixer::Mla(MlaAttention::load(loader, &name("self_attn"), attention.clone(), site)?),
+        attention_out_norm: None,
+        feed_forward_norm: decoder.load_norm(loader, &name("post_attention_layernorm"))?,
+        feed_forward: FeedForward::Dense(
+            Mlp::load(loader, &mlp, decoder.hidden_size, config.size("ffn_hidden_size")?)?
+                .activated(decoder.activation),
+        ),
+        feed_forward_out_norm: None,
+    };
+    let names = MtpNames {
+        norms: [name("enorm.m"), name("hnorm.m"), format!("{APART}norm")],
+        projection: name("eh_proj"),
+        embedding: Some(format!("{APART}embed_tokens.weight")),
+        head: None,
+        passes_on: PassesOn::Normed,
+    };
+    MtpLayer::load(loader, decoder, &names, layer)
 }
 
 /// Factors `sqrt(hidden_size / rank)` make up for what the low ranks lose.
@@ -177,5 +219,8 @@ impl Model for LongCat {
 
     fn logits(&self, hidden: &Tensor) -> Result<Tensor, EngineError> {
         self.ends.logits(hidden)
+    }
+    fn draft(&self, input: &DraftInput, context: &mut ForwardContext) -> Result<Draft, EngineError> {
+        self.mtp_layers[input.mtp_idx].forward(&self.ends, input, context)
     }
 }

@@ -10,7 +10,7 @@ use crate::layers::ends::DecoderConfig;
 use crate::layers::moe::{self, ExpertShape, MoeParts, Weighting};
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
-    let ModelSource { config, loader, max_model_len } = *source;
+    let ModelSource { config, loader, max_model_len, .. } = *source;
     config.expect_silu()?;
     let decoder = DecoderConfig::from_config(config, 1e-6)?;
     let attention = AttentionConfig {

@@ -15,6 +15,7 @@ mod longcat;
 mod minicpm;
 mod minimax;
 mod mixtral;
+mod mtp;
 mod olmoe;
 mod phimoe;
 mod qwen3_next;
@@ -26,6 +27,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 
 pub use footprint::{Footprint, MAX_MODEL_LEN, Positions};
+pub use mtp::MtpStorage;
 
 use crate::error::EngineError;
 use crate::experts::RoutingStats;
@@ -48,6 +50,34 @@ pub trait Model: Send {
 
     /// `[rows, hidden_size]` to `[rows, vocab_size]`.
     fn logits(&self, hidden: &Tensor) -> Result<Tensor, EngineError>;
+
+    /// Runs the rows of a step through one multi-token-prediction layer, which keeps its own keys and values: the rows
+    /// stand at the positions of the hidden states, `input_ids` are the tokens behind those that the states have
+    /// predicted so far.
+    ///
+    /// # Panics
+    /// There is no such layer; see [`ModelShape::num_mtp_layers`].
+    fn draft(&self, input: &DraftInput, _context: &mut ForwardContext) -> Result<Draft, EngineError> {
+        panic!("the model has no multi-token-prediction layer {}", input.mtp_idx);
+    }
+}
+
+/// What a multi-token-prediction layer starts from.
+pub struct DraftInput<'a> {
+    /// Which of them.
+    pub mtp_idx: usize,
+    /// `[num_tokens, hidden_size]`, as [`Model::hidden`] or the layer before returned it.
+    pub hidden: &'a Tensor,
+    /// Rows whose logits are wanted.
+    pub rows: &'a [u32],
+}
+
+/// What a multi-token-prediction layer gives.
+pub struct Draft {
+    /// `[num_tokens, hidden_size]`, for the next such layer.
+    pub hidden: Tensor,
+    /// `[rows.len(), vocab_size]`: of the token behind the row's input token.
+    pub logits: Tensor,
 }
 
 /// What the rest of the engine has to know to make room for a model.
@@ -55,9 +85,11 @@ pub trait Model: Send {
 pub struct ModelShape {
     pub vocab_size: usize,
     pub num_layers: usize,
-    /// In the order of their indices in the arena.
+    /// Loaded multi-token-prediction layers, which no count above has.
+    pub num_mtp_layers: usize,
+    /// In the order of their indices in the arena; those of multi-token-prediction layers last.
     pub cache_sites: Vec<CacheSite>,
-    /// Routed experts of each MoE layer, in order.
+    /// Routed experts of each MoE layer, in order; those of multi-token-prediction layers last.
     pub experts_per_moe_layer: Vec<usize>,
     pub prefill: Prefill,
 }
@@ -133,6 +165,8 @@ pub struct ModelSource<'a, 'c> {
     pub loader: &'a Loader<'c>,
     /// What the rotary tables follow from.
     pub max_model_len: ContextLen,
+    /// Multi-token-prediction layers to load; more than 0 only where [`Architecture::mtp`] has some.
+    pub num_mtp_layers: usize,
 }
 
 /// A row of the table of supported architectures.
@@ -145,6 +179,7 @@ pub struct Architecture {
     /// What the cache sites will take, before any weight is read.
     pub footprint: fn(&ModelConfig) -> Result<Footprint, EngineError>,
     pub positions: fn(&ModelConfig) -> Result<Positions, EngineError>,
+    pub mtp: MtpStorage,
 }
 
 /// A decoder with one attention per layer: what most rows differ little from.
@@ -154,6 +189,7 @@ const DECODER: Architecture = Architecture {
     ignored: nothing,
     footprint: footprint::attentions,
     positions: footprint::max_position_embeddings,
+    mtp: MtpStorage::Unsupported,
 };
 
 /// The same with multi-token-prediction layers behind the others.
@@ -178,11 +214,11 @@ pub static ARCHITECTURES: &[Architecture] = &[
     Architecture { model_type: "granitemoe", load: granite_moe::load, ..DECODER },
     Architecture { model_type: "granitemoeshared", load: granite_moe::load, ..DECODER },
     Architecture { model_type: "deepseek_v2", load: deepseek::load_v2, ..LATENT },
-    Architecture { model_type: "deepseek_v3", load: deepseek::load_v3, ..LATENT },
+    Architecture { model_type: "deepseek_v3", load: deepseek::load_v3, mtp: MtpStorage::BehindLayers, ..LATENT },
     Architecture { model_type: "kimi_k2", load: deepseek::load_v3, ..LATENT },
     Architecture { model_type: "kimi_k25", load: deepseek::load_v3, ignored: deepseek::is_vision_tensor, ..LATENT },
     Architecture { model_type: "pangu_ultra_moe", load: deepseek::load_pangu, ..LATENT },
-    Architecture { model_type: "glm4_moe", load: glm4_moe::load_glm, ..WITH_MTP },
+    Architecture { model_type: "glm4_moe", load: glm4_moe::load_glm, mtp: MtpStorage::BehindLayers, ..WITH_MTP },
     Architecture { model_type: "dots1", load: glm4_moe::load_dots, ..DECODER },
     Architecture { model_type: "ernie4_5_moe", load: ernie::load, ignored: is_mtp_named, ..DECODER },
     Architecture { model_type: "hunyuan_v1_moe", load: hunyuan::load, ..DECODER },
@@ -193,6 +229,7 @@ pub static ARCHITECTURES: &[Architecture] = &[
         load: longcat::load,
         ignored: longcat::is_ignored,
         footprint: |config| footprint::latents(config, 2),
+        mtp: MtpStorage::Apart,
         ..DECODER
     },
     Architecture { model_type: "llama4", load: llama4::load, ignored: llama4::is_vision_tensor, ..DECODER },
@@ -200,13 +237,14 @@ pub static ARCHITECTURES: &[Architecture] = &[
     Architecture { model_type: "jetmoe", load: jetmoe::load, footprint: footprint::jetmoe, ..DECODER },
     Architecture { model_type: "gpt_oss", load: gpt_oss::load, ..DECODER },
     Architecture { model_type: "phimoe", load: phimoe::load, ..DECODER },
-    Architecture { model_type: "bailing_moe", load: bailing::load, ..WITH_MTP },
+    Architecture { model_type: "bailing_moe", load: bailing::load, mtp: MtpStorage::BehindLayers, ..WITH_MTP },
     Architecture {
         model_type: "switch_transformers",
         load: switch::load,
         ignored: switch::is_ignored,
         footprint: switch::footprint,
         positions: switch::positions,
+        mtp: MtpStorage::Unsupported,
     },
 ];
 

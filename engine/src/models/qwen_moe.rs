@@ -13,7 +13,7 @@ use crate::layers::moe::{self, ExpertShape, MoeParts, SharedExpert, Weighting};
 use crate::weights::model_config::ModelConfig;
 
 pub fn load_qwen2(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
-    let ModelSource { config, loader, max_model_len } = *source;
+    let ModelSource { config, loader, max_model_len, .. } = *source;
     let decoder = DecoderConfig::from_config(config, 1e-6)?;
     let attention = AttentionConfig {
         qkv_bias: config.flag_or("qkv_bias", true)?.into(),
@@ -32,7 +32,7 @@ pub fn load_qwen2(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
 }
 
 pub fn load_qwen3(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
-    let ModelSource { config, loader, max_model_len } = *source;
+    let ModelSource { config, loader, max_model_len, .. } = *source;
     let decoder = DecoderConfig::from_config(config, 1e-6)?;
     let bias = config.flag_or("attention_bias", false)?.into();
     let reach = match config.flag_or("use_sliding_window", false)? {

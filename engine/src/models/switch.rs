@@ -96,6 +96,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let shape = ModelShape {
         vocab_size,
         num_layers: num_encoder + num_decoder,
+        num_mtp_layers: 0,
         cache_sites: vec![sizes.attention.cache_site(); num_decoder],
         experts_per_moe_layer: vec![sizes.num_experts; encoder.num_moe() + decoder.num_moe()],
         prefill: Prefill::Whole { decoder_start: decoder_start(config, vocab_size)? },

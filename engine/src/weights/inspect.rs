@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::checkpoint::Checkpoint;
 use super::model_config::ModelConfig;
 use super::quantization::Quantization;
-use super::tally::{ClassSize, Tally, TensorClass, layer_number};
+use super::tally::{self, ClassSize, Tally, TensorClass, layer_number};
 use crate::error::EngineError;
 use crate::models;
 
@@ -18,6 +18,12 @@ pub struct Inspection {
     /// `model_type` of config.json.
     pub architecture: String,
     pub num_layers: usize,
+    /// Stored multi-token-prediction layers that `--load-mtp` loads, beside `num_layers`.
+    pub num_mtp_layers: usize,
+    /// What they take in memory with `--dtype auto`, beside `memory_bytes`.
+    pub mtp_memory_bytes: u64,
+    /// The same with `--dtype f32`.
+    pub mtp_memory_bytes_f32: u64,
     /// Layers with routed experts.
     pub num_moe_layers: usize,
     /// Routed experts of each of those.
@@ -64,7 +70,10 @@ pub fn inspect(model_dir: &Path) -> Result<Inspection, EngineError> {
     let checkpoint = Checkpoint::open(model_dir)?;
     let is_ignored = |name: &str| (architecture.ignored)(&config, name) || models::is_ignored_everywhere(&config, name);
 
-    let tally = Tally::of(&checkpoint, Quantization::from_config(&config)?, is_ignored);
+    let quantization = Quantization::from_config(&config)?;
+    let tally = Tally::of(&checkpoint, quantization, is_ignored);
+    let mtp_bytes = tally::memory_bytes(&checkpoint, quantization, |name| architecture.mtp.holds(&config, name));
+    let num_mtp_layers = if mtp_bytes[0] > 0 { architecture.mtp.count(&config)? } else { 0 };
     let num_experts = config.first_count(&[
         "num_local_experts",
         "num_experts",
@@ -81,6 +90,9 @@ pub fn inspect(model_dir: &Path) -> Result<Inspection, EngineError> {
     Ok(Inspection {
         architecture: model_type.to_owned(),
         num_layers: footprint.num_layers,
+        num_mtp_layers,
+        mtp_memory_bytes: mtp_bytes[0],
+        mtp_memory_bytes_f32: mtp_bytes[1],
         num_moe_layers: tally.num_moe_layers(),
         num_experts,
         num_zero_experts,

@@ -135,6 +135,15 @@ impl Tally {
     }
 }
 
+/// Bytes in memory of the tensors that `counted` picks, with `--dtype auto` and `--dtype f32`.
+pub fn memory_bytes(checkpoint: &Checkpoint, quantization: Quantization, counted: impl Fn(&str) -> bool) -> [u64; 2] {
+    let sizes = checkpoint.iter().filter(|(name, _)| counted(name));
+    sizes.fold([0; 2], |sums, entry| {
+        let bytes = size_of_tensor(checkpoint, quantization, entry).memory_bytes;
+        [sums[0] + bytes[0], sums[1] + bytes[1]]
+    })
+}
+
 /// `17` of `model.layers.17`.
 pub fn layer_number(layer: &str) -> Option<usize> {
     layer.rsplit('.').find_map(|part| part.parse().ok())

@@ -12,15 +12,15 @@ use serde_json::Value;
 /// Largest allowed difference of a logit, as a share of the largest logit.
 const TOLERANCE: f32 = 1e-3;
 
-fn numbers(value: &Value) -> Vec<f32> {
+pub fn numbers(value: &Value) -> Vec<f32> {
     value.as_array().expect("a list").iter().map(|number| number.as_f64().expect("a number") as f32).collect()
 }
 
-fn ids(value: &Value) -> Vec<u32> {
+pub fn ids(value: &Value) -> Vec<u32> {
     value.as_array().expect("a list").iter().map(|id| id.as_u64().expect("an id") as u32).collect()
 }
 
-fn assert_close(name: &str, found: &[f32], expected: &[f32]) {
+pub fn assert_close(name: &str, found: &[f32], expected: &[f32]) {
     assert_eq!(found.len(), expected.len(), "{name}");
     let largest = expected.iter().fold(0f32, |max, value| max.max(value.abs()));
     let worst = found.iter().zip(expected).fold(0f32, |max, (a, b)| max.max((a - b).abs()));
@@ -103,15 +103,21 @@ pub const CHECKS: [fn(&str, &mut Driver, &Value); 3] = [check_logits, check_rout
 
 /// The model of a folder and what it must give.
 pub fn open(dir: &Path) -> (Driver, Value) {
+    open_with(dir, |_| {})
+}
+
+/// The same with other settings.
+pub fn open_with(dir: &Path, change: impl Fn(&mut EngineConfig)) -> (Driver, Value) {
     let text = std::fs::read_to_string(dir.join("reference.json")).expect("reference.json");
     let reference: Value = serde_json::from_str(&text).expect("JSON");
-    let config = EngineConfig {
+    let mut config = EngineConfig {
         dtype: WeightDtype::F32,
         kv_cache_memory: Some(16 << 20),
         // Where a reference depends on the served length.
         max_model_len: reference["max_model_len"].as_u64().map(|len| len as usize),
         ..EngineConfig::new(dir)
     };
+    change(&mut config);
     (Driver::new(&config), reference)
 }
 
@@ -151,6 +157,7 @@ golden! {
     kimi_k2_int4 "kimi_k2-int4"
     glm4_moe_base "glm4_moe-base"
     glm4_moe_qknorm "glm4_moe-qknorm"
+    glm4_moe_mtp "glm4_moe-mtp"
     dots1_base "dots1-base"
     dots1_layers "dots1-layers"
     dots1_window "dots1-window"
@@ -166,6 +173,7 @@ golden! {
     bailing_moe_base "bailing_moe-base"
     bailing_moe_dense1 "bailing_moe-dense1"
     bailing_moe_v2_base "bailing_moe_v2-base"
+    bailing_moe_v2_mtp "bailing_moe_v2-mtp"
     bailing_moe_v2_plain "bailing_moe_v2-plain"
     pangu_ultra_moe_base "pangu_ultra_moe-base"
     pangu_ultra_moe_vllm "pangu_ultra_moe-vllm"
@@ -181,6 +189,7 @@ golden! {
     phimoe_base "phimoe-base"
     phimoe_plain "phimoe-plain"
     longcat_flash_base "longcat_flash-base"
+    longcat_flash_mtp "longcat_flash-mtp"
     longcat_flash_bias "longcat_flash-bias"
     qwen3_next_base "qwen3_next-base"
     qwen3_next_alternate "qwen3_next-alternate"

@@ -8,5 +8,6 @@ mod golden;
 mod hostile;
 mod inspection;
 mod invariance;
+mod mtp;
 mod quantized;
 mod step_loop;

@@ -54,6 +54,13 @@ fn table(inspection: &Inspection) -> String {
     if inspection.state_bytes_per_sequence > 0 {
         rows.push(("state per sequence", format!("{} (f32)", HumanBytes(inspection.state_bytes_per_sequence))));
     }
+    if inspection.num_mtp_layers > 0 {
+        let bytes =
+            [inspection.mtp_memory_bytes, inspection.mtp_memory_bytes_f32].map(|bytes| HumanBytes(bytes).to_string());
+        let [stored, f32] = bytes;
+        let value = format!("{}, loaded with --load-mtp: {stored}, {f32} with --dtype f32", inspection.num_mtp_layers);
+        rows.push(("MTP layers", value));
+    }
     let mut text = String::new();
     for (name, value) in rows {
         writeln!(text, "{name:<18} {value}").expect("writing to a string cannot fail");
@@ -137,6 +144,9 @@ mod tests {
         let mut inspection = Inspection {
             architecture: "mixtral".into(),
             num_layers: 30,
+            num_mtp_layers: 1,
+            mtp_memory_bytes: 12 << 20,
+            mtp_memory_bytes_f32: 24 << 20,
             num_moe_layers: 30,
             num_experts: 8,
             num_zero_experts: 0,
@@ -160,6 +170,8 @@ mod tests {
         assert!(text.contains("parameters         1.23 B (1,234,567,890)\n"), "{text}");
         assert!(text.contains("active parameters  2.50 M (2,500,000)\n"), "{text}");
         assert!(text.contains("experts per layer  8, 2 per token\n"), "{text}");
+        let mtp = "MTP layers         1, loaded with --load-mtp: 12.00 MiB, 24.00 MiB with --dtype f32\n";
+        assert!(text.contains(mtp), "{text}");
         assert!(text.contains("state per sequence 1.00 MiB (f32)\n"), "{text}");
         let ends: Vec<usize> = text.lines().skip_while(|line| !line.starts_with("tensors")).map(str::len).collect();
         assert_eq!(ends.len(), 3);

@@ -155,6 +155,7 @@ fn engine_config(config: &Config, model_dir: PathBuf, available_memory: u64) -> 
         max_num_batched_tokens: config.max_num_batched_tokens,
         max_queue: config.max_queue,
         batch_timeout: Duration::from_millis(config.batch_timeout_ms),
+        load_mtp: config.load_mtp,
         threads: config.threads,
         ..EngineConfig::new(model_dir)
     }

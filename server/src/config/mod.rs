@@ -100,6 +100,9 @@ settings! {
         /// Storage type of keys and values in the KV cache; auto is f32 for f32 weights, else bf16
         #[arg(long, env = "MOESAIC_KV_CACHE_DTYPE")]
         kv_cache_dtype: KvType = KvType::Auto;
+        /// Load the multi-token-prediction layers too; an error where the model has none
+        #[arg(long, env = "MOESAIC_LOAD_MTP", num_args = 0..=1, default_missing_value = "true")]
+        load_mtp: bool = false;
         /// Tokens per KV block, a power of two from 1 to 256
         #[arg(long, env = "MOESAIC_BLOCK_SIZE")]
         block_size: usize = 16;

@@ -30,6 +30,8 @@ pub struct ModelInfo {
     /// Parameters that one token uses.
     num_active_parameters: u64,
     num_layers: usize,
+    /// Loaded multi-token-prediction layers, beside `num_layers`.
+    num_mtp_layers: usize,
     num_experts: usize,
     num_experts_per_tok: usize,
     vocab_size: usize,
@@ -67,6 +69,7 @@ fn describe(app: &App, model: &Model) -> ModelInfo {
         num_parameters: summary.num_parameters,
         num_active_parameters: summary.num_active_parameters,
         num_layers: summary.num_layers,
+        num_mtp_layers: summary.num_mtp_layers,
         num_experts: summary.num_experts,
         num_experts_per_tok: summary.num_experts_per_tok,
         vocab_size: summary.vocab_size,
