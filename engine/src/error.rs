@@ -31,6 +31,10 @@ pub enum EngineError {
     TensorDtype { name: String, dtype: String, path: PathBuf },
     #[error("the KV cache has room for {capacity} tokens, fewer than one block of {block_size}")]
     KvTooSmall { capacity: usize, block_size: usize },
+    #[error(
+        "the recurrent state of one sequence takes {state_bytes} bytes, the KV cache has {capacity} (see --kv-cache-memory)"
+    )]
+    StateTooLarge { state_bytes: u64, capacity: u64 },
     #[error("{what} is {value}, allowed are {allowed}")]
     Limit { what: &'static str, value: u64, allowed: String },
     #[error("kernel error: {0}")]

@@ -21,6 +21,9 @@ use crate::weights::loader::{LoadProgress, Loader};
 use crate::weights::model_config::{ModelConfig, generation_defaults};
 use crate::weights::quantization::Quantization;
 
+/// Share of the memory that a rotary table may take; that of a published model is far below.
+const TABLE_SHARE: u64 = 8;
+
 /// A model in memory with the pieces that make an engine of it.
 pub struct LoadedModel {
     pub summary: ModelSummary,
@@ -62,7 +65,8 @@ pub fn load_model(config: &EngineConfig, progress: &mut dyn FnMut(LoadProgress))
     }
     // Half of what was inspected, which may have been f32 where bf16 will be kept.
     let max_len = configured.min(budget::longest_sequence(config, inspection.kv_bytes_per_token / 2));
-    let len = ContextLen { configured, reachable: max_len };
+    let max_table_bytes = config.available_memory / TABLE_SHARE;
+    let len = ContextLen { configured, reachable: max_len, max_table_bytes };
     let (model, weight_bytes) = load_weights(config, &model_config, len, progress)?;
     let kv_dtype = resolve_kv_dtype(config, &inspection);
     let demand = budget::KvDemand {

@@ -5,8 +5,9 @@ use kernels::PositionBias;
 use crate::error::EngineError;
 use crate::weights::model_config::ModelConfig;
 
-/// Tables are made for every distance: more than any model has is refused.
+/// Tables are made for every distance and head: more than any model has is refused.
 const MOST_DISTANCES: usize = 1 << 16;
+const MOST_BIASES: usize = 1 << 24;
 
 /// How distances fall into buckets: the near ones each into its own, the others by their logarithm.
 #[derive(Clone, Copy, Debug)]
@@ -19,7 +20,7 @@ pub struct Buckets {
 
 impl Buckets {
     /// `relative_attention_num_buckets` and `relative_attention_max_distance`.
-    pub fn from_config(config: &ModelConfig, is_bidirectional: bool) -> Result<Self, EngineError> {
+    pub fn from_config(config: &ModelConfig, num_heads: usize, is_bidirectional: bool) -> Result<Self, EngineError> {
         let num_buckets = config.size("relative_attention_num_buckets")?;
         let max_distance = config.size("relative_attention_max_distance")?;
         let buckets = Self { num_buckets, max_distance, is_bidirectional };
@@ -28,8 +29,9 @@ impl Buckets {
             return Err(EngineError::Config { key: "relative_attention_num_buckets", reason });
         }
         let nearest = buckets.num_exact() + 1;
-        if !(nearest..=MOST_DISTANCES).contains(&max_distance) {
-            let reason = format!("is {max_distance}, allowed are {nearest} to {MOST_DISTANCES}");
+        let farthest = MOST_DISTANCES.min(MOST_BIASES / 2 / num_heads.max(1));
+        if !(nearest..=farthest).contains(&max_distance) {
+            let reason = format!("is {max_distance}, allowed are {nearest} to {farthest} with {num_heads} heads");
             return Err(EngineError::Config { key: "relative_attention_max_distance", reason });
         }
         Ok(buckets)

@@ -19,6 +19,8 @@ pub struct ContextLen {
     pub configured: usize,
     /// Positions that a sequence can reach: the tables cover these.
     pub reachable: usize,
+    /// What a table may take: a config may promise positions that cost nothing elsewhere.
+    pub max_table_bytes: u64,
 }
 
 /// The rotary settings of a model and what follows from them.
@@ -111,6 +113,13 @@ impl Rope {
             let what = "config.json: the rotary width of a head (head_dim, kv_channels or qk_rope_head_dim)";
             let allowed = format!("even numbers from 2 to {MAX_ROTARY_DIM}");
             return Err(EngineError::Limit { what, value: dim as u64, allowed });
+        }
+        let position_bytes = (dim * size_of::<f32>()) as u64;
+        if len.reachable as u64 > len.max_table_bytes / position_bytes {
+            let what = "max_model_len (where not set, max_position_embeddings)";
+            let allowed =
+                format!("at most {}, or the rotary table outgrows the memory", len.max_table_bytes / position_bytes);
+            return Err(EngineError::Limit { what, value: len.reachable as u64, allowed });
         }
         let (frequencies, amplitude) = self.frequencies(dim, len.configured as f64);
         if frequencies.len() != dim / 2 {

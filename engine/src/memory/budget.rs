@@ -7,8 +7,11 @@ use crate::models::CacheSite;
 /// Share of the memory left after the weights that the default KV cache may take.
 const DEFAULT_SHARE: f64 = 0.4;
 
-/// Share of the pool's bytes that recurrent states may take: a sequence needs both its state and blocks.
+/// Half of the pool's bytes is what recurrent states may take, but for the first: a sequence needs both state and blocks.
 const STATE_SHARE: u64 = 2;
+
+/// Blocks that hold nothing still have numbers to keep.
+const MOST_EMPTY_BLOCKS: usize = 1 << 20;
 
 /// The size of the block pool and what it follows from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,12 +48,16 @@ pub fn plan(config: &EngineConfig, demand: &KvDemand) -> Result<KvBudget, Engine
     });
     let num_state_slots = match state_bytes {
         0 => 0,
+        _ if state_bytes > bytes => return Err(EngineError::StateTooLarge { state_bytes, capacity: bytes }),
         _ => (bytes / STATE_SHARE / state_bytes).clamp(1, config.max_num_seqs as u64),
     };
-    let bytes = bytes.saturating_sub(num_state_slots.saturating_mul(state_bytes));
+    let bytes = bytes - num_state_slots * state_bytes;
     let num_blocks = match bytes_per_token * config.block_size as u64 {
-        // Blocks that hold nothing: only their numbers are needed.
-        0 => config.max_num_seqs.saturating_mul(wanted_len.div_ceil(config.block_size)),
+        // Blocks that hold nothing: only their numbers are needed, of as many as can be in use.
+        0 => {
+            let longest = wanted_len.div_ceil(config.block_size);
+            longest.saturating_mul(num_state_slots as usize).min(longest.max(MOST_EMPTY_BLOCKS))
+        }
         block_bytes => (bytes / block_bytes) as usize,
     };
     // Slots are numbered in 32 bits.
@@ -138,7 +145,12 @@ mod tests {
         assert!(plan_for(&sites, Some(2048), None).is_err());
         // A model of recurrent layers alone has blocks for no bytes.
         let budget = plan_for(&sites[1..2], Some(1 << 12), None).unwrap();
-        assert_eq!((budget.bytes_per_token, budget.num_state_slots, budget.num_blocks), (0, 2, 4 * 256));
+        assert_eq!((budget.bytes_per_token, budget.num_state_slots, budget.num_blocks), (0, 2, 2 * 256));
+        let error = plan_for(&sites[1..2], Some(1023), None).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "the recurrent state of one sequence takes 1024 bytes, the KV cache has 1023 (see --kv-cache-memory)"
+        );
         assert_eq!(budget.max_model_len, 4096);
     }
 }

@@ -16,8 +16,7 @@ use crate::weights::model_config::ModelConfig;
 const LORA_NORM_EPS: f64 = 1e-6;
 
 pub fn load_v2(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
-    let config = &source.config.with_defaults(&[("n_shared_experts", 2.0)]);
-    let source = &ModelSource { config, ..*source };
+    let config = source.config;
     let layers = FineGrained {
         bias: config.flag_or("mlp_bias", false)?.into(),
         ..FineGrained::from_config(config, v2_router(config)?)?
@@ -26,15 +25,7 @@ pub fn load_v2(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
 }
 
 pub fn load_v3(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
-    let defaults = [
-        ("n_group", 8.0),
-        ("topk_group", 4.0),
-        ("routed_scaling_factor", 2.5),
-        ("n_shared_experts", 1.0),
-        ("first_k_dense_replace", 3.0),
-    ];
-    let config = &source.config.with_defaults(&defaults);
-    let source = &ModelSource { config, ..*source };
+    let config = source.config;
     config.expect_text("scoring_func", &["sigmoid"])?;
     config.expect_text("topk_method", &["noaux_tc"])?;
     let layers = FineGrained {
@@ -51,7 +42,7 @@ pub fn is_vision_tensor(_: &ModelConfig, name: &str) -> bool {
 
 /// DeepSeek-V3 with sandwich norms, without groups; published with keys of its own, re-saved with DeepSeek's.
 pub fn load_pangu(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
-    let config = &pangu_keys(source.config).with_defaults(&[("rope_theta", 25.6e6), ("routed_scaling_factor", 2.5)]);
+    let config = &pangu_keys(source.config);
     let source = &ModelSource { config, ..*source };
     let has_bias = config.flag_or("router_enable_expert_bias", false)?;
     let layers = FineGrained {

@@ -40,7 +40,7 @@ struct Half {
 }
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
-    let config = &source.config.with_defaults(&[("rope_theta", 1e7), ("routed_scaling_factor", 6.0)]);
+    let config = source.config;
     let decoder = DecoderConfig::from_config(config, 1e-5)?;
     let attention = attention_config(config, source.max_model_len)?;
     let source = &ModelSource { config, ..*source };

@@ -10,8 +10,7 @@ use crate::layers::ends::DecoderConfig;
 use crate::layers::moe::{self, ExpertShape, MoeParts, Weighting};
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
-    let config = &source.config.with_defaults(&[("rope_theta", 1e6)]);
-    let ModelSource { loader, max_model_len, .. } = *source;
+    let ModelSource { config, loader, max_model_len, .. } = *source;
     let decoder = DecoderConfig::from_config(config, 1e-5)?;
     let shape = ExpertShape {
         num_experts: config.size("num_local_experts")?,

@@ -219,7 +219,7 @@ impl Stack {
             block
         });
         let blocks = blocks.collect::<Result<Vec<_>, EngineError>>()?;
-        let buckets = Buckets::from_config(config, name == "encoder")?;
+        let buckets = Buckets::from_config(config, sizes.attention.num_heads, name == "encoder")?;
         let table = format!("{name}.block.0.layer.0.SelfAttention.relative_attention_bias.weight");
         let weights = loader.floats(&table, &[buckets.num_buckets, sizes.attention.num_heads])?;
         let norm = Norm::load(loader, &format!("{name}.final_layer_norm"), sizes.attention.hidden_size, sizes.eps)?;

@@ -30,6 +30,11 @@ fn aliases(model_type: &str) -> &'static [(&'static str, &'static str)] {
         "switch_transformers" => {
             &[("hidden_size", "d_model"), ("num_attention_heads", "num_heads"), ("num_hidden_layers", "num_layers")]
         }
+        "mixtral" => &[("num_experts", "num_local_experts")],
+        "qwen3_moe" | "olmoe" => &[("num_local_experts", "num_experts")],
+        "deepseek_v2" => &[("num_experts", "n_routed_experts")],
+        "deepseek_v3" | "kimi_k2" | "kimi_k25" => &[("num_local_experts", "n_routed_experts")],
+        "longcat_flash" => &[("num_local_experts", "n_routed_experts"), ("num_experts_per_tok", "moe_topk")],
         _ => &[],
     }
 }
@@ -89,10 +94,41 @@ fn defaults(model_type: &str) -> Value {
         "switch_transformers" => json!({
             "d_ff": 2048, "d_kv": 64, "d_model": 768, "decoder_start_token_id": 0, "dense_act_fn": "relu",
             "expert_capacity": 64, "layer_norm_epsilon": 1e-6, "n_positions": 512, "num_experts": 8,
-            "num_experts_per_tok": 1, "num_heads": 12, "num_layers": 12, "num_sparse_decoder_layers": 3,
+            "num_decoder_layers": 12, "num_experts_per_tok": 1, "num_heads": 12, "num_layers": 12, "num_sparse_decoder_layers": 3,
             "num_sparse_encoder_layers": 3, "relative_attention_max_distance": 128,
             "relative_attention_num_buckets": 32, "tie_word_embeddings": true, "vocab_size": 32_128,
         }),
+        "mixtral" => json!({
+            "max_position_embeddings": 131_072, "num_experts_per_tok": 2, "num_key_value_heads": 8,
+            "num_local_experts": 8, "rope_theta": 1_000_000.0,
+        }),
+        "qwen2_moe" => json!({
+            "max_position_embeddings": 32_768, "max_window_layers": 28, "moe_intermediate_size": 1408,
+            "num_experts": 60, "num_experts_per_tok": 4, "num_key_value_heads": 16,
+            "shared_expert_intermediate_size": 5632, "sliding_window": 4096,
+        }),
+        "qwen3_moe" => json!({
+            "max_position_embeddings": 32_768, "moe_intermediate_size": 768, "num_experts": 128,
+            "num_experts_per_tok": 8, "num_key_value_heads": 4, "sliding_window": 4096,
+        }),
+        "olmoe" => json!({ "max_position_embeddings": 4096, "num_experts": 64, "num_experts_per_tok": 8 }),
+        "granitemoe" | "granitemoeshared" => json!({
+            "max_position_embeddings": 2048, "num_experts_per_tok": 2, "num_local_experts": 8,
+        }),
+        "deepseek_v2" => json!({
+            "max_position_embeddings": 2048, "n_routed_experts": 64, "n_shared_experts": 2, "q_lora_rank": 1536,
+        }),
+        "deepseek_v3" | "kimi_k2" | "kimi_k25" => json!({
+            "first_k_dense_replace": 3, "max_position_embeddings": 4096, "n_group": 8, "n_routed_experts": 256,
+            "n_shared_experts": 1, "num_experts_per_tok": 8, "q_lora_rank": 1536, "routed_scaling_factor": 2.5,
+            "topk_group": 4,
+        }),
+        "longcat_flash" => json!({
+            "max_position_embeddings": 131_072, "moe_topk": 12, "n_routed_experts": 512, "q_lora_rank": 1536,
+            "rope_theta": 10_000_000.0, "routed_scaling_factor": 6.0, "zero_expert_num": 256,
+        }),
+        // Of the published remote code.
+        "pangu_ultra_moe" => json!({ "rope_theta": 25.6e6, "routed_scaling_factor": 2.5 }),
         _ => Value::Null,
     }
 }

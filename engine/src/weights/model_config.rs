@@ -74,17 +74,6 @@ impl ModelConfig {
         Self { keys }
     }
 
-    /// The same configuration with the class defaults that transformers takes for absent keys of a family.
-    pub fn with_defaults(&self, defaults: &[(&str, f64)]) -> Self {
-        let mut keys = self.keys.clone();
-        for &(key, default) in defaults.iter().filter(|(key, _)| self.get(key).is_none()) {
-            // Counts stay counts.
-            let value = if default.fract() == 0.0 { Value::from(default as u64) } else { Value::from(default) };
-            keys.insert(key.to_owned(), value);
-        }
-        Self { keys }
-    }
-
     /// The value, where the key is present and not null.
     pub fn get(&self, key: &str) -> Option<&Value> {
         self.keys.get(key).filter(|value| !value.is_null())
@@ -293,7 +282,7 @@ fn as_count(value: &Value) -> Option<usize> {
 }
 
 /// A value as an error repeats it: a stranger's list may be long.
-fn shown(value: &Value) -> String {
+pub fn shown(value: &Value) -> String {
     let text = value.to_string();
     match text.char_indices().nth(MAX_SHOWN) {
         Some((end, _)) => format!("{}…", &text[..end]),

@@ -5,7 +5,7 @@
 
 use serde_json::Value;
 
-use super::model_config::ModelConfig;
+use super::model_config::{ModelConfig, shown};
 use crate::error::EngineError;
 
 /// Tiles of block-scaled FP8 as DeepSeek publishes it.
@@ -90,7 +90,7 @@ impl Quantization {
         let Some(section) = config.section("quantization_config") else {
             return Err(EngineError::Config {
                 key: "quantization_config",
-                reason: format!("is {value}, expected an object"),
+                reason: format!("is {}, expected an object", shown(value)),
             });
         };
         section.expect_text("quant_method", &METHODS)?;
@@ -184,7 +184,7 @@ fn block_size(section: &ModelConfig, key: &'static str) -> Result<Option<[usize;
         Some(&[rows, cols]) if [rows, cols].iter().all(|size| (1..1 << 32).contains(size)) => {
             Ok(Some([rows as usize, cols as usize]))
         }
-        _ => Err(EngineError::Config { key, reason: format!("is {value}, expected two sizes of 1 to 2^32") }),
+        _ => Err(EngineError::Config { key, reason: format!("is {}, expected two sizes of 1 to 2^32", shown(value)) }),
     }
 }
 

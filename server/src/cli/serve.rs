@@ -92,6 +92,7 @@ fn start_loading(app: Arc<App>) -> anyhow::Result<oneshot::Receiver<anyhow::Resu
                 threads = summary.threads,
                 max_model_len = summary.max_model_len,
                 kv_cache_tokens = summary.num_blocks * summary.block_size,
+                states = (summary.num_state_slots > 0).then_some(summary.num_state_slots),
                 kv_cache_dtype = summary.kv_dtype,
                 "ready"
             );
