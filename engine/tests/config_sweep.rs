@@ -80,7 +80,8 @@ impl Folder {
         std::fs::write(self.0.join("config.json"), config.to_string()).expect("a config");
         let config = EngineConfig { kv_cache_memory: Some(1 << 20), threads: Some(1), ..EngineConfig::new(&self.0) };
         if let Ok(mut model) = load_model(&config, &mut |_| ()) {
-            drop(model.runner.logits_of(&[1, 2, 3]));
+            let source: &[u32] = if model.summary.has_encoder { &[3, 4] } else { &[] };
+            drop(model.runner.logits_after(source, &[1, 2, 3]));
         }
     }
 }

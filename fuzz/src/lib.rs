@@ -75,7 +75,9 @@ pub fn config(data: &[u8]) -> bool {
     };
     let inspected = engine::inspect(scratch.folder());
     let Ok(mut model) = load_model(&config, &mut |_| ()) else { return false };
-    model.runner.logits_of(&[1, 2]).is_ok() && model.runner.drafts_of(&[1, 2]).is_ok() && inspected.is_ok()
+    let source: &[u32] = if model.summary.has_encoder { &[3, 4] } else { &[] };
+    let logits = model.runner.logits_after(source, &[1, 2]);
+    logits.is_ok() && model.runner.drafts_of(&[1, 2]).is_ok() && inspected.is_ok()
 }
 
 /// A GGUF file: its metadata, tensor table, and the values of its tensors.
@@ -146,6 +148,8 @@ fn with_length_and_data(header: &[u8]) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use engine::EngineError;
+
     use super::*;
 
     /// Every file of a corpus ends as its name says: `refused-…`, or accepted.
@@ -173,6 +177,29 @@ mod tests {
     #[test]
     fn configs_end_as_they_are_named() {
         check("config", config);
+    }
+
+    /// A family that no seed leads to is hardly fuzzed at all.
+    #[test]
+    fn every_model_type_has_a_config_to_start_from() {
+        let scratch = Scratch::new();
+        scratch.write("config.json", br#"{"model_type": "none of them"}"#);
+        scratch.write("model.safetensors", &with_length_and_data(b"{}"));
+        let Err(EngineError::UnknownArchitecture { supported, .. }) =
+            load_model(&EngineConfig::new(scratch.folder()), &mut |_| ())
+        else {
+            panic!("it is one of them")
+        };
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus/config");
+        let seeds = std::fs::read_dir(folder).expect("a corpus").map(|entry| entry.expect("an entry").path());
+        let types: Vec<String> = seeds
+            .filter(|path| !path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("refused-")))
+            .filter_map(|path| serde_json::from_slice::<Value>(&std::fs::read(path).expect("a readable file")).ok())
+            .filter_map(|config| config["model_type"].as_str().map(str::to_owned))
+            .collect();
+        for model_type in supported.split(", ") {
+            assert!(types.iter().any(|found| found == model_type), "{model_type} has no seed in fuzz/corpus/config");
+        }
     }
 
     #[test]

@@ -156,7 +156,14 @@ fn bench_attention(rows: usize, context_len: usize) -> AnyResult<()> {
 
 /// Qwen3-Next's heads, each sequence with so many rows.
 fn bench_gated_delta(num_seqs: usize, rows: usize) -> AnyResult<()> {
-    let spec = DeltaSpec { num_key_heads: 16, num_value_heads: 32, key_dim: 128, value_dim: 128, conv_kernel: 4 };
+    let spec = DeltaSpec {
+        num_key_heads: 16,
+        num_value_heads: 32,
+        key_dim: 128,
+        value_dim: 128,
+        conv_kernel: 4,
+        activation: kernels::Pointwise::Silu,
+    };
     let (channels, heads) = (spec.num_channels(), spec.num_value_heads);
     let weights = DeltaWeights::new(spec, vec![0.1; channels * 4], &vec![0.0; heads], vec![0.0; heads])?;
     let mut states = StateCache::new(spec.state_width(), num_seqs)?;

@@ -25,243 +25,30 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import make_tiny as tiny
-from make_tiny import Config, Dims, Variant
+from make_tiny import Config, Variant
+from spaces import SPACES, draw_dims, flag
 
 tiny.NEW_TOKENS = 12
 tiny.MIN_MARGIN = 0.003
 ATTEMPTS = 6
-ACTIVATIONS = ["silu"] * 5 + ["gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "swish"]
-
-
-def draw_dims(r: random.Random) -> Dims:
-    heads = r.choice([1, 2, 3, 4, 5, 6])
-    head_dim = r.choice([8, 16, 20, 24, 40])
-    kv_heads = r.choice([n for n in range(1, heads + 1) if heads % n == 0])
-    hidden = heads * head_dim if r.random() < 0.4 else heads * r.choice([12, 16, 20, 28])
-    experts = r.choice([4, 5, 7, 8, 12])
-    return Dims(
-        "drawn", hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=head_dim, inter=r.choice([36, 50, 72, 96]),
-        moe_inter=r.choice([18, 24, 33, 40]), experts=experts, top_k=r.choice([k for k in (1, 2, 3, 5) if k < experts]),
-        layers=r.choice([1, 2, 2, 3, 7]), tok_vocab=r.choice([290, 303, 331, 384]), vocab_pad=r.choice([0, 1, 13, 32]),
-        q_lora=r.choice([10, 24, 33]), kv_lora=r.choice([12, 16, 30]), nope=r.choice([6, 12, 16, 20]),
-        rope=r.choice([4, 8, 12, 16]), v_dim=r.choice([6, 10, 16, 24]), flip=False)
-
-
-def draw_rope(r: random.Random, half: int, kinds: list[str]) -> tuple[Config, int | None]:
-    """Keys to merge into a hub-style config, and the served length where it matters."""
-    kind = r.choice(kinds)
-    name = r.choice(["type", "rope_type"])
-    if kind == "none":
-        return {"rope_scaling": None}, None
-    if kind == "linear":
-        return {"rope_scaling": {name: "linear", "factor": r.choice([2.0, 3, 8.5])}}, None
-    if kind == "dynamic":
-        length = r.choice([256, 300, 700])
-        return {"rope_scaling": {name: "dynamic", "factor": r.choice([4.0, 6])}, "max_position_embeddings": 256}, length
-    if kind == "llama3":
-        return {"rope_scaling": {name: "llama3", "factor": r.choice([4.0, 8]), "low_freq_factor": r.choice([1.0, 1.5]),
-                                 "high_freq_factor": r.choice([3.0, 4]),
-                                 "original_max_position_embeddings": r.choice([32, 64, 90])}}, None
-    if kind == "longrope":
-        scaling = {name: "longrope", "short_factor": [1.0 + 0.1 * i for i in range(half)],
-                   "long_factor": [1.5 + i for i in range(half)]}
-        over: Config = {"rope_scaling": scaling, "max_position_embeddings": 2048}
-        place = r.choice([scaling, over])
-        place["original_max_position_embeddings"] = 512
-        if r.random() < 0.3:
-            scaling["attention_factor"] = 1.2
-        if r.random() < 0.3:
-            scaling["factor"] = 6.0
-        return over, r.choice([300, 512, 513, 2048])
-    scaling = {name: "yarn", "factor": r.choice([4.0, 16, 40, 0.5]), "original_max_position_embeddings": r.choice([32, 64])}
-    optional = {"beta_fast": r.choice([1, 8.0, 24]), "beta_slow": r.choice([1.0, 2]), "truncate": False,
-                "attention_factor": 1.3, "mscale": r.choice([0.7, 1.0]), "mscale_all_dim": r.choice([0.5, 1.0, 0])}
-    scaling |= {key: value for key, value in optional.items() if r.random() < 0.4}
-    over = {"rope_scaling": scaling, "max_position_embeddings": r.choice([512, 1024])}
-    if r.random() < 0.2 and not scaling.get("mscale_all_dim"):
-        scaling["factor"] = None
-    if r.random() < 0.2:
-        over["original_max_position_embeddings"] = 48
-    return over, None
-
-
-ROPES = ["none", "none", "linear", "dynamic", "yarn", "yarn", "llama3", "longrope"]
-
-
-def flag(r: random.Random) -> bool:
-    return r.random() < 0.5
-
-
-def rope_of(r: random.Random, half: int, cfg: Config, kinds=ROPES) -> int | None:
-    over, length = draw_rope(r, half, kinds)
-    cfg.update(over, rope_theta=r.choice([1e4, 5e5, 1e6]))
-    return length
-
-
-def base(d: Dims, r: random.Random, name: str, model_type: str, **over) -> Config:
-    cfg = tiny.common(
-        d, architectures=[name], model_type=model_type, hidden_act=r.choice(ACTIVATIONS), tie_word_embeddings=flag(r),
-        rms_norm_eps=r.choice([1e-6, 1e-5, 1e-3]))
-    if flag(r) or d.hidden // d.heads % 2:
-        cfg["head_dim"] = d.head_dim
-    return cfg | over
-
-
-def head_half(d: Dims, cfg: Config) -> int:
-    return (cfg.get("head_dim") or d.hidden // d.heads) // 2
-
-
-def mixtral(d, r):
-    cfg = base(d, r, "MixtralForCausalLM", "mixtral", num_local_experts=d.experts, num_experts_per_tok=d.top_k,
-               intermediate_size=d.moe_inter, sliding_window=r.choice([None, None, 9, 64]))
-    length = rope_of(r, head_half(d, cfg), cfg)
-    if cfg["rope_scaling"]:  # some stretched kinds fail in transformers where the key is null
-        cfg.setdefault("head_dim", d.hidden // d.heads)
-    return cfg, length
-
-
-def qwen_sparse(d, r) -> Config:
-    return dict(
-        num_experts=d.experts, num_experts_per_tok=d.top_k, moe_intermediate_size=d.moe_inter, norm_topk_prob=flag(r),
-        decoder_sparse_step=r.choice([1, 1, 2, 3]), mlp_only_layers=r.choice([[], None, [0], [1]]),
-        use_sliding_window=flag(r), sliding_window=r.choice([5, 20]), max_window_layers=r.choice([0, 1, 3, 28]))
-
-
-def qwen2_moe(d, r):
-    cfg = base(d, r, "Qwen2MoeForCausalLM", "qwen2_moe", shared_expert_intermediate_size=r.choice([20, 48]),
-               qkv_bias=flag(r), **qwen_sparse(d, r))
-    if flag(r):
-        kinds = ["full_attention", "sliding_attention"] if cfg["use_sliding_window"] else ["full_attention"]
-        cfg["layer_types"] = [r.choice(kinds) for _ in range(d.layers)]
-    return cfg, rope_of(r, head_half(d, cfg), cfg)
-
-
-def qwen3_moe(d, r):
-    cfg = base(d, r, "Qwen3MoeForCausalLM", "qwen3_moe", attention_bias=flag(r), **qwen_sparse(d, r))
-    return cfg, rope_of(r, head_half(d, cfg), cfg)
-
-
-def olmoe(d, r):
-    cfg = base(d, r, "OlmoeForCausalLM", "olmoe", num_experts=d.experts, num_experts_per_tok=d.top_k,
-               intermediate_size=d.moe_inter, norm_topk_prob=flag(r), clip_qkv=r.choice([None, 0.8, 3.0]),
-               attention_bias=flag(r))
-    cfg.pop("head_dim", None)
-    if d.hidden // d.heads % 2:
-        cfg["hidden_size"] = d.heads * 16
-    return cfg, rope_of(r, cfg["hidden_size"] // d.heads // 2, cfg)
-
-
-def granitemoe(d, r, **over):
-    cfg = base(d, r, "GraniteMoeForCausalLM", "granitemoe", num_local_experts=d.experts, num_experts_per_tok=d.top_k,
-               intermediate_size=d.moe_inter, attention_bias=flag(r), embedding_multiplier=r.choice([1, 1.0, 12, 2.5]),
-               logits_scaling=r.choice([1.0, 6]), residual_multiplier=r.choice([1.0, 0.22, 0.6]),
-               attention_multiplier=r.choice([0.1, 0.25, 1]))
-    cfg.pop("head_dim", None)
-    if d.hidden // d.heads % 2:
-        cfg["hidden_size"] = d.heads * 16
-    cfg.update(over)
-    return cfg, rope_of(r, cfg["hidden_size"] // d.heads // 2, cfg)
-
-
-def granitemoeshared(d, r):
-    return granitemoe(d, r, architectures=["GraniteMoeSharedForCausalLM"], model_type="granitemoeshared",
-                      shared_intermediate_size=r.choice([0, 22, 40]))
-
-
-def mla(d, r, name, model_type, **over) -> Config:
-    cfg = base(d, r, name, model_type, num_key_value_heads=d.heads, q_lora_rank=r.choice([None, d.q_lora]),
-               kv_lora_rank=d.kv_lora, qk_nope_head_dim=d.nope, qk_rope_head_dim=d.rope, v_head_dim=d.v_dim,
-               moe_intermediate_size=d.moe_inter, n_shared_experts=r.choice([1, 2, 3]), attention_bias=flag(r),
-               first_k_dense_replace=r.choice([0, 0, 1, d.layers]), moe_layer_freq=1,
-               routed_scaling_factor=r.choice([1.0, 2.5, 3.0]))
-    cfg.pop("head_dim", None)
-    groups = r.choice([1, 1, 2, 4])
-    group_size = r.choice([2, 3, 5])
-    open_groups = r.choice(range(1, groups + 1))
-    cfg.update(n_group=groups, topk_group=open_groups, n_routed_experts=groups * group_size + (4 if groups == 1 else 0))
-    most = cfg["n_routed_experts"] - 1 if groups == 1 else open_groups * group_size
-    cfg["num_experts_per_tok"] = r.choice([k for k in (1, 2, 3, 5) if k <= most])
-    return cfg | over
-
-
-def deepseek_v2(d, r):
-    cfg = mla(d, r, "DeepseekV2ForCausalLM", "deepseek_v2", scoring_func="softmax", norm_topk_prob=False,
-              mlp_bias=r.random() < 0.3, topk_method=r.choice(["greedy", "group_limited_greedy"]))
-    return cfg, rope_of(r, d.rope // 2, cfg, ["none", "linear", "yarn", "yarn", "yarn", "llama3"])
-
-
-def deepseek_v3(d, r):
-    cfg = mla(d, r, "DeepseekV3ForCausalLM", "deepseek_v3", scoring_func="sigmoid", topk_method="noaux_tc",
-              norm_topk_prob=flag(r))
-    if flag(r):
-        cfg["rope_interleave"] = flag(r)
-    return cfg, rope_of(r, d.rope // 2, cfg, ["none", "linear", "yarn", "yarn", "yarn", "llama3", "dynamic", "longrope"])
-
-
-def kimi_k2(d, r):
-    cfg, length = deepseek_v3(d, r)
-    return cfg | {"model_type": "kimi_k2"}, length
-
-
-def longcat_flash(d, r):
-    cfg = tiny.longcat(
-        d, num_layers=min(d.layers, 3), moe_topk=max(d.top_k, 2), n_routed_experts=d.experts, zero_expert_num=r.choice([0, 1, 3]),
-        attention_bias=flag(r), router_bias=r.random() < 0.3, routed_scaling_factor=r.choice([1.0, 6.0]), rms_norm_eps=1e-5,
-        hidden_act=r.choice(ACTIVATIONS), tie_word_embeddings=flag(r))
-    return cfg, rope_of(r, d.rope // 2, cfg, ["none", "none", "yarn", "linear"])
-
-
-def bailing_moe(d, r):
-    cfg = tiny.bailing(
-        d, num_hidden_layers=d.layers, num_experts=d.experts, num_experts_per_tok=d.top_k, tie_word_embeddings=flag(r),
-        num_shared_experts=r.choice([0, 1, 3, None]), norm_topk_prob=flag(r), first_k_dense_replace=r.choice([0, 1]),
-        use_qkv_bias=flag(r), use_bias=flag(r), norm_head=flag(r), rms_norm_eps=r.choice([1e-6, 1e-5]))
-    cfg["norm_head"] = cfg["norm_head"] and not cfg["tie_word_embeddings"]
-    length = rope_of(r, d.head_dim // 2, cfg, ["none", "linear", "yarn"])
-    cfg.pop("original_max_position_embeddings", None)
-    return cfg, length
-
-
-def bailing_moe_v2(d, r):
-    groups, group_size = r.choice([1, 2, 4]), r.choice([3, 4])
-    top = r.choice(range(1, groups + 1))
-    cfg = tiny.bailing_v2(
-        d, num_hidden_layers=d.layers, num_experts=groups * group_size, n_group=groups, topk_group=top,
-        num_experts_per_tok=r.choice([1, 2, 3]), tie_word_embeddings=flag(r), num_shared_experts=r.choice([0, 1, 2]),
-        first_k_dense_replace=r.choice([0, 1]), use_qkv_bias=flag(r), use_bias=flag(r), use_qk_norm=flag(r),
-        partial_rotary_factor=r.choice([0.5, 1.0]), routed_scaling_factor=r.choice([1.0, 2.5]))
-    half = int(d.head_dim * cfg["partial_rotary_factor"]) // 2
-    if half * 2 != d.head_dim * cfg["partial_rotary_factor"]:
-        cfg["partial_rotary_factor"] = 1.0
-    length = rope_of(r, half, cfg, ["none", "linear", "yarn"])
-    cfg.pop("original_max_position_embeddings", None)
-    return cfg, length
-
-
-def pangu_ultra_moe(d, r):
-    cfg = mla(d, r, "PanguUltraMoEForCausalLM", "pangu_ultra_moe", attention_bias=False, hidden_act="silu",
-              sandwich_norm=flag(r), router_enable_expert_bias=flag(r), norm_topk_prob=flag(r),
-              rope_theta=r.choice([1e4, 25.6e6]))
-    for key in ("n_group", "topk_group", "rope_scaling"):
-        cfg.pop(key, None)
-    cfg["num_experts_per_tok"] = min(cfg["num_experts_per_tok"], cfg["n_routed_experts"])
-    if flag(r):
-        cfg = {tiny.PanguUltraMoe.ALIASES.get(key, key): value for key, value in cfg.items()}
-    return cfg, None
-
-
-SPACES = {space.__name__: space for space in (
-    mixtral, qwen2_moe, qwen3_moe, olmoe, granitemoe, granitemoeshared, deepseek_v2, deepseek_v3, kimi_k2, longcat_flash,
-    bailing_moe, bailing_moe_v2, pangu_ultra_moe)}
+# Architectures whose tensors transformers 5 also loads by the names it has for them in memory.
+UNRENAMED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "deepseek_v2", "deepseek_v3",
+             "qwen3_next")
 
 
 def transformers5_spelling(cfg: Config) -> Config:
-    """`rope_parameters` in place of `rope_theta` and `rope_scaling`."""
+    """`rope_parameters` in place of `rope_theta`, `rope_scaling` and `partial_rotary_factor`."""
     cfg = copy.deepcopy(cfg)
+    if "text_config" in cfg:
+        return cfg | {"text_config": transformers5_spelling(cfg["text_config"])}
+    if cfg["model_type"] == "switch_transformers" or cfg["model_type"] == "gpt_oss" and "rope_scaling" not in cfg:
+        return cfg
     parameters = dict(cfg.pop("rope_scaling", None) or {"rope_type": "default"})
     parameters.setdefault("rope_type", parameters.pop("type", "default"))
     parameters.pop("type", None)
-    parameters["rope_theta"] = cfg.pop("rope_theta")
+    parameters["rope_theta"] = cfg.pop("rope_theta", 1e4)
+    if "partial_rotary_factor" in cfg:
+        parameters["partial_rotary_factor"] = cfg.pop("partial_rotary_factor")
     cfg["rope_parameters"] = parameters
     cfg["transformers_version"] = "5.23.0"
     return cfg
@@ -292,6 +79,15 @@ def resave(folder: Path, model: torch.nn.Module, storage: str) -> None:
     model.save_pretrained(folder)
 
 
+def fix_routers(model: torch.nn.Module) -> None:
+    """Routers that compute in float32, and decoders that take their tokens one at a time, so that none finds its expert full."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "SwitchTransformersTop1Router":
+            module.dtype = torch.float32
+            if name.startswith("decoder."):
+                module.expert_capacity = 1 << 30
+
+
 def fix_rope(model: torch.nn.Module, max_model_len: int) -> None:
     """Frequencies as for a sequence of `max_model_len` tokens, whatever the length."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -319,12 +115,26 @@ def spread(folder: Path, layout: str) -> None:
         path.unlink()
 
 
+def add_unused(folder: Path, cfg: Config) -> None:
+    """Tensors of published checkpoints that serving has no use for."""
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    if cfg["model_type"] == "qwen3_next":
+        norm = state["model.norm.weight"]
+        state |= {"mtp.fc.weight": torch.cat((norm, norm))[None].repeat(len(norm), 1), "mtp.norm.weight": norm.clone(),
+                  "mtp.layers.0.mlp.experts.0.up_proj.weight": norm[None].clone()}
+    if cfg["model_type"] == "switch_transformers" and cfg.get("tie_word_embeddings", True):
+        copies = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"]
+        state |= {name: state["shared.weight"].clone() for name in copies}
+    save_file(state, path, metadata={"format": "pt"})
+
+
 def fuse(state: tiny.State) -> tiny.State:
     """Experts stacked as transformers 5 holds them in memory: gate rows first, `[E, 2I, H]` and `[E, H, I]`."""
     out, apart = {}, {}
     for name, value in state.items():
         stem, found, rest = name.partition(".experts.")
-        if found and rest.split(".")[0].isdigit():
+        if found and rest.split(".")[0].isdigit() and not name.startswith("mtp."):
             idx, part, _ = rest.split(".")
             apart.setdefault(stem, {})[int(idx), part] = value
         else:
@@ -345,17 +155,19 @@ def make(arch: str, seed: int, n: int, out: Path) -> str:
     if tiny.ARCHS[arch].backend == "hf" and flag(r):
         cfg = transformers5_spelling(cfg)
     storage, layouts = r.choice(["bf16", "f16", "f32"]), ["plain", "sharded", "fused"]
-    if tiny.ARCHS[arch].backend == "hf" and arch != "kimi_k2":
-        layouts += ["resaved", "terse"] + ["unrenamed"] * (arch != "longcat_flash")
+    if tiny.ARCHS[arch].backend == "hf" and arch != "kimi_k2" and "quantization_config" not in cfg:
+        layouts += ["resaved", "terse"] + ["unrenamed"] * (arch in UNRENAMED)
     layout = r.choice(layouts)
+    style = tiny.T5STYLE if arch == "switch_transformers" else tiny.CHATML
     name = f"{seed}.{n}"
     tiny.PROFILES["drawn"] = d
-    tiny.ARCHS[arch].variants[name] = lambda _: Variant(copy.deepcopy(cfg), storage=storage)
+    tiny.ARCHS[arch].variants[name] = lambda _: Variant(copy.deepcopy(cfg), storage=storage, style=style)
     tiny.PROBE_CFG[arch] = cfg
     plain = tiny.hf_empty
 
     def fixed(folder: Path, config: Config) -> torch.nn.Module:
         model = plain(folder, config)
+        fix_routers(model)
         if max_model_len is not None:
             fix_rope(model, max_model_len)
         return model
@@ -366,6 +178,8 @@ def make(arch: str, seed: int, n: int, out: Path) -> str:
     finally:
         tiny.hf_empty = plain
     tiny.write(built, folder, tiny.ARCHS[arch], f"unseen.py --arch {arch} --seed {seed}", seed, "drawn")
+    if flag(r):
+        add_unused(folder, cfg)
     spread(folder, layout)
     if layout == "resaved":
         resave(folder, built.runner.model, storage)

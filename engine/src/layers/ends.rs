@@ -1,7 +1,7 @@
 //! What stands around the layers of a decoder: embedding, last norm, output projection.
 
 use candle_core::Tensor;
-use kernels::{GluActivation, PackedWeight};
+use kernels::{GluActivation, PackedWeight, Pointwise};
 
 use super::mtp::MtpLayout;
 use super::norm::{Norm, NormKind};
@@ -79,7 +79,7 @@ impl DecoderConfig {
             norms: LayerNorms::Pre,
             mtp_layout: MtpLayout::SharedHead,
             multipliers: Multipliers::default(),
-            activation: config.activation()?,
+            activation: glu_activation(config.activation("hidden_act", "silu")?),
         })
     }
 
@@ -135,6 +135,14 @@ impl Ends {
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor, EngineError> {
         let weight = self.lm_head.as_ref().unwrap_or(&self.embedding);
         scaled(kernels::linear(hidden, weight, self.lm_head_bias.as_ref())?, self.multipliers.logits)
+    }
+}
+
+/// The gate's function; SiLU has a fast path of its own.
+pub fn glu_activation(gate: Pointwise) -> GluActivation {
+    match gate {
+        Pointwise::Silu => GluActivation::Silu,
+        other => GluActivation::Pointwise(other),
     }
 }
 

@@ -105,7 +105,14 @@ mod tests {
 
     #[test]
     fn rows_are_sorted_by_part_and_not_by_key_head() {
-        let heads = DeltaSpec { num_key_heads: 2, num_value_heads: 4, key_dim: 1, value_dim: 1, conv_kernel: 4 };
+        let heads = DeltaSpec {
+            num_key_heads: 2,
+            num_value_heads: 4,
+            key_dim: 1,
+            value_dim: 1,
+            conv_kernel: 4,
+            activation: Pointwise::Silu,
+        };
         let (qkv, z) = projection_rows(&heads);
         assert_eq!((qkv, z), (vec![0, 6, 1, 7, 2, 3, 8, 9], vec![4, 5, 10, 11]));
         assert_eq!(gate_rows(&heads), [0, 1, 4, 5, 2, 3, 6, 7]);

@@ -303,7 +303,7 @@ mod tests {
 
     /// Compares with what transformers' `ROPE_INIT_FUNCTIONS` give for 8 rotary dimensions and a base of 10000.
     fn check(config: Value, len: f64, frequencies: [f32; 4], amplitude: f64) {
-        let rope = Rope::from_config(&ModelConfig::of(config.clone())).unwrap();
+        let rope = Rope::from_config(&ModelConfig::from_value(config.clone()).unwrap()).unwrap();
         let found = rope.frequencies(8, len);
         let close = found.0.iter().zip(&frequencies).all(|(a, b)| (a - b).abs() <= 1e-5 * b);
         assert!(close && (found.1 - amplitude).abs() < 1e-6, "{config} at {len}: {found:?}");
@@ -375,6 +375,6 @@ mod tests {
         let config = json!({ "rope_scaling": { "type": "dynamic", "factor": 4.0 }, "max_position_embeddings": 256 });
         check(config.clone(), 100.0, [1.0, 0.1, 0.01, 0.001], 1.0);
         check(config.clone(), 1000.0, [1.0, 0.042_946_015, 0.001_844_36, 0.000_079_208], 1.0);
-        assert_eq!(Rope::longest_context(&ModelConfig::of(config), 256).unwrap(), 1024);
+        assert_eq!(Rope::longest_context(&ModelConfig::from_value(config).unwrap(), 256).unwrap(), 1024);
     }
 }

@@ -12,7 +12,6 @@ use crate::layers::moe::ExpertShape;
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let ModelSource { config, loader, max_model_len, .. } = *source;
-    config.expect_silu()?;
     let has_bias = config.flag_or("use_bias", false)?;
     let decoder = DecoderConfig {
         head: if has_bias { HeadKind::Biased } else { HeadKind::Plain },

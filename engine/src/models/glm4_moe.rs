@@ -50,7 +50,6 @@ fn load(
     decoder: DecoderConfig,
     attention: &dyn Fn(usize) -> Result<AttentionConfig, EngineError>,
 ) -> Result<Box<dyn Model>, EngineError> {
-    source.config.expect_silu()?;
     let layers = FineGrained {
         choice_bias: Some(ChoiceBias::Vector("gate.e_score_correction_bias")),
         ..FineGrained::from_config(source.config, sigmoid_router(source.config)?)?

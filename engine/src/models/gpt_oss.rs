@@ -87,12 +87,12 @@ fn load_experts(
 
 /// Refuses MXFP4 of sizes that its blocks do not divide.
 fn check_blocks(loader: &Loader, prefix: &str, shape: ExpertShape) -> Result<(), EngineError> {
-    if !loader.has(&format!("{prefix}.gate_up_proj_blocks")) {
-        return Ok(());
-    }
-    match [shape.hidden_size, shape.width].into_iter().find(|cols| !cols.is_multiple_of(mxfp4::BLOCK)) {
+    let parts = [("gate_up_proj_blocks", shape.hidden_size), ("down_proj_blocks", shape.width)];
+    let is_cut =
+        |(part, cols): &(&str, usize)| loader.has(&format!("{prefix}.{part}")) && !cols.is_multiple_of(mxfp4::BLOCK);
+    match parts.into_iter().find(is_cut) {
         None => Ok(()),
-        Some(cols) => {
+        Some((_, cols)) => {
             let reason = format!("is mxfp4, whose blocks of {} do not divide rows of {cols} values", mxfp4::BLOCK);
             Err(EngineError::Config { key: "quantization_config", reason })
         }
@@ -127,10 +127,6 @@ impl Stacked<'_, '_> {
                     self.loader.made(weight.format(), [rows, cols], &values)
                 })
                 .collect();
-        }
-        if !cols.is_multiple_of(mxfp4::BLOCK) {
-            let reason = format!("holds rows of {cols} values, which are not whole blocks of {}", mxfp4::BLOCK);
-            return Err(self.loader.invalid(&blocks_name, reason));
         }
         let num_blocks = cols / mxfp4::BLOCK;
         let blocks = self.loader.bytes(&blocks_name, &[num_experts, rows, num_blocks, mxfp4::BLOCK_BYTES])?;

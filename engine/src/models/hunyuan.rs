@@ -13,7 +13,6 @@ use crate::weights::model_config::ModelConfig;
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let ModelSource { config, loader, max_model_len, .. } = *source;
-    config.expect_silu()?;
     let decoder = DecoderConfig::from_config(config, 1e-5)?;
     let bias = config.flag_or("attention_bias", false)?.into();
     check_own_keys(source)?;

@@ -5,7 +5,7 @@ use kernels::{Expert, ExpertActivation, ExpertBiases, ExpertWeights, GluActivati
 use super::{Model, ModelSource};
 use crate::error::EngineError;
 use crate::layers::decoder::{Decoder, FeedForwardParts, LayerParts, Mixer};
-use crate::layers::ends::DecoderConfig;
+use crate::layers::ends::{DecoderConfig, glu_activation};
 use crate::layers::linear::{Bias, Linear};
 use crate::layers::moa::{MoaAttention, MoaConfig, MoaPlace};
 use crate::layers::moe::{ExpertShape, MoeParts, Weighting};
@@ -17,8 +17,11 @@ const LAYER_NORM_EPS: f64 = 1e-6;
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let ModelSource { config, loader, max_model_len, .. } = *source;
-    config.expect_text("activation_function", &["silu"])?;
-    let decoder = DecoderConfig { layer_norm_eps: LAYER_NORM_EPS, ..DecoderConfig::from_config(config, 1e-6)? };
+    let decoder = DecoderConfig {
+        layer_norm_eps: LAYER_NORM_EPS,
+        activation: glu_activation(config.activation("activation_function", "silu")?),
+        ..DecoderConfig::from_config(config, 1e-6)?
+    };
     let head_dim = config.size("kv_channels")?;
     let spec = RouterSpec::new(Scoring::SoftmaxTopK, config.size("num_experts_per_tok")?);
     let shape = ExpertShape {

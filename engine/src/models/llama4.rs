@@ -16,7 +16,6 @@ use crate::weights::model_config::ModelConfig;
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let ModelSource { config, loader, max_model_len, .. } = *source;
-    config.expect_silu()?;
     let decoder = DecoderConfig::from_config(config, 1e-5)?;
     let attention = LayerKinds::from_config(config, max_model_len, decoder.rms_norm_eps)?;
     let shape = ExpertShape {

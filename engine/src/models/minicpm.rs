@@ -12,7 +12,6 @@ use crate::layers::moe::{self, ExpertShape, MoeParts, Weighting};
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let ModelSource { config, loader, max_model_len, .. } = *source;
-    config.expect_silu()?;
     let decoder = DecoderConfig::from_config(config, 1e-5)?;
     let depth = config.size("num_hidden_layers")? as f64;
     let base_width = config.size("dim_model_base")? as f64;

@@ -11,7 +11,6 @@ use crate::layers::moe::{self, ExpertShape, MoeParts, Weighting};
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let ModelSource { config, loader, max_model_len, .. } = *source;
-    config.expect_silu()?;
     let decoder = DecoderConfig::from_config(config, 1e-6)?;
     let attention = AttentionConfig {
         qk_norm: Some(QkNorm::Whole { eps: decoder.rms_norm_eps }),

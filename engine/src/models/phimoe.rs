@@ -15,7 +15,6 @@ const TOP_K: usize = 2;
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let ModelSource { config, loader, max_model_len, .. } = *source;
-    config.expect_silu()?;
     let has_head_bias = config.flag_or("lm_head_bias", false)?;
     let decoder = DecoderConfig {
         norm_kind: NormKind::Layer,

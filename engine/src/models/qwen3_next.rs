@@ -15,7 +15,6 @@ use crate::weights::model_config::ModelConfig;
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let config = source.config;
-    config.expect_silu()?;
     let decoder = DecoderConfig { norm_kind: NormKind::RmsPlusOne, ..DecoderConfig::from_config(config, 1e-6)? };
     let bias = config.flag_or("attention_bias", false)?.into();
     let attention = AttentionConfig {
@@ -61,6 +60,7 @@ fn delta_heads(config: &ModelConfig) -> Result<DeltaSpec, EngineError> {
         key_dim: config.size("linear_key_head_dim")?,
         value_dim: config.size("linear_value_head_dim")?,
         conv_kernel: config.size("linear_conv_kernel_dim")?,
+        activation: config.activation("hidden_act", "silu")?,
     };
     let sizes = [heads.num_key_heads, heads.num_value_heads, heads.key_dim, heads.value_dim, heads.conv_kernel];
     // Far more than any model has, so that products of three stay within 64 bits.

@@ -22,7 +22,7 @@ pub fn load_qwen2(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let windows = Qwen2Windows::from_config(config)?;
     let shared = |prefix: &str| load_shared_expert(source, prefix);
     let mixer = |prefix: &str, idx: usize| {
-        let attention = AttentionConfig { reach: windows.of_layer(idx), ..attention.clone() };
+        let attention = AttentionConfig { reach: windows.of_layer(config, idx)?, ..attention.clone() };
         Ok(Mixer::Gqa(Attention::load(loader, &format!("{prefix}.self_attn"), attention, idx)?))
     };
     let sparse = SparseLayers::from_config(config, config.size("num_experts")?)?;
@@ -74,7 +74,6 @@ pub fn load_shared_expert(source: &ModelSource, prefix: &str) -> Result<Option<S
 struct Qwen2Windows {
     window: Reach,
     max_window_layers: usize,
-    named: Option<Vec<bool>>,
 }
 
 impl Qwen2Windows {
@@ -83,16 +82,15 @@ impl Qwen2Windows {
             true => config.window("sliding_window")?,
             false => Reach::Full,
         };
-        let named = config.sliding_layers(config.size("num_hidden_layers")?)?;
-        Ok(Self { window, max_window_layers: config.count_or("max_window_layers", 28)?, named })
+        Ok(Self { window, max_window_layers: config.count_or("max_window_layers", 28)? })
     }
 
-    fn of_layer(&self, idx: usize) -> Reach {
-        let is_sliding = match &self.named {
-            Some(named) => named[idx],
+    fn of_layer(&self, config: &ModelConfig, idx: usize) -> Result<Reach, EngineError> {
+        let is_sliding = match config.layer_type(idx, &["full_attention", "sliding_attention"])? {
+            Some(kind) => kind == "sliding_attention",
             None => idx.is_multiple_of(2) && idx < self.max_window_layers,
         };
-        if is_sliding { self.window } else { Reach::Full }
+        Ok(if is_sliding { self.window } else { Reach::Full })
     }
 }
 

@@ -148,21 +148,19 @@ fn decoder_start(config: &ModelConfig, vocab_size: usize) -> Result<u32, EngineE
     }
 }
 
-/// transformers works the step out anew from the number of sparse layers, whatever the config says it is.
+/// Every so many layers of a stack have experts, 0 for none: as the config says, else by the number of sparse layers, of
+/// which transformers allows for more than there are layers.
 fn sparse_step(config: &ModelConfig, stack: &str, num_blocks: usize) -> Result<usize, EngineError> {
-    let key = if stack == "encoder" { "num_sparse_encoder_layers" } else { "num_sparse_decoder_layers" };
-    match config.count_or(key, 0)? {
-        0 => Ok(num_blocks),
-        num_sparse if num_sparse <= num_blocks => Ok(num_blocks / num_sparse),
-        num_sparse => {
-            let reason = format!("is {num_sparse}, the {stack} has {num_blocks} layers");
-            Err(EngineError::Config { key, reason })
-        }
-    }
+    let (step, num_sparse) = match stack {
+        "encoder" => ("encoder_sparse_step", "num_sparse_encoder_layers"),
+        _ => ("decoder_sparse_step", "num_sparse_decoder_layers"),
+    };
+    Ok(config.opt_count(step)?.unwrap_or(num_blocks / config.count_or(num_sparse, 0)?.max(1)))
 }
 
 impl Sizes {
     fn from_config(config: &ModelConfig) -> Result<Self, EngineError> {
+        config.expect_text("router_dtype", &["float32"])?;
         Ok(Self {
             attention: AttentionSize {
                 hidden_size: config.size("d_model")?,
@@ -173,22 +171,9 @@ impl Sizes {
             num_experts: config.size("num_experts")?,
             capacity: config.size("expert_capacity")?,
             router_bias: config.flag_or("router_bias", false)?.into(),
-            activation: activation(config)?,
+            activation: config.activation("dense_act_fn", "relu")?,
             eps: config.float_or("layer_norm_epsilon", 1e-6)?,
         })
-    }
-}
-
-fn activation(config: &ModelConfig) -> Result<Pointwise, EngineError> {
-    match config.text_or("dense_act_fn", "relu")? {
-        "relu" => Ok(Pointwise::Relu),
-        "gelu" => Ok(Pointwise::Gelu),
-        "gelu_new" | "gelu_pytorch_tanh" => Ok(Pointwise::GeluTanh),
-        "silu" | "swish" => Ok(Pointwise::Silu),
-        other => {
-            let reason = format!("is `{other}`, supported are relu, gelu, gelu_new, silu");
-            Err(EngineError::Config { key: "dense_act_fn", reason })
-        }
     }
 }
 
@@ -213,7 +198,7 @@ impl Stack {
         let StackPlace { name, num_blocks, sparse_step, first_moe } = place;
         let mut moe_idx = first_moe;
         let blocks = (0..num_blocks).map(|idx| {
-            let is_sparse = sparse_step == 1 || idx % sparse_step == 1;
+            let is_sparse = sparse_step == 1 || sparse_step > 1 && idx % sparse_step == 1;
             let block = Block::load(loader, sizes, (name, idx), is_sparse.then_some(moe_idx));
             moe_idx += usize::from(is_sparse);
             block

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use kernels::{GluActivation, Pointwise, Reach};
+use kernels::{Pointwise, Reach};
 use serde_json::{Map, Value};
 
 use super::checkpoint::read_json;
@@ -40,13 +40,6 @@ impl ModelConfig {
             }
             _ => None,
         }
-    }
-
-    /// What a `config.json` of these keys says.
-    #[cfg(test)]
-    pub fn of(value: Value) -> Self {
-        let Value::Object(keys) = value else { panic!("{value} is not an object") };
-        Self { keys }
     }
 
     /// Multimodal configurations hold the language model's under `text_config`: its keys win, but for the type.
@@ -177,8 +170,9 @@ impl ModelConfig {
         let Some(types) = self.get(key) else { return Ok(None) };
         match types.get(idx).and_then(Value::as_str) {
             Some(kind) if supported.contains(&kind) => Ok(Some(kind)),
-            other => {
-                let reason = format!("has {other:?} for layer {idx}, expected {}", supported.join(" or "));
+            _ => {
+                let found = types.get(idx).map_or("nothing".to_owned(), shown);
+                let reason = format!("has {found} for layer {idx}, expected {}", supported.join(" or "));
                 Err(EngineError::Config { key, reason })
             }
         }
@@ -224,46 +218,30 @@ impl ModelConfig {
         self.get(key).and_then(Value::as_object).map(|keys| Self { keys: keys.clone() })
     }
 
-    /// The activation function of gated networks, in transformers' names.
-    pub fn activation(&self) -> Result<GluActivation, EngineError> {
-        let key = "hidden_act";
-        match self.text_or(key, "silu")? {
-            "silu" | "swish" => Ok(GluActivation::Silu),
-            "gelu" | "gelu_python" => Ok(GluActivation::Pointwise(Pointwise::Gelu)),
-            "gelu_pytorch_tanh" | "gelu_python_tanh" | "gelu_new" | "gelu_fast" => {
-                Ok(GluActivation::Pointwise(Pointwise::GeluTanh))
+    /// The activation function that `key` names, in transformers' names.
+    pub fn activation(&self, key: &'static str, default: &str) -> Result<Pointwise, EngineError> {
+        match self.text_or(key, default)? {
+            "relu" => Ok(Pointwise::Relu),
+            "relu2" => Ok(Pointwise::SquaredRelu),
+            "relu6" => Ok(Pointwise::Relu6),
+            "leaky_relu" => Ok(Pointwise::LeakyRelu),
+            "gelu" | "gelu_python" => Ok(Pointwise::Gelu),
+            "gelu_pytorch_tanh" | "gelu_python_tanh" | "gelu_new" | "gelu_fast" | "gelu_accurate" => {
+                Ok(Pointwise::GeluTanh)
             }
-            "relu" => Ok(GluActivation::Pointwise(Pointwise::Relu)),
+            "gelu_10" => Ok(Pointwise::ClippedGelu),
+            "quick_gelu" => Ok(Pointwise::QuickGelu),
+            "silu" | "swish" => Ok(Pointwise::Silu),
+            "hardswish" => Ok(Pointwise::HardSwish),
+            "mish" => Ok(Pointwise::Mish),
+            "sigmoid" => Ok(Pointwise::Sigmoid),
+            "tanh" => Ok(Pointwise::Tanh),
+            "linear" => Ok(Pointwise::Identity),
             other => {
-                let reason = format!("is `{other}`, supported are silu, gelu, gelu_pytorch_tanh, relu");
+                let reason = format!("is `{other}`, supported are silu, gelu, gelu_pytorch_tanh, relu and others");
                 Err(EngineError::Config { key, reason })
             }
         }
-    }
-
-    /// Which layers slide, where `layer_types` says so for each of `num_layers`.
-    pub fn sliding_layers(&self, num_layers: usize) -> Result<Option<Vec<bool>>, EngineError> {
-        let key = "layer_types";
-        let Some(types) = self.get(key) else { return Ok(None) };
-        let types = types.as_array().map(Vec::as_slice).unwrap_or_default();
-        if types.len() < num_layers {
-            let reason = format!("has {} entries, the model has {num_layers} layers", types.len());
-            return Err(EngineError::Config { key, reason });
-        }
-        let is_sliding = |kind: &Value| match kind.as_str() {
-            Some("sliding_attention") => Ok(true),
-            Some("full_attention") => Ok(false),
-            _ => Err(EngineError::Config {
-                key,
-                reason: format!("has {kind}, expected sliding_attention or full_attention"),
-            }),
-        };
-        types.iter().take(num_layers).map(is_sliding).collect::<Result<_, _>>().map(Some)
-    }
-
-    /// Refuses an activation function other than the SwiGLU's SiLU.
-    pub fn expect_silu(&self) -> Result<(), EngineError> {
-        self.expect_text("hidden_act", &["silu", "swish"])
     }
 
     /// Refuses a text other than these; the first is what an absent key means.

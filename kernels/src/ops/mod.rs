@@ -3,6 +3,7 @@
 pub(crate) mod attention;
 pub(crate) mod embedding;
 pub(crate) mod gated_delta;
+pub(crate) mod glu;
 pub(crate) mod grouped_swiglu;
 pub(crate) mod head_linear;
 pub(crate) mod layer_norm;
@@ -13,4 +14,3 @@ pub(crate) mod pointwise;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;
 pub(crate) mod route;
-pub(crate) mod swiglu;

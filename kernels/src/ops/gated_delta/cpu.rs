@@ -15,7 +15,7 @@ const BAND: usize = 4;
 /// Rows of a convolution task.
 const TASK_ROWS: usize = 4;
 /// An exponential and a division cost about as much as this many multiplications.
-const SILU_WORK: usize = 8;
+const ACTIVATION_WORK: usize = 8;
 
 /// `[num_tokens, num_value_heads * value_dim]`
 pub(crate) fn gated_delta(rows: &Rows<'_>, states: &mut [f32]) -> Vec<f32> {
@@ -52,14 +52,14 @@ pub(crate) fn gated_delta(rows: &Rows<'_>, states: &mut [f32]) -> Vec<f32> {
 }
 
 impl Rows<'_> {
-    /// `silu(conv(x))` of every row, `[num_tokens, num_channels]`.
+    /// `activation(conv(x))` of every row, `[num_tokens, num_channels]`.
     fn convolve(&self, states: &[f32]) -> Vec<f32> {
         let spec = self.weights.spec;
         let num_channels = spec.num_channels();
         let mut out = vec![0.0; self.qkv.len()];
         let num_tokens = self.qkv.len() / num_channels;
         let target = Disjoint::new(&mut out);
-        let work = self.qkv.len() * (spec.conv_kernel + SILU_WORK);
+        let work = self.qkv.len() * (spec.conv_kernel + ACTIVATION_WORK);
         // Which sequence each row belongs to.
         let seqs: Vec<usize> =
             (0..self.batch.num_seqs()).flat_map(|seq_idx| self.batch.seq_rows(seq_idx).map(move |_| seq_idx)).collect();
@@ -75,7 +75,7 @@ impl Rows<'_> {
                         *out += weight * input;
                     }
                 }
-                out.iter_mut().for_each(|value| *value /= 1.0 + (-*value).exp());
+                out.iter_mut().for_each(|value| *value = spec.activation.apply(*value));
             }
         });
         out

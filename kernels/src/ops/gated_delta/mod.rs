@@ -8,6 +8,7 @@ mod tests;
 
 use candle_core::{Device, Storage, Tensor};
 
+use super::pointwise::Pointwise;
 use crate::check::{self, Input, f32_slice};
 use crate::error::{KernelError, Result};
 use crate::lanes::WIDTH;
@@ -26,6 +27,8 @@ pub struct DeltaSpec {
     pub value_dim: usize,
     /// Inputs that the short convolution looks at, the row's own included.
     pub conv_kernel: usize,
+    /// On what the convolution gives; SiLU in the published models.
+    pub activation: Pointwise,
 }
 
 impl DeltaSpec {
@@ -73,7 +76,7 @@ impl DeltaWeights {
         a_log: &[f32],     /* [num_value_heads] */
         dt_bias: Vec<f32>, /* [num_value_heads] */
     ) -> Result<Self> {
-        let DeltaSpec { num_key_heads, num_value_heads, key_dim, value_dim, conv_kernel } = spec;
+        let DeltaSpec { num_key_heads, num_value_heads, key_dim, value_dim, conv_kernel, .. } = spec;
         let sizes = [num_key_heads, num_value_heads, key_dim, value_dim, conv_kernel];
         if sizes.contains(&0) || !num_value_heads.is_multiple_of(num_key_heads) {
             return Err(KernelError::Invalid { op: OP, reason: format!("impossible heads: {spec:?}") });
@@ -89,7 +92,7 @@ impl DeltaWeights {
     }
 }
 
-/// Convolution, `silu`, normalised queries and keys, and per value head, with `S [key_dim, value_dim]`:
+/// Convolution, activation, normalised queries and keys, and per value head, with `S [key_dim, value_dim]`:
 ///
 /// ```text
 /// S = exp(decay * softplus(a + dt_bias)) * S

@@ -1,6 +1,6 @@
 //! Oracle of `gated_delta`: one sequence from its first row, one head at a time, in f64.
 
-use super::DeltaWeights;
+use super::{DeltaWeights, Pointwise};
 
 /// Queries, keys, values and gates of a whole sequence to its outputs, `[num_rows, num_value_heads * value_dim]`.
 pub(crate) fn gated_delta(qkv: &[f32], gates: &[f32], weights: &DeltaWeights) -> Vec<f32> {
@@ -47,7 +47,11 @@ fn convolve(qkv: &[f32], weights: &DeltaWeights, (row, channel): (usize, usize))
             f64::from(qkv[row * num_channels + channel]) * f64::from(weights.conv[channel * kernel + kernel - 1 - back])
         })
         .sum();
-    sum / (1.0 + (-sum).exp())
+    match weights.spec.activation {
+        Pointwise::Relu => sum.max(0.0),
+        Pointwise::Silu => sum / (1.0 + (-sum).exp()),
+        other => panic!("no oracle for {other:?}"),
+    }
 }
 
 fn unit(x: &[f64]) -> Vec<f64> {

@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use super::{DeltaSpec, DeltaWeights, gated_delta, reference};
+use super::{DeltaSpec, DeltaWeights, Pointwise, gated_delta, reference};
 use crate::paged_cache::PagedBatch;
 use crate::state_cache::StateCache;
 use crate::testing::{Numbers, assert_close, bits, tensor, values};
@@ -14,8 +14,14 @@ fn specs() -> Vec<DeltaSpec> {
         key_dim,
         value_dim,
         conv_kernel,
+        activation: Pointwise::Silu,
     };
-    vec![spec(2, 4, 16, 16, 4), spec(2, 2, 24, 20, 3), spec(1, 3, 5, 7, 1), spec(4, 8, 128, 128, 4)]
+    vec![
+        spec(2, 4, 16, 16, 4),
+        spec(2, 2, 24, 20, 3),
+        DeltaSpec { activation: Pointwise::Relu, ..spec(1, 3, 5, 7, 1) },
+        spec(4, 8, 128, 128, 4),
+    ]
 }
 
 /// Sequences with their inputs.

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::{Expert, ExpertActivation, ExpertWeights, GroupedSwiglu};
 use crate::matmul::{BLOCK_OUTS, BLOCK_ROWS, BlockInput, part};
 use crate::memory::Disjoint;
-use crate::ops::swiglu;
+use crate::ops::glu;
 use crate::pool;
 
 /// Floats that the buffers between the passes may take (64 MiB); longer inputs go in parts.
@@ -159,7 +159,7 @@ fn add_to_rows(rows: &mut [f32], bias: &[f32]) {
 
 fn activate(activation: ExpertActivation, (gate, up): (&[f32], &[f32]), out: &mut [f32]) {
     match activation {
-        ExpertActivation::Gated(activation) => swiglu::activate(activation, (gate, up), out),
+        ExpertActivation::Gated(activation) => glu::activate(activation, (gate, up), out),
         ExpertActivation::Plain(pointwise) => {
             out.iter_mut().zip(gate).for_each(|(out, &up)| *out = pointwise.apply(up));
         }

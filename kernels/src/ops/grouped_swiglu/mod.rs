@@ -8,9 +8,9 @@ mod tests;
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 
+use super::glu::GluActivation;
 use super::pointwise::Pointwise;
 use super::route::TopK;
-use super::swiglu::GluActivation;
 use crate::check::{self, Input, f32_output, f32_slice};
 use crate::error::Result;
 use crate::weight::PackedWeight;

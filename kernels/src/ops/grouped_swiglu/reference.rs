@@ -1,7 +1,7 @@
 //! Oracle of `grouped_swiglu`: one token and one slot at a time.
 
 use super::{Expert, ExpertActivation, ExpertWeights, GroupedSwiglu};
-use crate::ops::{linear, swiglu};
+use crate::ops::{glu, linear};
 
 pub(crate) fn grouped_swiglu(op: &GroupedSwiglu<'_>, x: &[f32]) -> Vec<f32> {
     let mut out = vec![0.0; op.num_tokens * op.hidden_size];
@@ -27,7 +27,7 @@ fn glu(expert: &ExpertWeights, x: &[f32], intermediate: usize) -> Vec<f32> {
     let biases = expert.biases.as_ref();
     let gate_up = linear::reference(x, &expert.gate_up, biases.map(|biases| biases.gate_up.as_slice()));
     let activated = match expert.activation {
-        ExpertActivation::Gated(activation) => swiglu::reference(&gate_up, intermediate, activation),
+        ExpertActivation::Gated(activation) => glu::reference(&gate_up, intermediate, activation),
         ExpertActivation::Plain(pointwise) => gate_up.iter().map(|&up| pointwise.apply(up)).collect(),
     };
     linear::reference(&activated, &expert.down, biases.map(|biases| biases.down.as_slice()))

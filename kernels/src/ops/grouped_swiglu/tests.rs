@@ -1,8 +1,8 @@
 //! Parity with the oracle, row invariance to the bit, and refused inputs.
 
 use super::{Expert, ExpertActivation, ExpertBiases, ExpertWeights, GroupedSwiglu, TopK, grouped_swiglu, reference};
+use crate::ops::glu::GluActivation;
 use crate::ops::pointwise::Pointwise;
-use crate::ops::swiglu::GluActivation;
 use crate::testing::{Numbers, assert_close, bits, tensor, values};
 use crate::weight::{PackedWeight, WeightFormat};
 

@@ -30,6 +30,23 @@ pub enum Pointwise {
     Silu,
     /// `1 / (1 + e^-x)`
     Sigmoid,
+    /// `max(x, 0)²`
+    SquaredRelu,
+    /// `max(x, 0)`, at most 6
+    Relu6,
+    /// `x`, a hundredth of it below 0
+    LeakyRelu,
+    /// [`Gelu`](Self::Gelu), at most 10
+    ClippedGelu,
+    /// `x / (1 + e^(-1.702 x))`
+    QuickGelu,
+    /// `x * min(max(x + 3, 0), 6) / 6`
+    HardSwish,
+    /// `x * tanh(ln(1 + e^x))`
+    Mish,
+    Tanh,
+    /// `x`
+    Identity,
 }
 
 impl Pointwise {
@@ -56,6 +73,24 @@ impl Pointwise {
             }
             Self::Silu => x / (1.0 + (-x).exp()),
             Self::Sigmoid => 1.0 / (1.0 + (-x).exp()),
+            Self::SquaredRelu => Self::Relu.apply(x).powi(2),
+            Self::Relu6 => x.clamp(0.0, 6.0),
+            Self::LeakyRelu => {
+                if x < 0.0 {
+                    0.01 * x
+                } else {
+                    x
+                }
+            }
+            Self::ClippedGelu => Self::Gelu.apply(x).clamp(-10.0, 10.0),
+            Self::QuickGelu => x / (1.0 + (-1.702 * x).exp()),
+            Self::HardSwish => x * (x + 3.0).clamp(0.0, 6.0) / 6.0,
+            Self::Mish => {
+                let x = f64::from(x);
+                (x * x.exp().ln_1p().tanh()) as f32
+            }
+            Self::Tanh => x.tanh(),
+            Self::Identity => x,
         }
     }
 }
@@ -115,6 +150,27 @@ mod tests {
             assert!((x * Pointwise::Sigmoid.apply(x) - silu).abs() < 1e-6);
         }
         assert!(Pointwise::Relu.apply(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn rarer_functions_are_those_of_transformers() {
+        // Of -4, -0.5, 1 and 12 in transformers 5.23.
+        for (function, expected) in [
+            (Pointwise::SquaredRelu, [0.0, 0.0, 1.0, 144.0]),
+            (Pointwise::Relu6, [0.0, 0.0, 1.0, 6.0]),
+            (Pointwise::LeakyRelu, [-0.04, -0.005, 1.0, 12.0]),
+            (Pointwise::ClippedGelu, [-0.000_126_684, -0.154_268_77, 0.841_344_7, 10.0]),
+            (Pointwise::QuickGelu, [-0.004_414_724, -0.149_611_56, 0.845_795_75, 12.0]),
+            (Pointwise::HardSwish, [0.0, -0.208_333_33, 0.666_666_7, 12.0]),
+            (Pointwise::Mish, [-0.072_591_75, -0.220_743_76, 0.865_098_36, 12.0]),
+            (Pointwise::Tanh, [-0.999_329_3, -0.462_117_16, 0.761_594_2, 1.0]),
+            (Pointwise::Identity, [-4.0, -0.5, 1.0, 12.0]),
+        ] {
+            let found = [-4.0, -0.5, 1.0, 12.0].map(|x| function.apply(x));
+            let is_close = found.iter().zip(&expected).all(|(a, b): (&f32, &f32)| (a - b).abs() < 1e-6);
+            assert!(is_close, "{function:?}: {found:?}, expected {expected:?}");
+            assert!(function.apply(f32::NAN).is_nan());
+        }
     }
 
     #[test]

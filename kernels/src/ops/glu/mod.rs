@@ -43,13 +43,6 @@ pub fn glu(
     Ok(gate_up.apply_op1_no_bwd(&Glu { num_tokens, intermediate: width / 2, activation })?)
 }
 
-/// [`glu`] with SiLU, what most families have.
-pub fn swiglu(
-    gate_up: &Tensor, /* [num_tokens, 2 * intermediate] */
-) -> Result<Tensor /* [num_tokens, intermediate] */> {
-    glu(gate_up, GluActivation::Silu)
-}
-
 struct Glu {
     num_tokens: usize,
     intermediate: usize,
