@@ -195,6 +195,7 @@ golden! {
     qwen3_next_alternate "qwen3_next-alternate"
     switch_transformers_base "switch_transformers-base"
     switch_transformers_capacity "switch_transformers-capacity"
+    switch_transformers_steps "switch_transformers-steps"
     longcat_flash_routerbias "longcat_flash-routerbias"
 }
 

@@ -197,6 +197,7 @@ invariant! {
     qwen3_next_base "qwen3_next-base"
     switch_transformers_base "switch_transformers-base"
     switch_transformers_capacity "switch_transformers-capacity"
+    switch_transformers_steps "switch_transformers-steps"
 }
 
 /// A folder that is not tried here may depend on its batch.
