@@ -84,6 +84,7 @@ const SIZES: &[(&str, u64, u64)] = &[
     ("qwen3_next-alternate", 237_864, 182_568),
     ("qwen3_next-base", 271_816, 198_088),
     ("switch_transformers-base", 346_752, 273_024),
+    ("switch_transformers-steps", 102_798, 84_366),
     ("switch_transformers-capacity", 294_031, 232_591),
 ];
 

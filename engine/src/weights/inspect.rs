@@ -238,7 +238,7 @@ mod tests {
     #[test]
     fn keys_of_other_families_do_not_make_a_cache_look_small() {
         let config = json!({
-            "model_type": "mixtral", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "model_type": "mixtral", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
             "num_local_experts": 4, "num_experts_per_tok": 1, "vocab_size": 10,
             "kv_lora_rank": 1, "qk_rope_head_dim": 1, "kv_channels": 1,
         });
