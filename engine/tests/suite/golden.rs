@@ -202,12 +202,5 @@ golden! {
 /// A folder that nobody tests is a promise that nobody keeps.
 #[test]
 fn every_golden_folder_is_tested() {
-    let source = include_str!("golden.rs");
-    for entry in std::fs::read_dir(golden_dir("")).expect("tests/golden") {
-        let entry = entry.expect("a readable entry");
-        if entry.path().is_dir() {
-            let name = entry.file_name().into_string().expect("a UTF-8 name");
-            assert!(source.contains(&format!("\"{name}\"")), "{name} has no test");
-        }
-    }
+    crate::assert_names_every_folder(include_str!("golden.rs"));
 }
