@@ -238,6 +238,7 @@ pub static ARCHITECTURES: &[Architecture] = &[
     Architecture { model_type: "gpt_oss", load: gpt_oss::load, ..DECODER },
     Architecture { model_type: "phimoe", load: phimoe::load, ..DECODER },
     Architecture { model_type: "bailing_moe", load: bailing::load, mtp: MtpStorage::BehindLayers, ..WITH_MTP },
+    Architecture { model_type: "bailing_moe_v2", load: bailing::load, mtp: MtpStorage::BehindLayers, ..WITH_MTP },
     Architecture {
         model_type: "switch_transformers",
         load: switch::load,
