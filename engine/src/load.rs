@@ -76,6 +76,7 @@ pub fn load_model(config: &EngineConfig, progress: &mut dyn FnMut(LoadProgress))
         max_position_embeddings: max_len,
     };
     let kv = budget::plan(config, &demand)?;
+    warn_of_surprises(config, &kv, positions.default);
     let scheduler = Scheduler::new(SchedulerConfig {
         block_size: config.block_size,
         num_blocks: kv.num_blocks,
@@ -114,6 +115,28 @@ pub fn load_model(config: &EngineConfig, progress: &mut dyn FnMut(LoadProgress))
         generation_defaults: generation_defaults(&config.model_dir, &model_config)?,
     };
     Ok(LoadedModel { summary, scheduler, runner: Runner::new(model, arena, config.block_size) })
+}
+
+/// What serves, but not as somebody may think it does.
+fn warn_of_surprises(config: &EngineConfig, kv: &budget::KvBudget, positions: usize) {
+    if config.max_model_len.is_none() && kv.max_model_len < positions {
+        tracing::warn!(
+            max_model_len = kv.max_model_len,
+            of_the_model = positions,
+            "the KV cache holds no longer sequence; --kv-cache-memory gives it more"
+        );
+    }
+    if kv.num_state_slots > 0 && kv.num_state_slots < config.max_num_seqs {
+        tracing::info!(
+            states = kv.num_state_slots,
+            max_num_seqs = config.max_num_seqs,
+            "no more sequences run at once than have a recurrent state; --kv-cache-memory gives room for more"
+        );
+    }
+    if let Some(bytes) = config.kv_cache_memory.filter(|&bytes| bytes > config.available_memory) {
+        let available = config.available_memory;
+        tracing::warn!(bytes, available, "--kv-cache-memory is more than the memory there is");
+    }
 }
 
 fn load_weights(

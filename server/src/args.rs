@@ -88,7 +88,7 @@ mod tests {
     #[test]
     fn flags_reach_the_settings() {
         let Command::Serve(serve) =
-            parse("serve m --api-key a --api-key b --metrics-public --kv-cache-memory 2GiB --dtype bf16")
+            parse("serve --load-mtp m --api-key a --api-key b --metrics-public --kv-cache-memory 2GiB --dtype bf16")
                 .unwrap()
                 .command
         else {
@@ -96,7 +96,7 @@ mod tests {
         };
         assert_eq!(serve.settings.model.as_deref(), Some("m"));
         assert_eq!(serve.settings.api_key.unwrap().len(), 2);
-        assert_eq!(serve.settings.metrics_public, Some(true));
+        assert_eq!((serve.settings.load_mtp, serve.settings.metrics_public), (Some(true), Some(true)));
         assert_eq!(serve.settings.kv_cache_memory.unwrap().0, 2 << 30);
     }
 

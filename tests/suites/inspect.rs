@@ -173,3 +173,13 @@ fn memory_after_expansion_is_stated() {
     let line = "weights in memory  311.85 KiB with --dtype auto, 622.10 KiB with --dtype f32\n";
     assert!(text.contains(line), "{text}");
 }
+
+/// A full disk or a closed pipe is an error, not a panic.
+#[test]
+fn output_that_cannot_be_written_is_an_error() {
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").expect("Linux has it");
+    let mut command = Command::new(SERVER);
+    let output = command.arg("inspect").arg(golden::folder("mixtral-base")).stdout(full).output().expect("it runs");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(1) && error.starts_with("error: cannot write to stdout"), "{error}");
+}

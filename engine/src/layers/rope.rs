@@ -6,7 +6,7 @@ use std::sync::Arc;
 use kernels::RopeTable;
 
 use crate::error::EngineError;
-use crate::weights::model_config::ModelConfig;
+use crate::weights::model_config::{ModelConfig, shown};
 
 /// Published models rotate at most a few hundred elements; more than this would only fill the memory.
 const MAX_ROTARY_DIM: usize = 1 << 14;
@@ -69,6 +69,12 @@ struct Yarn {
 impl Rope {
     /// Reads `rope_theta` and `rope_scaling`, or the `rope_parameters` that newer configs hold.
     pub fn from_config(config: &ModelConfig) -> Result<Self, EngineError> {
+        for key in ["rope_scaling", "rope_parameters"] {
+            if let Some(value) = config.get(key).filter(|value| !value.is_object()) {
+                let reason = format!("is {}, expected an object", shown(value));
+                return Err(EngineError::Config { key, reason });
+            }
+        }
         let theta = config.float_or("rope_theta", 10_000.0)?;
         let Some(section) = Self::section(config) else {
             return Self { theta, scaling: Scaling::None, softmax_mscale: None }.checked();

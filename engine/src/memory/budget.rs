@@ -7,7 +7,8 @@ use crate::models::CacheSite;
 /// Share of the memory left after the weights that the default KV cache may take.
 const DEFAULT_SHARE: f64 = 0.4;
 
-/// Half of the pool's bytes is what recurrent states may take, but for the first: a sequence needs both state and blocks.
+/// Half of the pool's bytes is what recurrent states may take where not all sequences fit at their longest, but for the
+/// first: a sequence needs both state and blocks.
 const STATE_SHARE: u64 = 2;
 
 /// Blocks that hold nothing still have numbers to keep.
@@ -41,14 +42,16 @@ pub fn plan(config: &EngineConfig, demand: &KvDemand) -> Result<KvBudget, Engine
     let bytes_per_token = (width * element_bytes) as u64;
     let state_bytes: u64 = demand.sites.iter().map(CacheSite::state_bytes).sum();
     let wanted_len = config.max_model_len.unwrap_or(demand.max_position_embeddings);
-    let bytes = config.kv_cache_memory.unwrap_or_else(|| {
-        let per_sequence = (wanted_len as u64).saturating_mul(bytes_per_token).saturating_add(state_bytes);
-        let full = (config.max_num_seqs as u64).saturating_mul(per_sequence);
-        full.min(most_bytes(config, demand.weight_bytes))
-    });
+    let per_sequence = (wanted_len.next_multiple_of(config.block_size) as u64)
+        .saturating_mul(bytes_per_token)
+        .saturating_add(state_bytes);
+    let full = (config.max_num_seqs as u64).saturating_mul(per_sequence);
+    let bytes = config.kv_cache_memory.unwrap_or_else(|| full.min(most_bytes(config, demand.weight_bytes)));
     let num_state_slots = match state_bytes {
         0 => 0,
         _ if state_bytes > bytes => return Err(EngineError::StateTooLarge { state_bytes, capacity: bytes }),
+        // There is room for every sequence at its longest.
+        _ if bytes >= full => config.max_num_seqs as u64,
         _ => (bytes / STATE_SHARE / state_bytes).clamp(1, config.max_num_seqs as u64),
     };
     let bytes = bytes - num_state_slots * state_bytes;
@@ -143,9 +146,12 @@ mod tests {
         // Of little, half.
         check(Some(3 * 2048), (3, 1));
         assert!(plan_for(&sites, Some(2048), None).is_err());
+        // All that may run at once, each with its state and its longest context.
+        let short = plan_for(&sites, None, Some(20)).unwrap();
+        assert_eq!((short.num_state_slots, short.num_blocks), (4, 4 * 2));
         // A model of recurrent layers alone has blocks for no bytes.
         let budget = plan_for(&sites[1..2], Some(1 << 12), None).unwrap();
-        assert_eq!((budget.bytes_per_token, budget.num_state_slots, budget.num_blocks), (0, 2, 2 * 256));
+        assert_eq!((budget.bytes_per_token, budget.num_state_slots, budget.num_blocks), (0, 4, 4 * 256));
         let error = plan_for(&sites[1..2], Some(1023), None).unwrap_err().to_string();
         assert_eq!(
             error,

@@ -1,7 +1,9 @@
 //! `moesaic inspect`: architecture and sizes of a model, from its configuration and tensor headers.
 
 use std::fmt::Write as _;
+use std::io::Write as _;
 
+use anyhow::Context as _;
 use engine::{Inspection, TensorClass};
 use indicatif::{HumanBytes, HumanCount, MultiProgress};
 
@@ -27,12 +29,11 @@ pub struct InspectArgs {
 pub fn run(args: InspectArgs) -> anyhow::Result<()> {
     let model_dir = hub::resolve(&args.model, &HubOptions::from_env(args.revision), &MultiProgress::new())?;
     let inspection = engine::inspect(&model_dir)?;
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&inspection)?);
-    } else {
-        print!("{}", table(&inspection));
-    }
-    Ok(())
+    let text = match args.json {
+        true => serde_json::to_string_pretty(&inspection)? + "\n",
+        false => table(&inspection),
+    };
+    std::io::stdout().write_all(text.as_bytes()).context("cannot write to stdout")
 }
 
 /// The inspection as aligned lines.

@@ -10,6 +10,7 @@ mod values;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
+use clap::builder::BoolishValueParser;
 use clap::{Args, CommandFactory as _};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -100,8 +101,8 @@ settings! {
         /// Storage type of keys and values in the KV cache; auto is f32 for f32 weights, else bf16
         #[arg(long, env = "MOESAIC_KV_CACHE_DTYPE")]
         kv_cache_dtype: KvType = KvType::Auto;
-        /// Load the multi-token-prediction layers too; an error where the model has none
-        #[arg(long, env = "MOESAIC_LOAD_MTP", num_args = 0..=1, default_missing_value = "true")]
+        /// Load the multi-token-prediction layers too, with room for their keys and values; an error where the model has none
+        #[arg(long, env = "MOESAIC_LOAD_MTP", num_args = 0..=1, require_equals = true, hide_possible_values = true, default_missing_value = "true", value_parser = BoolishValueParser::new())]
         load_mtp: bool = false;
         /// Tokens per KV block, a power of two from 1 to 256
         #[arg(long, env = "MOESAIC_BLOCK_SIZE")]
@@ -119,7 +120,7 @@ settings! {
         #[arg(long, env = "MOESAIC_BATCH_TIMEOUT_MS")]
         batch_timeout_ms: u64 = 0;
         /// Serve /metrics without an API key
-        #[arg(long, env = "MOESAIC_METRICS_PUBLIC", num_args = 0..=1, default_missing_value = "true")]
+        #[arg(long, env = "MOESAIC_METRICS_PUBLIC", num_args = 0..=1, require_equals = true, hide_possible_values = true, default_missing_value = "true", value_parser = BoolishValueParser::new())]
         metrics_public: bool = false;
         /// Largest request body, in bytes or with a suffix (8MiB)
         #[arg(long, env = "MOESAIC_MAX_BODY_BYTES")]

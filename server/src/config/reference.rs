@@ -34,7 +34,8 @@ pub fn reference() -> String {
         };
         let env = arg.get_env().map(|env| env.to_string_lossy().into_owned()).unwrap_or_default();
         let help = arg.get_help().map(ToString::to_string).unwrap_or_default();
-        let values: Vec<String> = arg.get_possible_values().iter().map(|value| value.get_name().to_owned()).collect();
+        let shown = if arg.is_hide_possible_values_set() { Vec::new() } else { arg.get_possible_values() };
+        let values: Vec<String> = shown.iter().map(|value| value.get_name().to_owned()).collect();
         let values = match values.is_empty() || values == ["true", "false"] {
             true => String::new(),
             false => format!(" ({})", values.join(", ")),
