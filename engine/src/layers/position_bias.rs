@@ -87,4 +87,16 @@ mod tests {
         check(true, &[(1, 17), (7, 23), (8, 24), (64, 30), (128, 31)]);
         check(false, &[(0, 0), (3, 0), (-15, 15), (-16, 16), (-32, 21), (-100, 30), (-113, 31), (-128, 31)]);
     }
+
+    #[test]
+    fn tables_that_outgrow_the_memory_are_refused() {
+        let config = serde_json::json!({
+            "relative_attention_num_buckets": 32, "relative_attention_max_distance": 1 << 16,
+        });
+        let config = ModelConfig::from_value(config).unwrap();
+        assert!(Buckets::from_config(&config, 64, true).is_ok());
+        let error = Buckets::from_config(&config, 1 << 16, true).unwrap_err().to_string();
+        let expect = "config.json: `relative_attention_max_distance` is 65536, allowed are 9 to 128 with 65536 heads";
+        assert_eq!(error, expect);
+    }
 }

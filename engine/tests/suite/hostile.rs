@@ -93,6 +93,11 @@ fn configs_that_cannot_be_served_are_refused_at_load() {
             json!({ "n_group": 5 }),
             "config.json: experts per token or expert groups do not fit the experts: route: 12 experts do not form 5 groups",
         ),
+        (
+            "qwen3_next-base",
+            json!({ "full_attention_interval": 100, "max_position_embeddings": 1 << 24, "head_dim": 16_384 }),
+            "max_model_len (where not set, max_position_embeddings) is 1048576, allowed are at most 32768",
+        ),
         ("mixtral-base", json!({ "rope_scaling": [1] }), "config.json: `rope_scaling` is [1], expected an object"),
         ("deepseek_v2-grouped", json!({ "num_attention_heads": i32::MAX, "qk_nope_head_dim": i32::MAX }), "tensor"),
     ] {
