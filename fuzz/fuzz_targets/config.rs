@@ -2,12 +2,4 @@
 
 #![cfg_attr(any(fuzzing, feature = "libfuzzer"), no_main)]
 
-#[cfg(any(fuzzing, feature = "libfuzzer"))]
-libfuzzer_sys::fuzz_target!(|data: &[u8]| {
-    moesaic_fuzz::config(data);
-});
-
-#[cfg(not(any(fuzzing, feature = "libfuzzer")))]
-fn main() {
-    moesaic_fuzz::replay(moesaic_fuzz::config);
-}
+moesaic_fuzz::target!(config);

@@ -18,6 +18,22 @@ use serde_json::Value;
 
 use scratch::Scratch;
 
+/// The program over one of the parsers: libFuzzer's, or one that runs the files it is given.
+#[macro_export]
+macro_rules! target {
+    ($parser:ident) => {
+        #[cfg(any(fuzzing, feature = "libfuzzer"))]
+        libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+            $crate::$parser(data);
+        });
+
+        #[cfg(not(any(fuzzing, feature = "libfuzzer")))]
+        fn main() {
+            $crate::replay($crate::$parser);
+        }
+    };
+}
+
 /// An input of some kilobytes that makes a parser ask for more than this has found a bug; the allocation fails.
 #[global_allocator]
 static ALLOCATOR: Cap<System> = Cap::new(System, 1 << 30);

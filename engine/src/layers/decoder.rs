@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Tensor};
 
-use super::attention::Attention;
+use super::attention::{Attention, AttentionConfig};
 use super::ends::{DecoderConfig, Ends, LayerNorms, Multipliers, enter, scaled};
 use super::gated_delta::GatedDelta;
 use super::mla::MlaAttention;
@@ -13,6 +13,7 @@ use super::mtp::MtpLayer;
 use super::norm::Norm;
 use crate::error::EngineError;
 use crate::models::{CacheSite, Draft, DraftInput, ForwardContext, Model, ModelShape, ModelSource, Prefill};
+use crate::weights::loader::Loader;
 
 #[derive(Debug)]
 pub enum Mixer {
@@ -175,6 +176,16 @@ impl DecoderLayer {
 }
 
 impl Mixer {
+    /// The same grouped-query attention in every layer, under `{prefix}.self_attn`.
+    pub fn every_gqa<'a>(
+        loader: &'a Loader<'_>,
+        attention: &'a AttentionConfig,
+    ) -> impl Fn(&str, usize) -> Result<Self, EngineError> {
+        move |prefix, idx| {
+            Ok(Self::Gqa(Attention::load(loader, &format!("{prefix}.self_attn"), attention.clone(), idx)?))
+        }
+    }
+
     fn num_experts(&self) -> Option<usize> {
         match self {
             Self::Gqa(_) | Self::Mla(_) | Self::Delta(_) => None,

@@ -12,6 +12,9 @@ use crate::weights::loader::Loader;
 /// Most checkpoints' names of an expert's gate, up and down matrices.
 pub const PROJECTIONS: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
 
+/// The same where they are named as in Mixtral.
+pub const NUMBERED: [&str; 3] = ["w1", "w3", "w2"];
+
 /// Sizes of the routed experts of one layer.
 #[derive(Clone, Copy, Debug)]
 pub struct ExpertShape {
@@ -64,6 +67,24 @@ pub struct MoeParts {
 }
 
 impl MoeParts {
+    /// The layer that most families have: `{block}.gate.weight`, and under `{block}.experts` matrices of these `names`;
+    /// what a family has beside them it adds.
+    pub fn load(
+        loader: &Loader,
+        block: &str,
+        names: [&str; 3],
+        shape: ExpertShape,
+        spec: RouterSpec,
+    ) -> Result<Self, EngineError> {
+        Ok(Self {
+            gate: load_gate(loader, &format!("{block}.gate"), shape)?,
+            spec,
+            experts: load_experts(loader, &format!("{block}.experts"), names, shape)?,
+            shared: None,
+            weighting: Weighting::default(),
+        })
+    }
+
     /// The same layer with another activation, where an expert has no special one of its own.
     pub fn activated(mut self, activation: GluActivation) -> Self {
         for expert in &mut self.experts {

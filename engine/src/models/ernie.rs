@@ -5,7 +5,7 @@ use kernels::{RopeStyle, RouterSpec, Scoring};
 use super::fine_grained::{ChoiceBias, FineGrained};
 use super::{Model, ModelSource};
 use crate::error::EngineError;
-use crate::layers::attention::{Attention, AttentionConfig};
+use crate::layers::attention::AttentionConfig;
 use crate::layers::decoder::{Decoder, LayerParts, Mixer};
 use crate::layers::ends::{DecoderConfig, HeadKind};
 use crate::layers::moe::ExpertShape;
@@ -48,9 +48,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         end if end < 0.0 => usize::MAX,
         end => end as usize,
     };
-    let mixer = |prefix: &str, idx: usize| {
-        Ok(Mixer::Gqa(Attention::load(loader, &format!("{prefix}.self_attn"), attention.clone(), idx)?))
-    };
+    let mixer = Mixer::every_gqa(loader, &attention);
     let feed_forward =
         |prefix: &str, idx: usize| match (idx + 1).is_multiple_of(interval) && (start..=end).contains(&idx) {
             true => layers.load_moe(source, prefix),

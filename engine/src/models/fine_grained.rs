@@ -8,7 +8,7 @@ use crate::error::EngineError;
 use crate::layers::decoder::FeedForwardParts;
 use crate::layers::linear::Bias;
 use crate::layers::mlp::Mlp;
-use crate::layers::moe::{self, ExpertShape, MoeParts, SharedExpert, Weighting};
+use crate::layers::moe::{self, ExpertShape, MoeParts, SharedExpert};
 use crate::weights::model_config::ModelConfig;
 
 /// The feed-forward halves of all layers of a model.
@@ -85,11 +85,8 @@ impl FineGrained {
             }
         };
         Ok(FeedForwardParts::moe(MoeParts {
-            gate: moe::load_gate(loader, &format!("{mlp}.gate"), shape)?,
-            spec: RouterSpec { bias, ..self.spec.clone() },
-            experts: moe::load_experts(loader, &format!("{mlp}.experts"), moe::PROJECTIONS, shape)?,
             shared: shared.map(|mlp| SharedExpert { mlp, gate: None }),
-            weighting: Weighting::default(),
+            ..MoeParts::load(loader, &mlp, moe::PROJECTIONS, shape, RouterSpec { bias, ..self.spec.clone() })?
         }))
     }
 }

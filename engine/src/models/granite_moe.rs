@@ -5,7 +5,7 @@ use kernels::{RouterSpec, Scoring};
 
 use super::{Model, ModelSource};
 use crate::error::EngineError;
-use crate::layers::attention::{Attention, AttentionConfig};
+use crate::layers::attention::AttentionConfig;
 use crate::layers::decoder::{Decoder, FeedForwardParts, LayerParts, Mixer};
 use crate::layers::ends::{DecoderConfig, Multipliers};
 use crate::layers::linear::{Bias, Linear};
@@ -36,9 +36,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         ..AttentionConfig::from_config(config, max_model_len)?
     };
     let spec = RouterSpec::new(Scoring::SoftmaxTopK, config.size("num_experts_per_tok")?);
-    let mixer = |prefix: &str, idx: usize| {
-        Ok(Mixer::Gqa(Attention::load(loader, &format!("{prefix}.self_attn"), attention.clone(), idx)?))
-    };
+    let mixer = Mixer::every_gqa(loader, &attention);
     // Only granitemoeshared has the key.
     let shared_width = config.count_or("shared_intermediate_size", 0)?;
     let feed_forward = |prefix: &str, _: usize| {

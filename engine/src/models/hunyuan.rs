@@ -4,7 +4,7 @@ use kernels::{RouterSpec, Scoring};
 
 use super::{Model, ModelSource};
 use crate::error::EngineError;
-use crate::layers::attention::{Attention, AttentionConfig, AttentionNames, QkNorm};
+use crate::layers::attention::{AttentionConfig, AttentionNames, QkNorm};
 use crate::layers::decoder::{Decoder, FeedForwardParts, LayerParts, Mixer};
 use crate::layers::ends::DecoderConfig;
 use crate::layers::mlp::Mlp;
@@ -28,9 +28,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     };
     // The reference takes this width for routed and shared experts, whatever `moe_intermediate_size` says.
     let width = config.size("intermediate_size")?;
-    let mixer = |prefix: &str, idx: usize| {
-        Ok(Mixer::Gqa(Attention::load(loader, &format!("{prefix}.self_attn"), attention.clone(), idx)?))
-    };
+    let mixer = Mixer::every_gqa(loader, &attention);
     let feed_forward = |prefix: &str, idx: usize| {
         let mlp = format!("{prefix}.mlp");
         let num_experts = of_layer(config, "num_experts", idx)?;

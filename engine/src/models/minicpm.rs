@@ -4,11 +4,11 @@ use kernels::{RouterSpec, Scoring};
 
 use super::{Model, ModelSource};
 use crate::error::EngineError;
-use crate::layers::attention::{Attention, AttentionConfig};
+use crate::layers::attention::AttentionConfig;
 use crate::layers::decoder::{Decoder, FeedForwardParts, LayerParts, Mixer};
 use crate::layers::ends::{DecoderConfig, Multipliers};
 use crate::layers::mlp::Mlp;
-use crate::layers::moe::{self, ExpertShape, MoeParts, Weighting};
+use crate::layers::moe::{self, ExpertShape, MoeParts};
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let ModelSource { config, loader, max_model_len, .. } = *source;
@@ -33,21 +33,13 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         renormalize: Some(0.0),
         ..RouterSpec::new(Scoring::Softmax, config.count_or("num_experts_per_tok", 2)?)
     };
-    let mixer = |prefix: &str, idx: usize| {
-        Ok(Mixer::Gqa(Attention::load(loader, &format!("{prefix}.self_attn"), attention.clone(), idx)?))
-    };
+    let mixer = Mixer::every_gqa(loader, &attention);
     let feed_forward = |prefix: &str, _: usize| {
         let mlp = format!("{prefix}.mlp");
         if num_experts == 0 {
             return Ok(FeedForwardParts::Dense(Mlp::load(loader, &mlp, shape.hidden_size, width)?));
         }
-        Ok(FeedForwardParts::moe(MoeParts {
-            gate: moe::load_gate(loader, &format!("{mlp}.gate"), shape)?,
-            spec: spec.clone(),
-            experts: moe::load_experts(loader, &format!("{mlp}.experts"), ["w1", "w3", "w2"], shape)?,
-            shared: None,
-            weighting: Weighting::default(),
-        }))
+        Ok(FeedForwardParts::moe(MoeParts::load(loader, &mlp, moe::NUMBERED, shape, spec.clone())?))
     };
     let parts = LayerParts { mixer: &mixer, feed_forward: &feed_forward };
     Ok(Box::new(Decoder::load(source, decoder, parts)?))

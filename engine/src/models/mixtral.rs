@@ -4,10 +4,10 @@ use kernels::{RouterSpec, Scoring};
 
 use super::{Model, ModelSource};
 use crate::error::EngineError;
-use crate::layers::attention::{Attention, AttentionConfig};
+use crate::layers::attention::AttentionConfig;
 use crate::layers::decoder::{Decoder, FeedForwardParts, LayerParts, Mixer};
 use crate::layers::ends::DecoderConfig;
-use crate::layers::moe::{self, ExpertShape, MoeParts, Weighting};
+use crate::layers::moe::{self, ExpertShape, MoeParts};
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let ModelSource { config, loader, max_model_len, .. } = *source;
@@ -23,20 +23,12 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     };
     let spec =
         RouterSpec { renormalize: Some(0.0), ..RouterSpec::new(Scoring::Softmax, config.size("num_experts_per_tok")?) };
-    let mixer = |prefix: &str, idx: usize| {
-        Ok(Mixer::Gqa(Attention::load(loader, &format!("{prefix}.self_attn"), attention.clone(), idx)?))
-    };
+    let mixer = Mixer::every_gqa(loader, &attention);
     let feed_forward = |prefix: &str, _: usize| {
         // Saved from memory, without transformers' renaming, the block has the name that most families give it.
         let is_renamed = loader.has(&format!("{prefix}.mlp.gate.weight"));
         let block = format!("{prefix}.{}", if is_renamed { "mlp" } else { "block_sparse_moe" });
-        Ok(FeedForwardParts::moe(MoeParts {
-            gate: moe::load_gate(loader, &format!("{block}.gate"), shape)?,
-            spec: spec.clone(),
-            experts: moe::load_experts(loader, &format!("{block}.experts"), ["w1", "w3", "w2"], shape)?,
-            shared: None,
-            weighting: Weighting::default(),
-        }))
+        Ok(FeedForwardParts::moe(MoeParts::load(loader, &block, moe::NUMBERED, shape, spec.clone())?))
     };
     let parts = LayerParts { mixer: &mixer, feed_forward: &feed_forward };
     Ok(Box::new(Decoder::load(source, decoder, parts)?))

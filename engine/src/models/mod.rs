@@ -173,7 +173,7 @@ pub struct ModelSource<'a, 'c> {
 pub struct Architecture {
     /// `model_type` of config.json.
     pub model_type: &'static str,
-    pub load: fn(&ModelSource) -> Result<Box<dyn Model>, EngineError>,
+    pub load: Load,
     /// Tensors of published checkpoints that serving has no use for.
     pub ignored: fn(&ModelConfig, &str) -> bool,
     /// What the cache sites will take, before any weight is read.
@@ -182,70 +182,68 @@ pub struct Architecture {
     pub mtp: MtpStorage,
 }
 
+type Load = fn(&ModelSource) -> Result<Box<dyn Model>, EngineError>;
+
 /// A decoder with one attention per layer: what most rows differ little from.
-const DECODER: Architecture = Architecture {
-    model_type: "",
-    load: mixtral::load,
-    ignored: nothing,
-    footprint: footprint::attentions,
-    positions: footprint::max_position_embeddings,
-    mtp: MtpStorage::Unsupported,
-};
+const fn decoder(model_type: &'static str, load: Load) -> Architecture {
+    Architecture {
+        model_type,
+        load,
+        ignored: nothing,
+        footprint: footprint::attentions,
+        positions: footprint::max_position_embeddings,
+        mtp: MtpStorage::Unsupported,
+    }
+}
 
 /// The same with multi-token-prediction layers behind the others.
-const WITH_MTP: Architecture = Architecture { ignored: fine_grained::is_mtp_tensor, ..DECODER };
+const fn with_mtp(model_type: &'static str, load: Load) -> Architecture {
+    Architecture { ignored: fine_grained::is_mtp_tensor, ..decoder(model_type, load) }
+}
 
 /// The same with latent attention.
-const LATENT: Architecture = Architecture { footprint: |config| footprint::latents(config, 1), ..WITH_MTP };
+const fn latent(model_type: &'static str, load: Load) -> Architecture {
+    Architecture { footprint: |config| footprint::latents(config, 1), ..with_mtp(model_type, load) }
+}
 
 /// Every architecture this build serves.
 pub static ARCHITECTURES: &[Architecture] = &[
-    Architecture { model_type: "mixtral", load: mixtral::load, ..DECODER },
-    Architecture { model_type: "qwen2_moe", load: qwen_moe::load_qwen2, ..DECODER },
-    Architecture { model_type: "qwen3_moe", load: qwen_moe::load_qwen3, ..DECODER },
+    decoder("mixtral", mixtral::load),
+    decoder("qwen2_moe", qwen_moe::load_qwen2),
+    decoder("qwen3_moe", qwen_moe::load_qwen3),
+    Architecture { ignored: is_mtp_named, footprint: qwen3_next::footprint, ..decoder("qwen3_next", qwen3_next::load) },
+    decoder("olmoe", olmoe::load),
+    decoder("granitemoe", granite_moe::load),
+    decoder("granitemoeshared", granite_moe::load),
+    latent("deepseek_v2", deepseek::load_v2),
+    Architecture { mtp: MtpStorage::BehindLayers, ..latent("deepseek_v3", deepseek::load_v3) },
+    latent("kimi_k2", deepseek::load_v3),
+    Architecture { ignored: deepseek::is_vision_tensor, ..latent("kimi_k25", deepseek::load_v3) },
+    latent("pangu_ultra_moe", deepseek::load_pangu),
+    Architecture { mtp: MtpStorage::BehindLayers, ..with_mtp("glm4_moe", glm4_moe::load_glm) },
+    decoder("dots1", glm4_moe::load_dots),
+    Architecture { ignored: is_mtp_named, ..decoder("ernie4_5_moe", ernie::load) },
+    decoder("hunyuan_v1_moe", hunyuan::load),
+    with_mtp("minimax_m2", minimax::load),
+    decoder("minicpm", minicpm::load),
     Architecture {
-        model_type: "qwen3_next",
-        load: qwen3_next::load,
-        ignored: is_mtp_named,
-        footprint: qwen3_next::footprint,
-        ..DECODER
-    },
-    Architecture { model_type: "olmoe", load: olmoe::load, ..DECODER },
-    Architecture { model_type: "granitemoe", load: granite_moe::load, ..DECODER },
-    Architecture { model_type: "granitemoeshared", load: granite_moe::load, ..DECODER },
-    Architecture { model_type: "deepseek_v2", load: deepseek::load_v2, ..LATENT },
-    Architecture { model_type: "deepseek_v3", load: deepseek::load_v3, mtp: MtpStorage::BehindLayers, ..LATENT },
-    Architecture { model_type: "kimi_k2", load: deepseek::load_v3, ..LATENT },
-    Architecture { model_type: "kimi_k25", load: deepseek::load_v3, ignored: deepseek::is_vision_tensor, ..LATENT },
-    Architecture { model_type: "pangu_ultra_moe", load: deepseek::load_pangu, ..LATENT },
-    Architecture { model_type: "glm4_moe", load: glm4_moe::load_glm, mtp: MtpStorage::BehindLayers, ..WITH_MTP },
-    Architecture { model_type: "dots1", load: glm4_moe::load_dots, ..DECODER },
-    Architecture { model_type: "ernie4_5_moe", load: ernie::load, ignored: is_mtp_named, ..DECODER },
-    Architecture { model_type: "hunyuan_v1_moe", load: hunyuan::load, ..DECODER },
-    Architecture { model_type: "minimax_m2", load: minimax::load, ..WITH_MTP },
-    Architecture { model_type: "minicpm", load: minicpm::load, ..DECODER },
-    Architecture {
-        model_type: "longcat_flash",
-        load: longcat::load,
         ignored: longcat::is_ignored,
         footprint: |config| footprint::latents(config, 2),
         mtp: MtpStorage::Apart,
-        ..DECODER
+        ..decoder("longcat_flash", longcat::load)
     },
-    Architecture { model_type: "llama4", load: llama4::load, ignored: llama4::is_vision_tensor, ..DECODER },
-    Architecture { model_type: "llama4_text", load: llama4::load, ..DECODER },
-    Architecture { model_type: "jetmoe", load: jetmoe::load, footprint: footprint::jetmoe, ..DECODER },
-    Architecture { model_type: "gpt_oss", load: gpt_oss::load, ..DECODER },
-    Architecture { model_type: "phimoe", load: phimoe::load, ..DECODER },
-    Architecture { model_type: "bailing_moe", load: bailing::load, mtp: MtpStorage::BehindLayers, ..WITH_MTP },
-    Architecture { model_type: "bailing_moe_v2", load: bailing::load, mtp: MtpStorage::BehindLayers, ..WITH_MTP },
+    Architecture { ignored: llama4::is_vision_tensor, ..decoder("llama4", llama4::load) },
+    decoder("llama4_text", llama4::load),
+    Architecture { footprint: footprint::jetmoe, ..decoder("jetmoe", jetmoe::load) },
+    decoder("gpt_oss", gpt_oss::load),
+    decoder("phimoe", phimoe::load),
+    Architecture { mtp: MtpStorage::BehindLayers, ..with_mtp("bailing_moe", bailing::load) },
+    Architecture { mtp: MtpStorage::BehindLayers, ..with_mtp("bailing_moe_v2", bailing::load) },
     Architecture {
-        model_type: "switch_transformers",
-        load: switch::load,
         ignored: switch::is_ignored,
         footprint: switch::footprint,
         positions: switch::positions,
-        mtp: MtpStorage::Unsupported,
+        ..decoder("switch_transformers", switch::load)
     },
 ];
 

@@ -4,10 +4,10 @@ use kernels::{RouterSpec, Scoring};
 
 use super::{Model, ModelSource};
 use crate::error::EngineError;
-use crate::layers::attention::{Attention, AttentionConfig, QkNorm};
+use crate::layers::attention::{AttentionConfig, QkNorm};
 use crate::layers::decoder::{Decoder, FeedForwardParts, LayerParts, Mixer};
 use crate::layers::ends::DecoderConfig;
-use crate::layers::moe::{self, ExpertShape, MoeParts, Weighting};
+use crate::layers::moe::{self, ExpertShape, MoeParts};
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let ModelSource { config, loader, max_model_len, .. } = *source;
@@ -29,17 +29,10 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         renormalize: config.flag_or("norm_topk_prob", false)?.then_some(0.0),
         ..RouterSpec::new(Scoring::Softmax, config.size("num_experts_per_tok")?)
     };
-    let mixer = |prefix: &str, idx: usize| {
-        Ok(Mixer::Gqa(Attention::load(loader, &format!("{prefix}.self_attn"), attention.clone(), idx)?))
-    };
+    let mixer = Mixer::every_gqa(loader, &attention);
     let feed_forward = |prefix: &str, _: usize| {
-        Ok(FeedForwardParts::moe(MoeParts {
-            gate: moe::load_gate(loader, &format!("{prefix}.mlp.gate"), shape)?,
-            spec: spec.clone(),
-            experts: moe::load_experts(loader, &format!("{prefix}.mlp.experts"), moe::PROJECTIONS, shape)?,
-            shared: None,
-            weighting: Weighting::default(),
-        }))
+        let block = format!("{prefix}.mlp");
+        Ok(FeedForwardParts::moe(MoeParts::load(loader, &block, moe::PROJECTIONS, shape, spec.clone())?))
     };
     let parts = LayerParts { mixer: &mixer, feed_forward: &feed_forward };
     Ok(Box::new(Decoder::load(source, decoder, parts)?))

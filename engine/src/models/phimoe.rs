@@ -4,10 +4,10 @@ use kernels::{RouterSpec, Scoring};
 
 use super::{Model, ModelSource};
 use crate::error::EngineError;
-use crate::layers::attention::{Attention, AttentionConfig};
+use crate::layers::attention::AttentionConfig;
 use crate::layers::decoder::{Decoder, FeedForwardParts, LayerParts, Mixer};
 use crate::layers::ends::{DecoderConfig, HeadKind};
-use crate::layers::moe::{self, ExpertShape, MoeParts, Weighting};
+use crate::layers::moe::{self, ExpertShape, MoeParts};
 use crate::layers::norm::NormKind;
 
 /// Experts that SparseMixer chooses, whatever the configuration says.
@@ -37,18 +37,10 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         Scoring::SparseMixer { jitter: config.non_negative_or("router_jitter_noise", 0.01)? as f32 },
         TOP_K,
     );
-    let mixer = |prefix: &str, idx: usize| {
-        Ok(Mixer::Gqa(Attention::load(loader, &format!("{prefix}.self_attn"), attention.clone(), idx)?))
-    };
+    let mixer = Mixer::every_gqa(loader, &attention);
     let feed_forward = |prefix: &str, _: usize| {
         let block = format!("{prefix}.block_sparse_moe");
-        Ok(FeedForwardParts::moe(MoeParts {
-            gate: moe::load_gate(loader, &format!("{block}.gate"), shape)?,
-            spec: spec.clone(),
-            experts: moe::load_experts(loader, &format!("{block}.experts"), ["w1", "w3", "w2"], shape)?,
-            shared: None,
-            weighting: Weighting::default(),
-        }))
+        Ok(FeedForwardParts::moe(MoeParts::load(loader, &block, moe::NUMBERED, shape, spec.clone())?))
     };
     let parts = LayerParts { mixer: &mixer, feed_forward: &feed_forward };
     Ok(Box::new(Decoder::load(source, decoder, parts)?))

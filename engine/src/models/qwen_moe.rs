@@ -9,7 +9,7 @@ use crate::layers::decoder::{Decoder, FeedForwardParts, LayerParts, Mixer};
 use crate::layers::ends::DecoderConfig;
 use crate::layers::linear::{Bias, Linear};
 use crate::layers::mlp::Mlp;
-use crate::layers::moe::{self, ExpertShape, MoeParts, SharedExpert, Weighting};
+use crate::layers::moe::{self, ExpertShape, MoeParts, SharedExpert};
 use crate::weights::model_config::ModelConfig;
 
 pub fn load_qwen2(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
@@ -46,9 +46,7 @@ pub fn load_qwen3(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         qk_norm: Some(QkNorm::PerHead { eps: decoder.rms_norm_eps }),
         ..AttentionConfig::from_config(config, max_model_len)?
     };
-    let mixer = |prefix: &str, idx: usize| {
-        Ok(Mixer::Gqa(Attention::load(loader, &format!("{prefix}.self_attn"), attention.clone(), idx)?))
-    };
+    let mixer = Mixer::every_gqa(loader, &attention);
     // transformers 5 saves the count under Mixtral's key.
     let num_experts = match config.opt_count("num_experts")? {
         Some(num_experts) => num_experts,
@@ -133,11 +131,8 @@ impl SparseLayers {
             return Ok(FeedForwardParts::Dense(Mlp::load(loader, &mlp, self.shape.hidden_size, self.dense_width)?));
         }
         Ok(FeedForwardParts::moe(MoeParts {
-            gate: moe::load_gate(loader, &format!("{mlp}.gate"), self.shape)?,
-            spec: self.spec.clone(),
-            experts: moe::load_experts(loader, &format!("{mlp}.experts"), moe::PROJECTIONS, self.shape)?,
             shared: shared(prefix)?,
-            weighting: Weighting::default(),
+            ..MoeParts::load(loader, &mlp, moe::PROJECTIONS, self.shape, self.spec.clone())?
         }))
     }
 }

@@ -2,6 +2,9 @@
 
 #![forbid(unsafe_code)]
 
+#[macro_use]
+mod folders;
+
 mod checkpoint_edit;
 mod driver;
 mod golden;
@@ -11,12 +14,3 @@ mod invariance;
 mod mtp;
 mod quantized;
 mod step_loop;
-
-/// Every folder of `tests/golden` is named in `source`, the text of a test that should try them all.
-fn assert_names_every_folder(source: &str) {
-    for entry in std::fs::read_dir(driver::golden_dir("")).expect("tests/golden") {
-        let entry = entry.expect("a readable entry");
-        let name = entry.file_name().into_string().expect("a UTF-8 name");
-        assert!(!entry.path().is_dir() || source.contains(&format!("\"{name}\"")), "{name} has no test");
-    }
-}
