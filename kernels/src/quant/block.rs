@@ -9,7 +9,7 @@ use crate::dispatch::{self, Kernel};
 use crate::lanes::{BYTES, Lanes, WIDTH};
 
 /// How far ahead of its use a weight is asked for, in bytes: what arrives from memory during about a microsecond.
-const PREFETCH_BYTES: usize = 4096;
+const PREFETCH_BYTES: usize = 2048;
 
 /// A product to compute: `out[i][j] = rows[i] · weight[outs.start + j]`.
 pub(crate) struct QuantBlock<'a> {
@@ -94,7 +94,7 @@ impl QuantBlock<'_> {
             let left = self.rows.len() - first;
             first += if L::NUM_VECTORS >= 32 {
                 match left {
-                    1 => self.band::<L, D, 1, 2>(lanes, first),
+                    1 => self.band::<L, D, 1, 1>(lanes, first),
                     2 | 4 => self.band::<L, D, 2, 2>(lanes, first),
                     3 | 5 => self.band::<L, D, 3, 2>(lanes, first),
                     _ => self.band::<L, D, 6, 2>(lanes, first),
