@@ -37,7 +37,7 @@ fn json_has_limits_and_a_row_for_every_format_and_number_of_tokens() {
     );
     let rows = report["rows"].as_array().expect("a list");
     for (op, formats, tokens) in [
-        ("linear", &["f32", "bf16"][..], &[1, 32, 512][..]),
+        ("linear", &["f32", "bf16", "int8", "int4"][..], &[1, 32, 512][..]),
         ("rms_norm", &["f32"], &[1, 32, 512]),
         ("mla_attention", &["f32", "bf16"], &[1, 32, 512]),
     ] {

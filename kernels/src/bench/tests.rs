@@ -16,7 +16,7 @@ fn rows_are_complete_and_shares_are_of_the_limit() {
     let heads = of("head_linear");
     for tokens in [1, 32, 512] {
         assert!(
-            ["f32", "bf16"]
+            ["f32", "bf16", "int8", "int4"]
                 .iter()
                 .all(|format| heads.iter().any(|row| (row.num_tokens, row.format) == (tokens, format)))
         );
@@ -32,7 +32,7 @@ fn rows_are_complete_and_shares_are_of_the_limit() {
 #[test]
 fn what_needs_more_memory_is_left_out_and_named() {
     let report = run(&options(&["embedding"], 128 << 20), &mut |_| {}).unwrap();
-    assert_eq!(report.rows.len(), 3);
+    assert_eq!(report.rows.len(), 9);
     assert_eq!(report.left_out, ["embedding granite-1b 49155x1024 f32"]);
 }
 

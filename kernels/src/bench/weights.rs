@@ -11,6 +11,7 @@ use crate::ops::grouped_swiglu::{Expert, ExpertWeights, grouped_swiglu};
 use crate::ops::head_linear::head_linear;
 use crate::ops::linear::linear;
 use crate::ops::route::TopK;
+use crate::quant::QuantFormat;
 use crate::weight::{PackedWeight, WeightFormat};
 
 pub(super) const LINEAR: &str = "linear";
@@ -18,7 +19,12 @@ pub(super) const HEAD_LINEAR: &str = "head_linear";
 pub(super) const GROUPED_SWIGLU: &str = "grouped_swiglu";
 pub(super) const EMBEDDING: &str = "embedding";
 
-const FORMATS: [WeightFormat; 2] = [WeightFormat::F32, WeightFormat::Bf16];
+const FORMATS: [WeightFormat; 4] = [
+    WeightFormat::F32,
+    WeightFormat::Bf16,
+    WeightFormat::Quantized(QuantFormat::INT8),
+    WeightFormat::Quantized(QuantFormat::INT4),
+];
 
 pub(super) fn measure(session: &mut Session<'_>) -> Result<()> {
     for format in FORMATS {
@@ -57,6 +63,7 @@ fn units(format: WeightFormat) -> &'static [MatrixUnit] {
     match format {
         WeightFormat::F32 | WeightFormat::F16 => &[],
         WeightFormat::Bf16 => &[MatrixUnit::VectorBf16, MatrixUnit::TileBf16],
+        WeightFormat::Quantized(_) => &[MatrixUnit::VectorInt8, MatrixUnit::TileInt8],
     }
 }
 
