@@ -97,12 +97,12 @@ impl Tiles for Emulated {
         }
     }
 
-    fn store<const T: usize>(&self, to: &mut [u32], stride: usize) {
+    fn store<const T: usize>(&self, to: &mut [i32], stride: usize) {
         self.config.check_room(T, (self.row_bytes(T).div_ceil(4), stride), to.len());
         for row in 0..self.rows(T) {
             let (words, _) = self.row(T, row).as_chunks();
             let target = &mut to[row * stride..];
-            target.iter_mut().zip(words).for_each(|(to, word)| *to = u32::from_le_bytes(*word));
+            target.iter_mut().zip(words).for_each(|(to, word)| *to = i32::from_le_bytes(*word));
         }
     }
 

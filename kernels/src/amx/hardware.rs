@@ -133,7 +133,7 @@ impl Tiles for Hardware {
     }
 
     #[inline(always)]
-    fn store<const T: usize>(&self, to: &mut [u32], stride: usize) {
+    fn store<const T: usize>(&self, to: &mut [i32], stride: usize) {
         self.config.check_room(T, (self.config.row_bytes(T).div_ceil(4), stride), to.len());
         // SAFETY: the rows that are written lie in `to` by the check.
         unsafe {

@@ -16,6 +16,15 @@ mod trap;
 pub(crate) use emulated::Emulation;
 pub(crate) use hardware::Amx;
 
+/// The instructions: the processor's own, or where it has none with the emulation behind them.
+#[cfg(test)]
+pub(crate) fn instructions() -> Amx {
+    #[cfg(target_os = "linux")]
+    return Amx::detect().unwrap_or_else(Amx::trapped);
+    #[cfg(not(target_os = "linux"))]
+    Amx::detect().expect("elsewhere the emulation cannot stand in for the processor")
+}
+
 /// Tile registers.
 pub(crate) const NUM_TILES: usize = 8;
 /// Rows of a tile at most.
@@ -41,8 +50,9 @@ pub(crate) trait Tiles {
     /// Row `r` becomes what starts at `from[r * stride]`. Panics if that is not all there.
     fn load<const T: usize>(&mut self, from: &[u8], stride: usize);
 
-    /// Row `r` goes to `to[r * stride..]`. Panics if there is no room.
-    fn store<const T: usize>(&self, to: &mut [u32], stride: usize);
+    /// The 32-bit numbers of row `r`, whether integers or the bits of f32, go to `to[r * stride..]`. Panics if there is no
+    /// room.
+    fn store<const T: usize>(&self, to: &mut [i32], stride: usize);
 
     /// Sums of four products of signed bytes of `A` with unsigned bytes of `B`, in 32 bits that wrap.
     fn dot_i8_u8<const C: usize, const A: usize, const B: usize>(&mut self);

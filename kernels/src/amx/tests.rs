@@ -3,21 +3,13 @@
 use half::bf16;
 
 use super::emulated::{Emulation, fma};
-use super::{Amx, TileConfig, TileUnit, Tiles};
+use super::{TileConfig, TileUnit, Tiles, instructions};
 use crate::testing::Numbers;
 
 /// Tiles 0 to 3 are results, 4 and 5 hold inputs, 6 and 7 weights.
 fn config(rows: usize, inner: usize, outs: usize) -> TileConfig {
     let (c, a, b) = ((rows, 4 * outs), (rows, 4 * inner), (inner, 4 * outs));
     TileConfig::new([c, c, c, c, a, a, b, b])
-}
-
-/// The instructions: the machine's own where it has them.
-fn instructions() -> Amx {
-    #[cfg(target_os = "linux")]
-    return Amx::detect().unwrap_or_else(Amx::trapped);
-    #[cfg(not(target_os = "linux"))]
-    Amx::detect().expect("elsewhere the emulation cannot stand in for the machine")
 }
 
 struct Case {
@@ -29,11 +21,11 @@ struct Case {
 
 impl Case {
     /// Every operation once, with strides of its own; all four results.
-    fn run<U: TileUnit>(&self, unit: U) -> Vec<u32> {
+    fn run<U: TileUnit>(&self, unit: U) -> Vec<i32> {
         const X_STRIDE: usize = 75;
         const W_STRIDE: usize = 64;
         const OUT_STRIDE: usize = 17;
-        let mut out = vec![u32::MAX; 4 * 16 * OUT_STRIDE];
+        let mut out = vec![-1; 4 * 16 * OUT_STRIDE];
         let mut tiles = unit.configure(&self.config);
         tiles.load::<4>(&self.x, X_STRIDE);
         tiles.load::<5>(&self.x[7..], X_STRIDE);
@@ -79,9 +71,11 @@ fn machine_code_computes_what_the_emulation_does() {
             let case = Case { config: config(rows, inner, outs), x, w, is_bf16 };
             let (found, expected) = (case.run(instructions()), case.run(Emulation));
             // Which NaN of several wins is the one thing that the manual leaves open.
-            let same = |(&a, &b): (&u32, &u32)| a == b || is_bf16 && [a, b].iter().all(|&x| f32::from_bits(x).is_nan());
+            let same = |(&a, &b): (&i32, &i32)| {
+                a == b || is_bf16 && [a, b].iter().all(|&x| f32::from_bits(x.cast_unsigned()).is_nan())
+            };
             assert!(found.iter().zip(&expected).all(same), "{rows} x {inner} x {outs}, bf16 {is_bf16}");
-            assert!(found.iter().any(|&word| word != 0 && word != u32::MAX));
+            assert!(found.iter().any(|&word| word != 0 && word != -1));
         }
     }
 }
@@ -95,7 +89,7 @@ fn bytes_are_signed_times_unsigned() {
     tiles.dot_i8_u8::<0, 4, 6>();
     let mut out = [0; 2];
     tiles.store::<0>(&mut out, 1);
-    assert_eq!(out.map(|word| word as i32), [2 * (-128 * 255 - 255 + 3 + 127 * 255), 2 * 510]);
+    assert_eq!(out, [2 * (-128 * 255 - 255 + 3 + 127 * 255), 2 * 510]);
 }
 
 #[test]
@@ -110,7 +104,7 @@ fn sums_of_bf16_have_the_manuals_order() {
     tiles.dot_bf16::<0, 4, 6>();
     let mut out = [0];
     tiles.store::<0>(&mut out, 1);
-    assert_eq!(f32::from_bits(out[0]), 7.0);
+    assert_eq!(f32::from_bits(i32::cast_unsigned(out[0])), 7.0);
 }
 
 #[test]

@@ -175,7 +175,7 @@ fn tile_loop<U: TileUnit>(unit: U, TileLoop { rounds, is_bf16 }: TileLoop) -> f6
     let mut sums = [0; MAX_ROWS * INNER];
     tiles.store::<3>(&mut sums, INNER);
     let expected = 2 * rounds * INNER;
-    let found = if is_bf16 { f64::from(f32::from_bits(sums[17])) } else { f64::from(sums[17]) };
+    let found = if is_bf16 { f64::from(f32::from_bits(i32::cast_unsigned(sums[17]))) } else { f64::from(sums[17]) };
     assert_eq!(found, expected as f64, "tiles multiply wrong");
     let per_product = MAX_ROWS * INNER * MAX_ROW_BYTES * 2 / if is_bf16 { 2 } else { 1 };
     (rounds * 4 * per_product) as f64

@@ -2,7 +2,7 @@
 
 use crate::dispatch::{self, Kernel};
 use crate::lanes::{Lanes, WIDTH, load_tail};
-use crate::memory::Disjoint;
+use crate::memory::{Disjoint, unsigned};
 use crate::pool;
 
 /// Rows of a task.
@@ -51,6 +51,12 @@ impl QuantizedRows {
     pub(crate) fn codes(&self, row: usize) -> &[[i8; 4]] {
         let quads = self.num_groups * self.group / 4;
         &self.codes[row * quads..(row + 1) * quads]
+    }
+
+    /// The codes of a row and of all behind it, and the bytes from row to row.
+    pub(super) fn bytes_from(&self, row: usize) -> (&[u8], usize) {
+        let quads = self.num_groups * self.group / 4;
+        (unsigned(self.codes[row * quads..].as_flattened()), 4 * quads)
     }
 
     pub(crate) fn terms(&self, row: usize) -> &[Terms] {
