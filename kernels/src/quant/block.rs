@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::activations::{QuantizedRows, Terms};
 use super::layout::{Layout, PANEL_ROWS, Panel};
 #[cfg(target_arch = "x86_64")]
-use super::tiles::{self, TileBlock};
+use super::tiles;
 use super::{Codes, FP4_TABLE};
 #[cfg(target_arch = "x86_64")]
 use crate::amx::Amx;
@@ -13,7 +13,7 @@ use crate::dispatch::{self, Kernel};
 use crate::lanes::{BYTES, Lanes, WIDTH};
 
 /// How far ahead of its use a weight is asked for, in bytes: what arrives from memory during about a microsecond.
-const PREFETCH_BYTES: usize = 4096;
+pub(super) const PREFETCH_BYTES: usize = 4096;
 
 /// A product to compute: `out[i][j] = rows[i] · weight[outs.start + j]`.
 pub(crate) struct QuantBlock<'a> {
@@ -36,7 +36,7 @@ pub(crate) fn multiply(block: QuantBlock<'_>) {
     if block.rows.len() >= tiles::MIN_ROWS
         && let Some(unit) = Amx::detect()
     {
-        return dispatch::run(TileBlock { block, unit });
+        return tiles::multiply(block, unit);
     }
     dispatch::run(block);
 }

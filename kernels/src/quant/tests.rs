@@ -220,7 +220,7 @@ fn tile_products<U: crate::amx::TileUnit>(unit: U, case: &TileCase<'_>) -> Vec<V
     let on = |isa: Isa| {
         let mut out = vec![f32::NAN; rows.len() * outs.len()];
         let block = QuantBlock { x, rows, layout, weight: weight.as_bytes(), outs: outs.clone(), out: &mut out };
-        isa.run(super::tiles::TileBlock { block, unit });
+        super::tiles::multiply_on(isa, block, unit);
         out
     };
     Isa::available().into_iter().map(on).collect()

@@ -1,12 +1,14 @@
 //! The product of many input rows on matrix tiles: the integers of `block`, sixteen rows at a time, and behind them the
 //! same steps in f32, so the same bits.
 
+use std::cell::RefCell;
+
 use super::Codes;
 use super::activations::QuantizedRows;
-use super::block::{Bytes, BytesMin, Decode, Fp4, Nibbles, NibblesMin, QuantBlock};
+use super::block::{Bytes, BytesMin, Decode, Fp4, Nibbles, NibblesMin, PREFETCH_BYTES, QuantBlock};
 use super::layout::{PANEL_ROWS, Panel};
 use crate::amx::{MAX_ROW_BYTES, MAX_ROWS, TileConfig, TileUnit, Tiles};
-use crate::dispatch::Kernel;
+use crate::dispatch::{self, Kernel};
 use crate::lanes::{BYTES, Lanes, WIDTH};
 
 /// From so many input rows on, a tile of sixteen costs less than a vector for each; reckoned from the two peaks, not measured.
@@ -20,10 +22,45 @@ const PANELS: usize = 2;
 /// Columns of the largest group.
 const MAX_GROUP: usize = 128;
 
-/// A [`QuantBlock`] to compute on tiles.
-pub(super) struct TileBlock<'a, U> {
-    pub(super) block: QuantBlock<'a>,
-    pub(super) unit: U,
+/// What tiles give for one group: for each tile of rows and each panel, sums of sixteen rows.
+type Sums = [[[[i32; WIDTH]; MAX_ROWS]; PANELS]; ROW_TILES];
+
+/// Where tiles and vectors meet; in cache lines of its own, since rows of tiles are as long as they are.
+#[repr(C, align(64))]
+struct Scratch {
+    /// Of the group that vectors scale, and of the next.
+    sums: [Sums; 2],
+    /// Weights of a group with one byte per code.
+    expanded: [[[u8; BYTES]; MAX_GROUP / 4]; PANELS],
+    /// A tile of input rows that do not lie at equal distances.
+    gathered: [[u8; MAX_ROW_BYTES]; MAX_ROWS],
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = const {
+        RefCell::new(Scratch {
+            sums: [[[[[0; WIDTH]; MAX_ROWS]; PANELS]; ROW_TILES]; 2],
+            expanded: [[[0; BYTES]; MAX_GROUP / 4]; PANELS],
+            gathered: [[0; MAX_ROW_BYTES]; MAX_ROWS],
+        })
+    };
+}
+
+/// Computes a block on tiles, and on the widest vectors of this machine.
+pub(super) fn multiply<U: TileUnit>(block: QuantBlock<'_>, unit: U) {
+    SCRATCH.with_borrow_mut(|scratch| dispatch::run(TileBlock { block, unit, scratch }));
+}
+
+/// [`multiply`] on one instruction set.
+#[cfg(test)]
+pub(super) fn multiply_on<U: TileUnit>(isa: dispatch::Isa, block: QuantBlock<'_>, unit: U) {
+    SCRATCH.with_borrow_mut(|scratch| isa.run(TileBlock { block, unit, scratch }));
+}
+
+struct TileBlock<'a, U> {
+    block: QuantBlock<'a>,
+    unit: U,
+    scratch: &'a mut Scratch,
 }
 
 impl<U: TileUnit> Kernel for TileBlock<'_, U> {
@@ -44,7 +81,7 @@ impl<U: TileUnit> Kernel for TileBlock<'_, U> {
 impl<U: TileUnit> TileBlock<'_, U> {
     #[inline(always)]
     fn bands<L: Lanes, D: Decode>(self, lanes: L) {
-        let Self { block: QuantBlock { x, rows, layout, weight, outs, out }, unit } = self;
+        let Self { block: QuantBlock { x, rows, layout, weight, outs, out }, unit, scratch } = self;
         // Tiles 0 to 3 are sums, 4 and 5 input rows, 6 and 7 weights.
         let inner = layout.format.group().min(MAX_ROW_BYTES);
         let (c, a, b) = ((MAX_ROWS, MAX_ROW_BYTES), (MAX_ROWS, inner), (inner / 4, MAX_ROW_BYTES));
@@ -63,12 +100,13 @@ impl<U: TileUnit> TileBlock<'_, U> {
                     out[wanted.start - outs.start..wanted.end - outs.start]
                         .copy_from_slice(&values[wanted.start - start..wanted.end - start]);
                 };
+                let context = (&mut tiles, &mut *scratch);
                 if first + 1 < panels.end {
                     let band = Band { x, rows, panels: [panel(first), panel(first + 1)], inner };
-                    band.compute::<L, D, U::Tiles>(lanes, &mut tiles, &mut store);
+                    band.compute::<L, D, U::Tiles>(lanes, context, &mut store);
                 } else {
                     let band = Band { x, rows, panels: [panel(first)], inner };
-                    band.compute::<L, D, U::Tiles>(lanes, &mut tiles, &mut store);
+                    band.compute::<L, D, U::Tiles>(lanes, context, &mut store);
                 }
             }
         }
@@ -84,14 +122,15 @@ struct Band<'a, const P: usize> {
     inner: usize,
 }
 
-/// What tiles give for one group: for each tile of rows and each panel, sums of sixteen rows.
-type Sums = [[[[i32; WIDTH]; MAX_ROWS]; PANELS]; ROW_TILES];
-
-/// Weights of a group with one byte per code.
-type Expanded = [[[u8; BYTES]; MAX_GROUP / 4]; PANELS];
-
-/// A tile of input rows, gathered.
-type Gathered = [[u8; MAX_ROW_BYTES]; MAX_ROWS];
+/// Sixteen rows or fewer against one group.
+#[derive(Clone, Copy)]
+struct Step<'a> {
+    group_idx: usize,
+    /// Whether the weights are not in their tiles yet.
+    is_first: bool,
+    rows: &'a [u32],
+    weights: [&'a [u8]; PANELS],
+}
 
 impl<const P: usize> Band<'_, P> {
     /// Tiles work on a group while vectors scale the sums of the one before.
@@ -99,15 +138,24 @@ impl<const P: usize> Band<'_, P> {
     fn compute<L: Lanes, D: Decode, T: Tiles>(
         &self,
         lanes: L,
-        tiles: &mut T,
+        (tiles, scratch): (&mut T, &mut Scratch),
         store: &mut impl FnMut(usize, usize, &[f32; WIDTH]),
     ) {
-        let mut sums: [Sums; 2] = [[[[[0; WIDTH]; MAX_ROWS]; PANELS]; ROW_TILES]; 2];
+        let Scratch { sums, expanded, gathered } = scratch;
         let mut acc = [[[0.0; WIDTH]; PANELS]; BAND_ROWS];
         let [mut ready, mut next] = sums.each_mut();
         for group_idx in 0..=self.x.num_groups {
             if group_idx < self.x.num_groups {
-                self.multiply::<L, D, T>(lanes, tiles, group_idx, next);
+                let weights = self.weights::<L, D>(lanes, group_idx, expanded);
+                let row_tiles = next.iter_mut().zip(self.rows.chunks(MAX_ROWS));
+                for (row_tile, (sums, rows)) in row_tiles.enumerate() {
+                    let step = Step { group_idx, is_first: row_tile == 0, rows, weights };
+                    if row_tile % 2 == 0 {
+                        self.multiply::<0, 1, 4, T>(tiles, step, gathered, sums);
+                    } else {
+                        self.multiply::<2, 3, 5, T>(tiles, step, gathered, sums);
+                    }
+                }
             }
             if group_idx > 0 {
                 self.scale::<L, D>(lanes, group_idx - 1, ready, &mut acc);
@@ -123,14 +171,21 @@ impl<const P: usize> Band<'_, P> {
         }
     }
 
-    /// The integer products of one group.
+    /// The weights of a group, four columns of sixteen rows after each other, and the next ones asked for.
     #[inline(always)]
-    fn multiply<L: Lanes, D: Decode, T: Tiles>(&self, lanes: L, tiles: &mut T, group_idx: usize, sums: &mut Sums) {
+    fn weights<'b, L: Lanes, D: Decode>(
+        &'b self,
+        lanes: L,
+        group_idx: usize,
+        expanded: &'b mut [[[u8; BYTES]; MAX_GROUP / 4]; PANELS],
+    ) -> [&'b [u8]; PANELS] {
         let vectors = self.x.group / 4 / D::VECTORS;
-        let mut expanded: Expanded = [[[0; BYTES]; MAX_GROUP / 4]; PANELS];
         let mut weights: [&[u8]; PANELS] = [&[]; PANELS];
         for (p, expanded) in expanded.iter_mut().enumerate().take(P) {
             let codes = &self.panels[p].codes[group_idx * vectors..(group_idx + 1) * vectors];
+            for codes in codes {
+                lanes.prefetch(codes.as_ptr().wrapping_add(PREFETCH_BYTES));
+            }
             weights[p] = if D::VECTORS == 1 {
                 codes.as_flattened()
             } else {
@@ -142,24 +197,18 @@ impl<const P: usize> Band<'_, P> {
                 expanded.as_flattened()
             };
         }
-        for (row_tile, sums) in sums.iter_mut().enumerate().take(self.rows.len().div_ceil(MAX_ROWS)) {
-            if row_tile % 2 == 0 {
-                self.row_tile::<0, 1, 4, T>(tiles, (row_tile, group_idx), weights, sums);
-            } else {
-                self.row_tile::<2, 3, 5, T>(tiles, (row_tile, group_idx), weights, sums);
-            }
-        }
+        weights
     }
 
+    /// The integer products of sixteen rows with one group.
     #[inline(always)]
-    fn row_tile<const C0: usize, const C1: usize, const A: usize, T: Tiles>(
+    fn multiply<const C0: usize, const C1: usize, const A: usize, T: Tiles>(
         &self,
         tiles: &mut T,
-        (row_tile, group_idx): (usize, usize),
-        weights: [&[u8]; PANELS],
+        step: Step<'_>,
+        gathered: &mut [[u8; MAX_ROW_BYTES]; MAX_ROWS],
         sums: &mut [[[i32; WIDTH]; MAX_ROWS]; PANELS],
     ) {
-        let rows = &self.rows[row_tile * MAX_ROWS..self.rows.len().min((row_tile + 1) * MAX_ROWS)];
         let group = self.x.group;
         tiles.zero::<C0>();
         if P == 2 {
@@ -167,13 +216,13 @@ impl<const P: usize> Band<'_, P> {
         }
         for first in (0..group).step_by(self.inner) {
             // Where a group is one step, its weights stay in their tiles for all rows.
-            if row_tile == 0 || self.inner < group {
-                tiles.load::<6>(&weights[0][first * PANEL_ROWS..], BYTES);
+            if step.is_first || self.inner < group {
+                tiles.load::<6>(&step.weights[0][first * PANEL_ROWS..], BYTES);
                 if P == 2 {
-                    tiles.load::<7>(&weights[1][first * PANEL_ROWS..], BYTES);
+                    tiles.load::<7>(&step.weights[1][first * PANEL_ROWS..], BYTES);
                 }
             }
-            self.load_rows::<A, T>(tiles, rows, group_idx * group + first);
+            self.load_rows::<A, T>(tiles, step.rows, step.group_idx * group + first, gathered);
             tiles.dot_i8_u8::<C0, A, 6>();
             if P == 2 {
                 tiles.dot_i8_u8::<C1, A, 7>();
@@ -187,12 +236,18 @@ impl<const P: usize> Band<'_, P> {
 
     /// From where they are if there are sixteen at equal distances, as most ops have them.
     #[inline(always)]
-    fn load_rows<const A: usize, T: Tiles>(&self, tiles: &mut T, rows: &[u32], first_col: usize) {
+    fn load_rows<const A: usize, T: Tiles>(
+        &self,
+        tiles: &mut T,
+        rows: &[u32],
+        first_col: usize,
+        gathered: &mut [[u8; MAX_ROW_BYTES]; MAX_ROWS],
+    ) {
         let (bytes, row_bytes) = self.x.bytes_from(rows[0] as usize);
         match distance(rows) {
             Some(distance) => tiles.load::<A>(&bytes[first_col..], distance * row_bytes),
             None => {
-                let mut gathered: Gathered = [[0; MAX_ROW_BYTES]; MAX_ROWS];
+                // Rows that there are none of are multiplied too, whatever is there, and not looked at.
                 for (gathered, &row) in gathered.iter_mut().zip(rows) {
                     let (bytes, _) = self.x.bytes_from(row as usize);
                     gathered[..self.inner].copy_from_slice(&bytes[first_col..first_col + self.inner]);
