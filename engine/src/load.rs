@@ -54,6 +54,7 @@ pub fn load(config: EngineConfig, progress: &mut dyn FnMut(LoadProgress)) -> Res
 /// As [`load`].
 pub fn load_model(config: &EngineConfig, progress: &mut dyn FnMut(LoadProgress)) -> Result<LoadedModel, EngineError> {
     check_limits(config)?;
+    config.isa.map_or(Ok(()), kernels::choose_isa)?;
     let threads = kernels::pool::init(config.threads);
     let inspection = inspect(&config.model_dir)?;
     let model_config = ModelConfig::load(&config.model_dir)?;
@@ -112,6 +113,7 @@ pub fn load_model(config: &EngineConfig, progress: &mut dyn FnMut(LoadProgress))
         has_encoder: shape.prefill != Prefill::Causal,
         kv_dtype: format.name(),
         threads,
+        isa: kernels::isa(),
         generation_defaults: generation_defaults(&config.model_dir, &model_config)?,
     };
     Ok(LoadedModel { summary, scheduler, runner: Runner::new(model, arena, config.block_size) })

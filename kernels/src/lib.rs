@@ -32,7 +32,7 @@ mod state_cache;
 mod testing;
 mod weight;
 
-pub use dispatch::isa;
+pub use dispatch::{choose_isa, isa, isas};
 pub use error::{KernelError, Result};
 pub use mapped_file::MappedFile;
 pub use ops::embedding::embedding;

@@ -90,6 +90,7 @@ fn start_loading(app: Arc<App>) -> anyhow::Result<oneshot::Receiver<anyhow::Resu
             tracing::info!(
                 model = %app.model_names[0],
                 threads = summary.threads,
+                isa = summary.isa,
                 max_model_len = summary.max_model_len,
                 kv_cache_tokens = summary.num_blocks * summary.block_size,
                 states = (summary.num_state_slots > 0).then_some(summary.num_state_slots),
@@ -158,6 +159,7 @@ fn engine_config(config: &Config, model_dir: PathBuf, available_memory: u64) -> 
         batch_timeout: Duration::from_millis(config.batch_timeout_ms),
         load_mtp: config.load_mtp,
         threads: config.threads,
+        isa: config.isa.name(),
         ..EngineConfig::new(model_dir)
     }
 }
