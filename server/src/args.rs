@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::cli::bench::BenchArgs;
 use crate::cli::chat::ChatArgs;
+use crate::cli::eval::EvalArgs;
 use crate::cli::inspect::InspectArgs;
 use crate::cli::upcycle::UpcycleArgs;
 use crate::config::Settings;
@@ -29,6 +30,8 @@ pub enum Command {
     Upcycle(UpcycleArgs),
     /// Print what a model is: architecture, parameters, experts, bytes
     Inspect(InspectArgs),
+    /// Measure a model on a text: perplexity, and its divergence from a reference
+    Eval(EvalArgs),
     /// Talk to a running server
     Chat(ChatArgs),
     /// Load a running server and report latencies and tokens per second

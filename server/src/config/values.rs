@@ -5,6 +5,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::ValueEnum;
+use engine::{KvDtype, WeightDtype};
 use serde::{Deserialize, Serialize};
 
 /// `--dtype`.
@@ -17,6 +18,17 @@ pub enum WeightType {
     F16,
 }
 
+impl From<WeightType> for WeightDtype {
+    fn from(dtype: WeightType) -> Self {
+        match dtype {
+            WeightType::Auto => Self::Auto,
+            WeightType::F32 => Self::F32,
+            WeightType::Bf16 => Self::Bf16,
+            WeightType::F16 => Self::F16,
+        }
+    }
+}
+
 /// `--kv-cache-dtype`.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -24,6 +36,16 @@ pub enum KvType {
     Auto,
     F32,
     Bf16,
+}
+
+impl From<KvType> for KvDtype {
+    fn from(dtype: KvType) -> Self {
+        match dtype {
+            KvType::Auto => Self::Auto,
+            KvType::F32 => Self::F32,
+            KvType::Bf16 => Self::Bf16,
+        }
+    }
 }
 
 /// `--log-format`.
