@@ -199,14 +199,16 @@ impl<'a> Loader<'a> {
         Ok(entry)
     }
 
-    fn find(&self, name: &str) -> Result<&'a TensorEntry, EngineError> {
+    pub(super) fn find(&self, name: &str) -> Result<&'a TensorEntry, EngineError> {
         let name = format!("{}{name}", self.prefix);
         self.checkpoint.get(&name).ok_or(EngineError::MissingTensor { name })
     }
 
     fn mark_taken(&self, name: &str, entry: &TensorEntry) {
         let mut state = self.state.borrow_mut();
-        state.taken.insert(format!("{}{name}", self.prefix));
+        if !state.taken.insert(format!("{}{name}", self.prefix)) {
+            return;
+        }
         state.done_bytes += entry.num_bytes as u64;
         let progress = LoadProgress { done_bytes: state.done_bytes, total_bytes: self.total_bytes };
         (state.progress)(progress);

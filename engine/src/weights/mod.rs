@@ -10,11 +10,11 @@ pub mod gguf;
 #[cfg(test)]
 mod gguf_fixture;
 mod gguf_types;
+mod grouped_ints;
 pub mod inspect;
 pub mod loader;
 pub mod model_config;
 pub mod mxfp4;
-mod packed_int;
 pub mod quantization;
 mod quantized;
 pub mod tally;

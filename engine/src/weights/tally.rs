@@ -161,9 +161,12 @@ fn size_of_tensor(
     quantization: Quantization,
     (name, entry): (&str, &TensorEntry),
 ) -> TensorSize {
-    const USED_UP: [&str; 7] = [
+    const USED_UP: [&str; 10] = [
         "_scale_inv",
         "_scales",
+        ".scales",
+        ".qzeros",
+        ".g_idx",
         ".weight_scale",
         ".weight_shape",
         ".weight_zero_point",
@@ -179,6 +182,7 @@ fn size_of_tensor(
         // Two values in a byte, expanded to bf16.
         Dtype::U8 if name.ends_with("_blocks") => (2 * stored, 2),
         Dtype::I32 if name.ends_with(".weight_packed") => (packed_parameters(checkpoint, quantization, name, entry), 2),
+        Dtype::I32 if name.ends_with(".qweight") => (8 * stored, 2),
         Dtype::F8_E4M3 | Dtype::I8 => (stored, 2),
         // Norms, biases and the like are kept in f32.
         _ if entry.shape.len() < 2 || IN_F32.iter().any(|part| name.ends_with(part)) => (stored, 4),

@@ -14,3 +14,4 @@ mod invariance;
 mod mtp;
 mod quantized;
 mod step_loop;
+mod transposed_int4;
