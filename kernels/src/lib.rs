@@ -2,7 +2,7 @@
 //!
 //! Map: `weight` and `mapped_file` hold weights, `paged_cache` holds keys and values, `state_cache` what recurrent layers
 //! carry, `pool` runs tasks on the compute threads, `dispatch` and `lanes` choose and wrap the instruction set, `ops` has
-//! one folder per op.
+//! one folder per op; `quant` has the quantized formats and their product.
 //!
 //! Invariant of every op: an output row is a function of its own input row (and of its context) alone, to the bit.
 //! The order of every reduction depends on the reduced length only, never on the number of rows, on which rows share a
@@ -22,6 +22,7 @@ mod memory;
 mod ops;
 mod paged_cache;
 pub mod pool;
+mod quant;
 mod state_cache;
 #[cfg(test)]
 mod testing;
@@ -44,5 +45,6 @@ pub use ops::rms_norm::{rms_norm, rms_norm_residual};
 pub use ops::rope::{RopeStyle, RopeTable, rope};
 pub use ops::route::{GroupScore, Groups, RouterSpec, Scoring, TopK, route};
 pub use paged_cache::{KvFormat, PagedBatch, PagedCache};
+pub use quant::{Codes, GroupRow, QuantFormat};
 pub use state_cache::StateCache;
 pub use weight::{PackedWeight, WeightFormat};

@@ -1,10 +1,11 @@
 //! The matrix product that linear, per-head and expert ops share: a few input rows against a few weight rows.
 
-use half::{bf16, f16};
+use std::ops::Range;
 
 use crate::dispatch::{self, Kernel};
 use crate::lanes::{Element, Lanes, dot_tile, dot_tile_streamed};
-use crate::weight::{PackedWeight, WeightView};
+use crate::quant::{self, QuantBlock, QuantizedRows};
+use crate::weight::{PackedWeight, WeightFormat, WeightView};
 
 /// Input rows of a block: with 1000 inputs they fill a fifth of a second-level cache.
 pub(crate) const BLOCK_ROWS: usize = 48;
@@ -19,37 +20,77 @@ const STREAMED_BYTES: usize = 20 << 10;
 /// Results of one block, row-major with the number of weight rows as stride.
 pub(crate) type BlockOut = [f32; BLOCK_ROWS * BLOCK_OUTS];
 
-/// At most [`BLOCK_ROWS`] input rows, without allocation.
-pub(crate) struct BlockInput<'a> {
-    rows: [&'a [f32]; BLOCK_ROWS],
+/// The input rows of an op in every form that its weights want: as they are, and quantized once for all tasks.
+pub(crate) struct Activations<'a> {
+    x: &'a [f32],
+    cols: usize,
+    /// At most one for each group size.
+    quantized: Vec<QuantizedRows>,
+}
+
+/// Some rows of the activations, at most [`BLOCK_ROWS`], without allocation.
+pub(crate) struct RowBlock {
+    rows: [u32; BLOCK_ROWS],
     len: usize,
 }
 
-impl<'a> BlockInput<'a> {
+impl RowBlock {
     /// Takes the first [`BLOCK_ROWS`] rows.
-    pub(crate) fn new(rows: impl Iterator<Item = &'a [f32]>) -> Self {
-        let mut block: Self = Self { rows: [&[]; BLOCK_ROWS], len: 0 };
+    pub(crate) fn new(rows: impl Iterator<Item = usize>) -> Self {
+        let mut block = Self { rows: [0; BLOCK_ROWS], len: 0 };
         for (slot, row) in block.rows.iter_mut().zip(rows) {
-            *slot = row;
+            *slot = row as u32;
             block.len += 1;
         }
         block
     }
 
-    /// `out[row][i] = rows[row] · weight[outs.start + i]`. At most [`BLOCK_OUTS`] weight rows; input rows are
-    /// `weight.cols()` long.
-    pub(crate) fn multiply(&self, weight: &PackedWeight, outs: std::ops::Range<usize>, out: &mut BlockOut) {
-        let (cols, rows) = (weight.cols(), &self.rows[..self.len]);
-        debug_assert!(rows.iter().all(|row| row.len() == cols) && outs.len() <= BLOCK_OUTS);
+    fn rows(&self) -> &[u32] {
+        &self.rows[..self.len]
+    }
+}
+
+impl<'a> Activations<'a> {
+    /// Rows of `x`, each `cols` long, for weights of these formats.
+    pub(crate) fn new(x: &'a [f32], cols: usize, formats: impl Iterator<Item = WeightFormat>) -> Self {
+        let mut quantized: Vec<QuantizedRows> = Vec::new();
+        for format in formats {
+            if let WeightFormat::Quantized(format) = format
+                && quantized.iter().all(|rows| rows.group != format.group())
+            {
+                quantized.push(QuantizedRows::new(x, cols, format.group()));
+            }
+        }
+        Self { x, cols, quantized }
+    }
+
+    /// `out[i][j] = rows[i] · weight[outs.start + j]`. At most [`BLOCK_OUTS`] weight rows, of a format that was announced;
+    /// input rows are as long as the weight is wide.
+    pub(crate) fn multiply(&self, rows: &RowBlock, weight: &PackedWeight, outs: Range<usize>, out: &mut BlockOut) {
+        let cols = weight.cols();
+        debug_assert!(cols == self.cols && outs.len() <= BLOCK_OUTS);
         if cols == 0 {
             return out.fill(0.0);
         }
         let elements = outs.start * cols..outs.end * cols;
         match weight.view() {
-            WeightView::F32(values) => dispatch::run(Block::<f32> { rows, weight: &values[elements], out }),
-            WeightView::F16(values) => dispatch::run(Block::<f16> { rows, weight: &values[elements], out }),
-            WeightView::Bf16(values) => dispatch::run(Block::<bf16> { rows, weight: &values[elements], out }),
+            WeightView::F32(values) => self.multiply_floats(rows, &values[elements], out),
+            WeightView::F16(values) => self.multiply_floats(rows, &values[elements], out),
+            WeightView::Bf16(values) => self.multiply_floats(rows, &values[elements], out),
+            WeightView::Quantized(layout, weight) => {
+                let x = self.quantized.iter().find(|x| x.group == layout.format.group());
+                let x = x.expect("activations were quantized for every format of the op");
+                quant::multiply(QuantBlock { x, rows: rows.rows(), layout, weight, outs, out });
+            }
         }
+    }
+
+    fn multiply_floats<E: Element>(&self, rows: &RowBlock, weight: &[E], out: &mut BlockOut) {
+        let mut input: [&[f32]; BLOCK_ROWS] = [&[]; BLOCK_ROWS];
+        for (slot, &row) in input.iter_mut().zip(rows.rows()) {
+            *slot = &self.x[row as usize * self.cols..(row as usize + 1) * self.cols];
+        }
+        dispatch::run(Block { rows: &input[..rows.len], weight, out });
     }
 }
 
@@ -123,6 +164,6 @@ impl<E: Element> Block<'_, E> {
 }
 
 /// The `idx`-th part of `0..len` in parts of `size`.
-pub(crate) fn part(idx: usize, size: usize, len: usize) -> std::ops::Range<usize> {
+pub(crate) fn part(idx: usize, size: usize, len: usize) -> Range<usize> {
     idx * size..len.min((idx + 1) * size)
 }

@@ -2,6 +2,18 @@
 
 use candle_core::{Device, Tensor};
 
+use crate::quant::{Codes, QuantFormat};
+
+/// Every code, in groups of every size.
+pub(crate) const QUANTIZED: [QuantFormat; 6] = [
+    QuantFormat { codes: Codes::Int8, group: 64 },
+    QuantFormat { codes: Codes::Int8, group: 16 },
+    QuantFormat { codes: Codes::Int8Min, group: 32 },
+    QuantFormat { codes: Codes::Int4, group: 32 },
+    QuantFormat { codes: Codes::Int4Min, group: 128 },
+    QuantFormat { codes: Codes::Fp4, group: 32 },
+];
+
 /// A fixed sequence of numbers (SplitMix64).
 pub(crate) struct Numbers {
     state: u64,

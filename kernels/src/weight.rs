@@ -10,8 +10,12 @@ use crate::check;
 use crate::error::{KernelError, Result};
 use crate::mapped_file::MappedFile;
 use crate::memory::{AlignedBytes, Plain, is_aligned, view, view_mut};
+use crate::quant::{self, GroupRow, Layout, QuantFormat};
 
 const OP: &str = "weight";
+
+/// Where quantized weights start: a cache line, which is also a row of an AMX tile.
+const QUANT_ALIGNMENT: usize = 64;
 
 /// How the numbers of a weight are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -19,16 +23,17 @@ pub enum WeightFormat {
     F32,
     F16,
     Bf16,
+    Quantized(QuantFormat),
 }
 
 impl WeightFormat {
     /// Bytes of a `[rows, cols]` weight.
     pub fn bytes_for(self, rows: usize, cols: usize) -> usize {
-        let element_bytes = match self {
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
-        };
-        rows * cols * element_bytes
+        match self {
+            Self::F32 => rows * cols * 4,
+            Self::F16 | Self::Bf16 => rows * cols * 2,
+            Self::Quantized(format) => Layout::new(format, cols).num_bytes(rows),
+        }
     }
 
     /// The name used in configuration and reports.
@@ -37,6 +42,7 @@ impl WeightFormat {
             Self::F32 => "f32",
             Self::F16 => "f16",
             Self::Bf16 => "bf16",
+            Self::Quantized(format) => format.name(),
         }
     }
 }
@@ -47,7 +53,8 @@ enum Bytes {
     Mapped { file: Arc<MappedFile>, offset: usize },
 }
 
-/// A `[rows, cols]` matrix, row-major: `rows` outputs of `cols` inputs each. Cloning shares the bytes.
+/// A `[rows, cols]` matrix: `rows` outputs of `cols` inputs each, row-major or, where quantized, in panels of rows. Cloning
+/// shares the bytes.
 #[derive(Clone)]
 pub struct PackedWeight {
     format: WeightFormat,
@@ -61,10 +68,12 @@ pub(crate) enum WeightView<'a> {
     F32(&'a [f32]),
     F16(&'a [f16]),
     Bf16(&'a [bf16]),
+    Quantized(Layout, &'a [u8]),
 }
 
 impl PackedWeight {
-    /// Copies little-endian numbers in row-major order. Fails if the bytes are not exactly `rows * cols` numbers.
+    /// Copies little-endian numbers in row-major order, or what [`Self::as_bytes`] of a quantized weight gave. Fails if
+    /// the bytes are not exactly as many as the format takes.
     pub fn from_bytes(format: WeightFormat, rows: usize, cols: usize, bytes: &[u8]) -> Result<Self> {
         check::length(OP, "number of bytes", bytes.len(), num_bytes(format, rows, cols)?)?;
         let mut owned = AlignedBytes::zeroed(bytes.len());
@@ -72,18 +81,28 @@ impl PackedWeight {
         Ok(Self::owned(format, rows, cols, owned))
     }
 
-    /// Rounds numbers to the format (to nearest, ties to even). Fails if there are not exactly `rows * cols`.
+    /// Rounds numbers to the format (to nearest, ties to even), or quantizes them. Fails if there are not exactly
+    /// `rows * cols`, and where one to quantize is no number.
     pub fn from_f32(format: WeightFormat, rows: usize, cols: usize, values: &[f32]) -> Result<Self> {
         let bytes = num_bytes(format, rows, cols)?;
         check::length(OP, "number of values", values.len(), rows * cols)?;
         let mut owned = AlignedBytes::zeroed(bytes);
-        let target = owned.as_mut_slice();
-        match format {
-            WeightFormat::F32 => view_mut::<f32>(target).copy_from_slice(values),
-            WeightFormat::F16 => view_mut::<f16>(target).convert_from_f32_slice(values),
-            WeightFormat::Bf16 => view_mut::<bf16>(target).convert_from_f32_slice(values),
-        }
+        convert_into(format, cols, values, owned.as_mut_slice())?;
         Ok(Self::owned(format, rows, cols, owned))
+    }
+
+    /// Packs codes and scales that exist already: `fill(row_idx, row)` sets every field of a row. Rows are asked for in
+    /// any order, from several threads. Fails on a scale that is no number, or a group that no kernel knows.
+    pub fn from_groups(
+        format: QuantFormat,
+        rows: usize,
+        cols: usize,
+        fill: impl Fn(usize, &mut GroupRow) + Sync,
+    ) -> Result<Self> {
+        let whole = WeightFormat::Quantized(format);
+        let mut owned = AlignedBytes::zeroed(num_bytes(whole, rows, cols)?);
+        quant::pack(&Layout::new(format, cols), rows, owned.as_mut_slice(), fill)?;
+        Ok(Self::owned(whole, rows, cols, owned))
     }
 
     /// Borrows a range of a mapped file that starts at byte `offset`. A range that is not aligned to its numbers is
@@ -106,6 +125,7 @@ impl PackedWeight {
         let aligned = match format {
             WeightFormat::F32 => is_aligned::<f32>(bytes),
             WeightFormat::F16 | WeightFormat::Bf16 => is_aligned::<f16>(bytes),
+            WeightFormat::Quantized(_) => (bytes.as_ptr() as usize).is_multiple_of(QUANT_ALIGNMENT),
         };
         if aligned {
             Ok(Self { format, rows, cols, bytes: Bytes::Mapped { file, offset } })
@@ -128,40 +148,45 @@ impl PackedWeight {
         }
         let rows = parts.iter().map(|part| part.rows).sum();
         let mut owned = AlignedBytes::zeroed(num_bytes(first.format, rows, first.cols)?);
-        let mut target = owned.as_mut_slice();
+        let mut row = 0;
         for part in parts {
-            let (head, tail) = target.split_at_mut(part.num_bytes());
-            head.copy_from_slice(part.as_bytes());
-            target = tail;
+            part.copy_rows(&(0..part.rows).collect::<Vec<_>>(), owned.as_mut_slice(), row);
+            row += part.rows;
         }
         Ok(Self::owned(first.format, rows, first.cols, owned))
     }
 
     /// Copies rows in another order, or some of them. Fails if one does not exist.
     pub fn select_rows(&self, rows: &[usize]) -> Result<Self> {
-        let row_bytes = self.format.bytes_for(1, self.cols);
-        let mut owned = AlignedBytes::zeroed(num_bytes(self.format, rows.len(), self.cols)?);
-        for (target, &row) in owned.as_mut_slice().chunks_exact_mut(row_bytes.max(1)).zip(rows) {
+        for &row in rows {
             check::below(OP, "row", row, self.rows)?;
-            target.copy_from_slice(&self.as_bytes()[row * row_bytes..(row + 1) * row_bytes]);
         }
+        let mut owned = AlignedBytes::zeroed(num_bytes(self.format, rows.len(), self.cols)?);
+        self.copy_rows(rows, owned.as_mut_slice(), 0);
         Ok(Self::owned(self.format, rows.len(), self.cols, owned))
     }
 
-    /// The same numbers in another format (to nearest, ties to even); itself if it is in that format already.
-    pub fn convert(self, format: WeightFormat) -> Self {
+    /// Copies rows behind the first `first` ones of another weight of the same format and width.
+    fn copy_rows(&self, rows: &[usize], target: &mut [u8], first: usize) {
+        if let WeightView::Quantized(layout, bytes) = self.view() {
+            return quant::copy_rows(&layout, bytes, rows, target, first);
+        }
+        let row_bytes = self.format.bytes_for(1, self.cols);
+        let target = target[first * row_bytes..].chunks_exact_mut(row_bytes.max(1));
+        for (target, &row) in target.zip(rows) {
+            target.copy_from_slice(&self.as_bytes()[row * row_bytes..(row + 1) * row_bytes]);
+        }
+    }
+
+    /// The same numbers in another format (to nearest, ties to even, or quantized); itself if it is in that format
+    /// already. Fails where a number to quantize is none.
+    pub fn convert(self, format: WeightFormat) -> Result<Self> {
         if self.format == format {
-            return self;
+            return Ok(self);
         }
-        let mut owned = AlignedBytes::zeroed(format.bytes_for(self.rows, self.cols));
-        let target = owned.as_mut_slice();
-        let values = self.to_f32();
-        match format {
-            WeightFormat::F32 => view_mut::<f32>(target).copy_from_slice(&values),
-            WeightFormat::F16 => view_mut::<f16>(target).convert_from_f32_slice(&values),
-            WeightFormat::Bf16 => view_mut::<bf16>(target).convert_from_f32_slice(&values),
-        }
-        Self::owned(format, self.rows, self.cols, owned)
+        let mut owned = AlignedBytes::zeroed(num_bytes(format, self.rows, self.cols)?);
+        convert_into(format, self.cols, &self.to_f32(), owned.as_mut_slice())?;
+        Ok(Self::owned(format, self.rows, self.cols, owned))
     }
 
     /// Outputs, the first dimension.
@@ -186,11 +211,13 @@ impl PackedWeight {
 
     /// Widens row `row_idx` into `out`. Panics if the row does not exist or `out` is not `cols` long.
     pub fn row_f32(&self, row_idx: usize, out: &mut [f32]) {
+        assert!(row_idx < self.rows && out.len() == self.cols, "row {row_idx} of {self:?} into {}", out.len());
         let range = row_idx * self.cols..(row_idx + 1) * self.cols;
         match self.view() {
             WeightView::F32(values) => out.copy_from_slice(&values[range]),
             WeightView::F16(values) => values[range].convert_to_f32_slice(out),
             WeightView::Bf16(values) => values[range].convert_to_f32_slice(out),
+            WeightView::Quantized(layout, bytes) => quant::read_row(&layout, bytes, row_idx, out),
         }
     }
 
@@ -200,10 +227,16 @@ impl PackedWeight {
             WeightView::F32(values) => values.to_vec(),
             WeightView::F16(values) => values.to_f32_vec(),
             WeightView::Bf16(values) => values.to_f32_vec(),
+            WeightView::Quantized(..) => {
+                let mut values = vec![0.0; self.rows * self.cols];
+                let rows = values.chunks_exact_mut(self.cols.max(1)).enumerate();
+                rows.for_each(|(row_idx, row)| self.row_f32(row_idx, row));
+                values
+            }
         }
     }
 
-    /// The stored bytes, little-endian, row-major.
+    /// The stored bytes, little-endian.
     pub fn as_bytes(&self) -> &[u8] {
         match &self.bytes {
             Bytes::Owned(bytes) => bytes.as_slice(),
@@ -216,6 +249,7 @@ impl PackedWeight {
             WeightFormat::F32 => WeightView::F32(self.elements()),
             WeightFormat::F16 => WeightView::F16(self.elements()),
             WeightFormat::Bf16 => WeightView::Bf16(self.elements()),
+            WeightFormat::Quantized(format) => WeightView::Quantized(Layout::new(format, self.cols), self.as_bytes()),
         }
     }
 
@@ -238,11 +272,32 @@ impl fmt::Debug for PackedWeight {
     }
 }
 
-/// Bytes of a shape that may come from a file header: the product must not overflow.
+/// Writes numbers `[_, cols]` in a format.
+fn convert_into(format: WeightFormat, cols: usize, values: &[f32], target: &mut [u8]) -> Result<()> {
+    match format {
+        WeightFormat::F32 => view_mut::<f32>(target).copy_from_slice(values),
+        WeightFormat::F16 => view_mut::<f16>(target).convert_from_f32_slice(values),
+        WeightFormat::Bf16 => view_mut::<bf16>(target).convert_from_f32_slice(values),
+        WeightFormat::Quantized(format) => {
+            let rows = values.len().checked_div(cols).unwrap_or(0);
+            quant::quantize(&Layout::new(format, cols), rows, values, target)?;
+        }
+    }
+    Ok(())
+}
+
+/// Bytes of a shape that may come from a file header: no product may overflow, and the group must be a known one.
 fn num_bytes(format: WeightFormat, rows: usize, cols: usize) -> Result<usize> {
-    match rows.checked_mul(cols).and_then(|elements| elements.checked_mul(4)) {
+    let invalid = |reason| Err(KernelError::Invalid { op: OP, reason });
+    if let WeightFormat::Quantized(format) = format
+        && !format.is_known()
+    {
+        return invalid(format!("groups of {} columns have no kernel", format.group));
+    }
+    // The filling of a panel and of a group is far below the factor of 2^16 that is kept free here.
+    match rows.max(1).checked_mul(cols.max(1)).and_then(|elements| elements.checked_mul(1 << 16)) {
         Some(_) => Ok(format.bytes_for(rows, cols)),
-        None => Err(KernelError::Invalid { op: OP, reason: format!("shape [{rows}, {cols}] is too large") }),
+        None => invalid(format!("shape [{rows}, {cols}] is too large")),
     }
 }
 
@@ -271,7 +326,7 @@ mod tests {
             let stacked = PackedWeight::concat_rows(&[&weight, &copy]).unwrap();
             assert_eq!((stacked.rows(), stacked.to_f32()), (8, values.repeat(2)));
             for other in FORMATS {
-                let converted = weight.clone().convert(other);
+                let converted = weight.clone().convert(other).unwrap();
                 assert_eq!((converted.format(), converted.to_f32()), (other, values.clone()));
             }
         }

@@ -238,7 +238,7 @@ impl<'a> Loader<'a> {
         };
         let parts: Vec<PackedWeight> = match format {
             None => parts,
-            Some(format) => parts.into_iter().map(|part| part.convert(format)).collect(),
+            Some(format) => parts.into_iter().map(|part| part.convert(format)).collect::<Result<_, _>>()?,
         };
         let kept = PackedWeight::concat_rows(&parts.iter().collect::<Vec<_>>())?;
         self.state.borrow_mut().weight_bytes += kept.num_bytes() as u64;

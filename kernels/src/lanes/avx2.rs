@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{Lanes, WIDTH};
+use super::{BYTES, Lanes, WIDTH};
 
 /// Proof that the machine has AVX2, FMA and F16C.
 #[derive(Clone, Copy)]
@@ -20,8 +20,8 @@ impl Avx2 {
 /// One instruction of the set.
 macro_rules! op {
     ($call:expr) => {{
-        // SAFETY: `self` proves the features (`Avx2::detect`); memory operands are references to 8 elements of f32
-        // or 16 bits, and the unaligned forms are used.
+        // SAFETY: `self` proves the features (`Avx2::detect`); memory operands are references to as many elements
+        // as the operation reads or writes, and the unaligned forms are used.
         unsafe { $call }
     }};
 }
@@ -57,8 +57,37 @@ fn scale_by_power(v: __m256, n: __m256) -> __m256 {
     _mm256_mul_ps(v, _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased)))
 }
 
+/// Bytes of a lane apart as 16-bit numbers, so that no sum of two products is cut off: odd ones and even ones.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn dot4(acc: __m256i, w: __m256i, x: [i8; 4]) -> __m256i {
+    let x = _mm256_set1_epi32(i32::from_le_bytes(x.map(i8::cast_unsigned)));
+    let (x_even, x_odd) = (_mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x)), _mm256_srai_epi16::<8>(x));
+    let (w_even, w_odd) = (_mm256_and_si256(w, _mm256_set1_epi16(0xff)), _mm256_srli_epi16::<8>(w));
+    let sums = _mm256_add_epi32(_mm256_madd_epi16(w_even, x_even), _mm256_madd_epi16(w_odd, x_odd));
+    _mm256_add_epi32(acc, sums)
+}
+
+/// To 16 bytes.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn to_i8(low: __m256, high: __m256) -> __m128i {
+    let words = _mm256_packs_epi32(_mm256_cvtps_epi32(low), _mm256_cvtps_epi32(high));
+    // The packing goes within halves of 128 bits.
+    let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+    _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn high_nibbles(v: __m256i) -> __m256i {
+    _mm256_and_si256(_mm256_srli_epi16::<4>(v), _mm256_set1_epi8(15))
+}
+
 impl Lanes for Avx2 {
     type V = (__m256, __m256);
+    type I = (__m256i, __m256i);
+    type B = (__m256i, __m256i);
 
     const NUM_VECTORS: usize = 8;
 
@@ -153,5 +182,51 @@ impl Lanes for Avx2 {
     #[inline(always)]
     fn sum(self, v: Self::V) -> f32 {
         op!(sum_halves(v.0, v.1))
+    }
+
+    #[inline(always)]
+    fn splat_int(self, value: i32) -> Self::I {
+        let v = op!(_mm256_set1_epi32(value));
+        (v, v)
+    }
+
+    #[inline(always)]
+    fn int_to_float(self, v: Self::I) -> Self::V {
+        (op!(_mm256_cvtepi32_ps(v.0)), op!(_mm256_cvtepi32_ps(v.1)))
+    }
+
+    #[inline(always)]
+    fn store_i8(self, v: Self::V, to: &mut [i8; WIDTH]) {
+        let bytes = op!(to_i8(v.0, v.1));
+        op!(_mm_storeu_si128(to.as_mut_ptr().cast(), bytes));
+    }
+
+    #[inline(always)]
+    fn load_bytes(self, from: &[u8; BYTES]) -> Self::B {
+        let (low, high) = from.split_at(BYTES / 2);
+        (op!(_mm256_loadu_si256(low.as_ptr().cast())), op!(_mm256_loadu_si256(high.as_ptr().cast())))
+    }
+
+    #[inline(always)]
+    fn low_nibbles(self, v: Self::B) -> Self::B {
+        let mask = op!(_mm256_set1_epi8(15));
+        (op!(_mm256_and_si256(v.0, mask)), op!(_mm256_and_si256(v.1, mask)))
+    }
+
+    #[inline(always)]
+    fn high_nibbles(self, v: Self::B) -> Self::B {
+        (op!(high_nibbles(v.0)), op!(high_nibbles(v.1)))
+    }
+
+    #[inline(always)]
+    fn look_up(self, table: &[u8; 16], v: Self::B) -> Self::B {
+        let table = op!(_mm_loadu_si128(table.as_ptr().cast()));
+        let table = op!(_mm256_broadcastsi128_si256(table));
+        (op!(_mm256_shuffle_epi8(table, v.0)), op!(_mm256_shuffle_epi8(table, v.1)))
+    }
+
+    #[inline(always)]
+    fn dot4(self, acc: Self::I, w: Self::B, x: [i8; 4]) -> Self::I {
+        (op!(dot4(acc.0, w.0, x)), op!(dot4(acc.1, w.1, x)))
     }
 }

@@ -5,17 +5,19 @@ use std::arch::x86_64::*;
 use half::{bf16, f16};
 
 use super::avx2::sum_halves;
-use super::{Lanes, WIDTH};
+use super::{BYTES, Lanes, WIDTH};
 
-/// Proof that the machine has AVX-512F and VL (with AVX2, FMA and F16C). Without VL the compiler keeps vectors whose
-/// halves are used in the lower 16 registers, and large tiles spill.
+/// Proof that the machine has AVX-512 F, BW, VL and VNNI (with AVX2, FMA and F16C). Without VL the compiler keeps vectors
+/// whose halves are used in the lower 16 registers, and large tiles spill.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512(());
 
 impl Avx512 {
     pub(crate) fn detect() -> Option<Self> {
         (is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512vnni")
             && is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c"))
@@ -26,14 +28,16 @@ impl Avx512 {
 /// One instruction of the set.
 macro_rules! op {
     ($call:expr) => {{
-        // SAFETY: `self` proves the features (`Avx512::detect`); memory operands are references to 16 elements, and
-        // the unaligned forms are used.
+        // SAFETY: `self` proves the features (`Avx512::detect`); memory operands are references to as many
+        // elements as the operation reads or writes, and the unaligned forms are used.
         unsafe { $call }
     }};
 }
 
 impl Lanes for Avx512 {
     type V = __m512;
+    type I = __m512i;
+    type B = __m512i;
 
     const NUM_VECTORS: usize = 32;
 
@@ -128,5 +132,52 @@ impl Lanes for Avx512 {
         let high = op!(_mm512_extractf64x4_pd::<1>(wide));
         let high = op!(_mm256_castpd_ps(high));
         op!(sum_halves(low, high))
+    }
+
+    #[inline(always)]
+    fn splat_int(self, value: i32) -> __m512i {
+        op!(_mm512_set1_epi32(value))
+    }
+
+    #[inline(always)]
+    fn int_to_float(self, v: __m512i) -> __m512 {
+        op!(_mm512_cvtepi32_ps(v))
+    }
+
+    #[inline(always)]
+    fn store_i8(self, v: __m512, to: &mut [i8; WIDTH]) {
+        let words = op!(_mm512_cvtps_epi32(v));
+        let bytes = op!(_mm512_cvtepi32_epi8(words));
+        op!(_mm_storeu_si128(to.as_mut_ptr().cast(), bytes));
+    }
+
+    #[inline(always)]
+    fn load_bytes(self, from: &[u8; BYTES]) -> __m512i {
+        op!(_mm512_loadu_si512(from.as_ptr().cast()))
+    }
+
+    #[inline(always)]
+    fn low_nibbles(self, v: __m512i) -> __m512i {
+        let mask = op!(_mm512_set1_epi8(15));
+        op!(_mm512_and_si512(v, mask))
+    }
+
+    #[inline(always)]
+    fn high_nibbles(self, v: __m512i) -> __m512i {
+        let shifted = op!(_mm512_srli_epi16::<4>(v));
+        self.low_nibbles(shifted)
+    }
+
+    #[inline(always)]
+    fn look_up(self, table: &[u8; 16], v: __m512i) -> __m512i {
+        let table = op!(_mm_loadu_si128(table.as_ptr().cast()));
+        let table = op!(_mm512_broadcast_i32x4(table));
+        op!(_mm512_shuffle_epi8(table, v))
+    }
+
+    #[inline(always)]
+    fn dot4(self, acc: __m512i, w: __m512i, x: [i8; 4]) -> __m512i {
+        let x = op!(_mm512_set1_epi32(i32::from_le_bytes(x.map(i8::cast_unsigned))));
+        op!(_mm512_dpbusd_epi32(acc, w, x))
     }
 }

@@ -1,4 +1,4 @@
-//! Sixteen f32 lanes: one source of arithmetic that gives the same bits on every instruction set.
+//! Sixteen lanes of f32 or i32: one source of arithmetic that gives the same bits on every instruction set.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -24,10 +24,16 @@ pub(crate) use portable::Portable;
 
 /// Lanes of a vector on every instruction set; what makes reduction orders equal everywhere.
 pub(crate) const WIDTH: usize = 16;
+/// Bytes of a vector of bytes: four for each lane.
+pub(crate) const BYTES: usize = 4 * WIDTH;
 
 /// Arithmetic on 16 lanes. A value of the type proves that the machine has the instructions.
 pub(crate) trait Lanes: Copy {
     type V: Copy;
+    /// An i32 per lane.
+    type I: Copy;
+    /// Four bytes per lane.
+    type B: Copy;
 
     /// Vectors that fit the register file; tiles are sized by it.
     const NUM_VECTORS: usize;
@@ -55,6 +61,21 @@ pub(crate) trait Lanes: Copy {
     fn prefetch<T>(self, address: *const T);
     /// Adds lanes 8 apart, then 4, 2 and 1 apart.
     fn sum(self, v: Self::V) -> f32;
+
+    fn splat_int(self, value: i32) -> Self::I;
+    /// To the nearest f32, which is exact below 2^24.
+    fn int_to_float(self, v: Self::I) -> Self::V;
+    /// To the nearest integers, ties to even, for numbers within ±127.
+    fn store_i8(self, v: Self::V, to: &mut [i8; WIDTH]);
+    fn load_bytes(self, from: &[u8; BYTES]) -> Self::B;
+    /// Of each byte the lower four bits.
+    fn low_nibbles(self, v: Self::B) -> Self::B;
+    /// Of each byte the upper four bits.
+    fn high_nibbles(self, v: Self::B) -> Self::B;
+    /// Entry `v[i]` of the table for each byte, all below 16.
+    fn look_up(self, table: &[u8; 16], v: Self::B) -> Self::B;
+    /// Adds to each lane its four unsigned bytes of `w` times the four signed ones of `x`, exactly.
+    fn dot4(self, acc: Self::I, w: Self::B, x: [i8; 4]) -> Self::I;
 }
 
 /// A number that is widened to f32 when loaded.

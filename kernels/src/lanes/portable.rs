@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::{Lanes, WIDTH};
+use super::{BYTES, Lanes, WIDTH};
 
 /// Needs nothing of the machine.
 #[derive(Clone, Copy)]
@@ -15,6 +15,8 @@ fn zip(a: [f32; WIDTH], b: [f32; WIDTH], op: impl Fn(f32, f32) -> f32) -> [f32; 
 
 impl Lanes for Portable {
     type V = [f32; WIDTH];
+    type I = [i32; WIDTH];
+    type B = [u8; BYTES];
 
     const NUM_VECTORS: usize = 8;
 
@@ -100,5 +102,48 @@ impl Lanes for Portable {
             }
         }
         lanes[0]
+    }
+
+    #[inline(always)]
+    fn splat_int(self, value: i32) -> Self::I {
+        [value; WIDTH]
+    }
+
+    #[inline(always)]
+    fn int_to_float(self, v: Self::I) -> Self::V {
+        v.map(|value| value as f32)
+    }
+
+    #[inline(always)]
+    fn store_i8(self, v: Self::V, to: &mut [i8; WIDTH]) {
+        *to = v.map(|value| value.round_ties_even() as i8);
+    }
+
+    #[inline(always)]
+    fn load_bytes(self, from: &[u8; BYTES]) -> Self::B {
+        *from
+    }
+
+    #[inline(always)]
+    fn low_nibbles(self, v: Self::B) -> Self::B {
+        v.map(|byte| byte & 15)
+    }
+
+    #[inline(always)]
+    fn high_nibbles(self, v: Self::B) -> Self::B {
+        v.map(|byte| byte >> 4)
+    }
+
+    #[inline(always)]
+    fn look_up(self, table: &[u8; 16], v: Self::B) -> Self::B {
+        v.map(|index| table[usize::from(index & 15)])
+    }
+
+    #[inline(always)]
+    fn dot4(self, acc: Self::I, w: Self::B, x: [i8; 4]) -> Self::I {
+        std::array::from_fn(|lane| {
+            let products = x.iter().zip(&w[4 * lane..4 * lane + 4]).map(|(&x, &w)| i32::from(x) * i32::from(w));
+            acc[lane] + products.sum::<i32>()
+        })
     }
 }

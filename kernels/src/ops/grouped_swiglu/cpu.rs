@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::{Expert, ExpertActivation, ExpertWeights, GroupedSwiglu};
-use crate::matmul::{BLOCK_OUTS, BLOCK_ROWS, BlockInput, part};
+use crate::matmul::{Activations, BLOCK_OUTS, BLOCK_ROWS, RowBlock, part};
 use crate::memory::Disjoint;
 use crate::ops::glu;
 use crate::pool;
@@ -19,11 +19,13 @@ pub(crate) fn grouped_swiglu(op: &GroupedSwiglu<'_>, x: &[f32]) -> Vec<f32> {
         return out;
     }
     let token_floats = op.topk.k * (op.hidden_size + op.intermediate);
+    let formats = op.topk.experts.iter().filter_map(|&expert| op.experts[expert as usize].glu());
+    let activations = Activations::new(x, op.hidden_size, formats.map(|expert| expert.gate_up.format()));
     let part_tokens = (MAX_BUFFER_FLOATS / token_floats).max(1);
     for (part_idx, out) in out.chunks_mut(part_tokens * op.hidden_size).enumerate() {
         let first = part_idx * part_tokens;
         let plan = Plan::new(op, first..first + out.len() / op.hidden_size);
-        let activated = plan.gate_up(x);
+        let activated = plan.gate_up(&activations);
         let y = plan.down(&activated);
         plan.combine(x, &y, out);
     }
@@ -72,7 +74,7 @@ impl<'a> Plan<'a> {
     }
 
     /// `act(gate x, up x)` of each row, `[num_rows, intermediate]`
-    fn gate_up(&self, x: &[f32]) -> Vec<f32> {
+    fn gate_up(&self, x: &Activations<'_>) -> Vec<f32> {
         let (hidden_size, intermediate) = (self.op.hidden_size, self.op.intermediate);
         let mut activated = vec![0.0; self.pairs.len() * intermediate];
         let target = Disjoint::new(&mut activated);
@@ -82,15 +84,12 @@ impl<'a> Plan<'a> {
             let (expert, rows) = &self.blocks[task_idx / outs_per_block];
             let outs = part(task_idx % outs_per_block, BLOCK_OUTS, intermediate);
             let weight = &expert.gate_up;
-            let input = BlockInput::new(self.pairs[rows.clone()].iter().map(|pair| {
-                let token = pair / self.op.topk.k;
-                &x[token * hidden_size..(token + 1) * hidden_size]
-            }));
+            let input = RowBlock::new(self.pairs[rows.clone()].iter().map(|pair| pair / self.op.topk.k));
             let (mut gate, mut up) = ([0.0; BLOCK_ROWS * BLOCK_OUTS], [0.0; BLOCK_ROWS * BLOCK_OUTS]);
             // A unit without a gate has its one matrix in the gate's place.
             for (part, block) in [&mut gate, &mut up].into_iter().take(expert.activation.num_parts()).enumerate() {
                 let outs = part * intermediate + outs.start..part * intermediate + outs.end;
-                input.multiply(weight, outs.clone(), block);
+                x.multiply(&input, weight, outs.clone(), block);
                 if let Some(biases) = &expert.biases {
                     add_to_rows(&mut block[..rows.len() * outs.len()], &biases.gate_up[outs]);
                 }
@@ -107,6 +106,8 @@ impl<'a> Plan<'a> {
     /// The expert's output of each row, `[num_rows, hidden_size]`
     fn down(&self, activated: &[f32]) -> Vec<f32> {
         let (hidden_size, intermediate) = (self.op.hidden_size, self.op.intermediate);
+        let formats = self.blocks.iter().map(|(expert, _)| expert.down.format());
+        let activations = Activations::new(activated, intermediate, formats);
         let mut y = vec![0.0; self.pairs.len() * hidden_size];
         let target = Disjoint::new(&mut y);
         let outs_per_block = hidden_size.div_ceil(BLOCK_OUTS);
@@ -114,10 +115,8 @@ impl<'a> Plan<'a> {
         pool::parallel_if(work, self.blocks.len() * outs_per_block, |task_idx| {
             let (expert, rows) = &self.blocks[task_idx / outs_per_block];
             let outs = part(task_idx % outs_per_block, BLOCK_OUTS, hidden_size);
-            let input =
-                BlockInput::new(rows.clone().map(|row| &activated[row * intermediate..(row + 1) * intermediate]));
             let mut block = [0.0; BLOCK_ROWS * BLOCK_OUTS];
-            input.multiply(&expert.down, outs.clone(), &mut block);
+            activations.multiply(&RowBlock::new(rows.clone()), &expert.down, outs.clone(), &mut block);
             if let Some(biases) = &expert.biases {
                 add_to_rows(&mut block[..rows.len() * outs.len()], &biases.down[outs.clone()]);
             }

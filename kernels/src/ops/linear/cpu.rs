@@ -1,13 +1,14 @@
 //! `linear` in blocks of input rows and weight rows, one task each.
 
 use super::Linear;
-use crate::matmul::{BLOCK_OUTS, BLOCK_ROWS, BlockInput, part};
+use crate::matmul::{Activations, BLOCK_OUTS, BLOCK_ROWS, RowBlock, part};
 use crate::memory::Disjoint;
 use crate::pool;
 
 pub(crate) fn linear(op: &Linear<'_>, x: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
     let (num_tokens, weight) = (op.num_tokens, op.weight);
     let (in_features, out_features) = (weight.cols(), weight.rows());
+    let activations = Activations::new(x, in_features, std::iter::once(weight.format()));
     let mut out = vec![0.0; num_tokens * out_features];
     let target = Disjoint::new(&mut out);
     let out_blocks = out_features.div_ceil(BLOCK_OUTS);
@@ -16,9 +17,8 @@ pub(crate) fn linear(op: &Linear<'_>, x: &[f32], bias: Option<&[f32]>) -> Vec<f3
         // Tasks that follow each other share input rows, so that those stay in the cache.
         let rows = part(task_idx / out_blocks, BLOCK_ROWS, num_tokens);
         let outs = part(task_idx % out_blocks, BLOCK_OUTS, out_features);
-        let input = BlockInput::new(rows.clone().map(|row| &x[row * in_features..(row + 1) * in_features]));
         let mut block = [0.0; BLOCK_ROWS * BLOCK_OUTS];
-        input.multiply(weight, outs.clone(), &mut block);
+        activations.multiply(&RowBlock::new(rows.clone()), weight, outs.clone(), &mut block);
         for (row, values) in rows.zip(block.chunks_exact(outs.len())) {
             // SAFETY: each (row, out) belongs to exactly one task.
             let target = unsafe { target.part(row * out_features + outs.start, outs.len()) };

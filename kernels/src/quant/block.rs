@@ -1,0 +1,232 @@
+//! The product of a few quantized input rows with a few panels of a quantized weight.
+
+use std::ops::Range;
+
+use super::activations::{QuantizedRows, Terms};
+use super::layout::{Layout, PANEL_ROWS, Panel};
+use super::{Codes, FP4_TABLE};
+use crate::dispatch::{self, Kernel};
+use crate::lanes::{BYTES, Lanes, WIDTH};
+
+/// How far ahead of its use a weight is asked for, in bytes: what arrives from memory during about a microsecond.
+const PREFETCH_BYTES: usize = 4096;
+
+/// A product to compute: `out[i][j] = rows[i] · weight[outs.start + j]`.
+pub(crate) struct QuantBlock<'a> {
+    pub(crate) x: &'a QuantizedRows,
+    /// Input rows.
+    pub(crate) rows: &'a [u32],
+    pub(crate) layout: Layout,
+    /// All bytes of the weight.
+    pub(crate) weight: &'a [u8],
+    pub(crate) outs: Range<usize>,
+    /// Row-major with `outs.len()` as stride.
+    pub(crate) out: &'a mut [f32],
+}
+
+/// Computes a block on the instruction set of this machine.
+pub(crate) fn multiply(block: QuantBlock<'_>) {
+    debug_assert_eq!(block.x.group, block.layout.format.group());
+    debug_assert_eq!(block.x.num_groups, block.layout.num_groups);
+    dispatch::run(block);
+}
+
+impl Kernel for QuantBlock<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, lanes: L) {
+        match self.layout.format.codes {
+            Codes::Int8 => self.bands::<L, Bytes>(lanes),
+            Codes::Int8Min => self.bands::<L, BytesMin>(lanes),
+            Codes::Int4 => self.bands::<L, Nibbles>(lanes),
+            Codes::Int4Min => self.bands::<L, NibblesMin>(lanes),
+            Codes::Fp4 => self.bands::<L, Fp4>(lanes),
+        }
+    }
+}
+
+/// How 64 bytes of codes become factors of a product.
+trait Decode {
+    const CODES: Codes;
+    /// Vectors of codes in 64 bytes.
+    const VECTORS: usize = if matches!(Self::CODES, Codes::Int8 | Codes::Int8Min) { 1 } else { 2 };
+    const HAS_MIN: bool = matches!(Self::CODES, Codes::Int8Min | Codes::Int4Min);
+
+    /// The first `VECTORS` are used.
+    fn decode<L: Lanes>(lanes: L, bytes: &[u8; BYTES]) -> [L::B; 2];
+}
+
+struct Bytes;
+struct BytesMin;
+struct Nibbles;
+struct NibblesMin;
+struct Fp4;
+
+macro_rules! decode {
+    ($name:ident, $codes:expr, |$lanes:ident, $v:ident| $decoded:expr) => {
+        impl Decode for $name {
+            const CODES: Codes = $codes;
+
+            #[inline(always)]
+            fn decode<L: Lanes>($lanes: L, bytes: &[u8; BYTES]) -> [L::B; 2] {
+                let $v = $lanes.load_bytes(bytes);
+                $decoded
+            }
+        }
+    };
+}
+
+decode!(Bytes, Codes::Int8, |lanes, v| [v, v]);
+decode!(BytesMin, Codes::Int8Min, |lanes, v| [v, v]);
+decode!(Nibbles, Codes::Int4, |lanes, v| [lanes.low_nibbles(v), lanes.high_nibbles(v)]);
+decode!(NibblesMin, Codes::Int4Min, |lanes, v| [lanes.low_nibbles(v), lanes.high_nibbles(v)]);
+decode!(Fp4, Codes::Fp4, |lanes, v| {
+    [lanes.look_up(&FP4_TABLE, lanes.low_nibbles(v)), lanes.look_up(&FP4_TABLE, lanes.high_nibbles(v))]
+});
+
+impl QuantBlock<'_> {
+    /// Bands of rows in tiles that fill the register file.
+    #[inline(always)]
+    fn bands<L: Lanes, D: Decode>(mut self, lanes: L) {
+        let mut first = 0;
+        while first < self.rows.len() {
+            let left = self.rows.len() - first;
+            first += if L::NUM_VECTORS >= 32 {
+                match left {
+                    1 => self.band::<L, D, 1, 2>(lanes, first),
+                    2 | 4 => self.band::<L, D, 2, 2>(lanes, first),
+                    3 | 5 => self.band::<L, D, 3, 2>(lanes, first),
+                    _ => self.band::<L, D, 6, 2>(lanes, first),
+                }
+            } else {
+                match left {
+                    1 => self.band::<L, D, 1, 1>(lanes, first),
+                    _ => self.band::<L, D, 2, 1>(lanes, first),
+                }
+            }
+        }
+    }
+
+    /// `M` input rows against all panels, `P` at a time, and those left over one by one; gives `M`.
+    #[inline(always)]
+    fn band<L: Lanes, D: Decode, const M: usize, const P: usize>(&mut self, lanes: L, first: usize) -> usize {
+        let rows: [usize; M] = std::array::from_fn(|m| self.rows[first + m] as usize);
+        let (x, terms) = (rows.map(|row| self.x.codes(row)), rows.map(|row| self.x.terms(row)));
+        let group = self.layout.format.group();
+        let panels = self.outs.start / PANEL_ROWS..self.outs.end.div_ceil(PANEL_ROWS);
+        let mut panel_idx = panels.start;
+        while panel_idx + P <= panels.end {
+            let tile = tile::<L, D, M, P>(lanes, (x, terms), self.panels(panel_idx), group);
+            self.store(lanes, first, panel_idx, &tile);
+            panel_idx += P;
+        }
+        for panel_idx in panel_idx..panels.end {
+            for m in 0..M {
+                let tile = tile::<L, D, 1, 1>(lanes, ([x[m]], [terms[m]]), self.panels(panel_idx), group);
+                self.store(lanes, first + m, panel_idx, &tile);
+            }
+        }
+        M
+    }
+
+    #[inline(always)]
+    fn panels<const P: usize>(&self, first: usize) -> [Panel<'_>; P] {
+        std::array::from_fn(|p| self.layout.panel(&self.weight[(first + p) * self.layout.panel_bytes..]))
+    }
+
+    /// Writes what of a tile lies within `outs`.
+    #[inline(always)]
+    fn store<L: Lanes, const M: usize, const P: usize>(
+        &mut self,
+        lanes: L,
+        first: usize,
+        panel_idx: usize,
+        tile: &[[L::V; P]; M],
+    ) {
+        let stride = self.outs.len();
+        for (m, tile_row) in tile.iter().enumerate() {
+            let out = &mut self.out[(first + m) * stride..(first + m + 1) * stride];
+            for (p, &v) in tile_row.iter().enumerate() {
+                let start = (panel_idx + p) * PANEL_ROWS;
+                let mut values = [0.0; WIDTH];
+                lanes.store(v, &mut values);
+                let wanted = start.max(self.outs.start)..(start + PANEL_ROWS).min(self.outs.end);
+                out[wanted.start - self.outs.start..wanted.end - self.outs.start]
+                    .copy_from_slice(&values[wanted.start - start..wanted.end - start]);
+            }
+        }
+    }
+}
+
+/// All groups of `M` rows and `P` panels, first to last.
+#[inline(always)]
+fn tile<L: Lanes, D: Decode, const M: usize, const P: usize>(
+    lanes: L,
+    (x, terms): ([&[[i8; 4]]; M], [&[Terms]; M]),
+    panels: [Panel<'_>; P],
+    group: usize,
+) -> [[L::V; P]; M] {
+    let num_groups = terms[0].len();
+    let terms = terms.map(|terms| &terms[..num_groups]);
+    let vectors = group / 4 / D::VECTORS;
+    let mut acc = [[lanes.splat(0.0); P]; M];
+    for idx in 0..num_groups {
+        let codes: [&[[u8; BYTES]]; P] = std::array::from_fn(|p| &panels[p].codes[idx * vectors..(idx + 1) * vectors]);
+        let x: [&[[i8; 4]]; M] = std::array::from_fn(|m| &x[m][idx * group / 4..(idx + 1) * group / 4]);
+        let sums = dot_group::<L, D, M, P>(lanes, x, codes, std::array::from_fn(|m| terms[m][idx].sum));
+        for p in 0..P {
+            let scale_idx = if D::HAS_MIN { 2 * idx } else { idx };
+            let scale = lanes.load_f16(&panels[p].scales[scale_idx]);
+            for m in 0..M {
+                let x_scale = lanes.splat(terms[m][idx].scale);
+                acc[m][p] = lanes.fma(lanes.int_to_float(sums[m][p]), lanes.mul(scale, x_scale), acc[m][p]);
+            }
+            if D::HAS_MIN {
+                let min = lanes.load_f16(&panels[p].scales[scale_idx + 1]);
+                for m in 0..M {
+                    let x_sum = lanes.splat(terms[m][idx].scale * terms[m][idx].sum as f32);
+                    acc[m][p] = lanes.fma(min, x_sum, acc[m][p]);
+                }
+            }
+        }
+    }
+    for p in 0..P {
+        let factor = lanes.load(panels[p].factors);
+        for acc in &mut acc {
+            acc[p] = lanes.mul(acc[p], factor);
+        }
+    }
+    acc
+}
+
+/// The integer products of one group.
+#[inline(always)]
+fn dot_group<L: Lanes, D: Decode, const M: usize, const P: usize>(
+    lanes: L,
+    x: [&[[i8; 4]]; M],
+    codes: [&[[u8; BYTES]]; P],
+    x_sums: [i32; M],
+) -> [[L::I; P]; M] {
+    let mut acc: [[L::I; P]; M] = std::array::from_fn(|m| [lanes.splat_int(-D::CODES.offset() * x_sums[m]); P]);
+    let vectors = codes[0].len();
+    let x = x.map(|x| &x[..vectors * D::VECTORS]);
+    let codes = codes.map(|codes| &codes[..vectors]);
+    for idx in 0..vectors {
+        let mut w = [[lanes.load_bytes(&[0; BYTES]); 2]; P];
+        for p in 0..P {
+            if M <= 2 {
+                lanes.prefetch(codes[p][idx].as_ptr().wrapping_add(PREFETCH_BYTES));
+            }
+            w[p] = D::decode(lanes, &codes[p][idx]);
+        }
+        for half in 0..D::VECTORS {
+            for m in 0..M {
+                for p in 0..P {
+                    acc[m][p] = lanes.dot4(acc[m][p], w[p][half], x[m][idx * D::VECTORS + half]);
+                }
+            }
+        }
+    }
+    acc
+}
