@@ -27,7 +27,7 @@ pub enum KvDtype {
 /// Everything that shapes an engine. All limits are here: nothing in the engine grows past them.
 #[derive(Clone, Debug)]
 pub struct EngineConfig {
-    /// Hugging Face folder: `config.json`, `*.safetensors`, `generation_config.json`.
+    /// Hugging Face folder (`config.json`, `*.safetensors`, `generation_config.json`), or a GGUF file.
     pub model_dir: PathBuf,
     pub dtype: WeightDtype,
     pub kv_dtype: KvDtype,
@@ -55,7 +55,7 @@ pub struct EngineConfig {
 }
 
 impl EngineConfig {
-    /// The defaults for the model in `model_dir`.
+    /// The defaults for the model in or at `model_dir`.
     pub fn new(model_dir: impl Into<PathBuf>) -> Self {
         Self {
             model_dir: model_dir.into(),

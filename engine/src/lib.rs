@@ -39,5 +39,6 @@ pub use runner::{ChunkOutput, RowRequest, Runner};
 pub use weights::gguf::GgufFile;
 pub use weights::inspect::{Inspection, inspect};
 pub use weights::loader::LoadProgress;
+pub use weights::model_files::find_gguf;
 pub use weights::tally::{ClassSize, TensorClass};
 pub use weights::upcycle::{UpcycleDtype, UpcycleOptions, UpcycleReport, upcycle};

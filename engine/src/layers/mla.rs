@@ -90,7 +90,7 @@ impl MlaAttention {
         let kv_a = Linear::load(loader, &name("kv_a_proj_with_mqa"), kv_a_width, hidden, config.bias)?;
         let kv_a_norm = Norm::load(loader, &name("kv_a_layernorm"), latent, config.lora_norm_eps)?
             .scaled(config.lora_scales.latent)?;
-        let (to_latent, from_latent) = load_kv_b(loader, &name("kv_b_proj.weight"), &config)?;
+        let (to_latent, from_latent) = load_kv_b(loader, prefix, &config)?;
         let out = Linear::load(loader, &name("o_proj"), hidden, heads * config.v_head_dim, config.bias)?;
         let spec = MlaSpec {
             num_heads: heads,
@@ -139,14 +139,22 @@ impl Query {
     }
 }
 
-/// Splits `kv_b_proj [heads * (nope + v), latent]` into `W_uk` (transposed, so that both are `[out, in]`) and `W_uv`.
+/// `W_uk` (transposed, so that both are `[out, in]`) and `W_uv` of each head: `k_b_proj [heads, latent, nope]` and
+/// `v_b_proj [heads, v, latent]` where the checkpoint has them so, else `kv_b_proj [heads * (nope + v), latent]`.
 fn load_kv_b(
     loader: &Loader,
-    name: &str,
+    prefix: &str,
     config: &MlaConfig,
 ) -> Result<(Vec<PackedWeight>, Vec<PackedWeight>), EngineError> {
     let (latent, nope, v) = (config.kv_lora_rank, config.qk_nope_head_dim, config.v_head_dim);
-    let packed = loader.weight(name, config.num_heads.saturating_mul(nope + v), latent)?;
+    let [joint, key, value] = ["kv_b_proj", "k_b_proj", "v_b_proj"].map(|part| format!("{prefix}.{part}.weight"));
+    if loader.has(&key) {
+        // Some files have it both ways.
+        loader.skip(&joint);
+        let keys = loader.stacked_weights(&key, [config.num_heads, latent, nope])?;
+        return Ok((keys, loader.stacked_weights(&value, [config.num_heads, v, latent])?));
+    }
+    let packed = loader.weight(&joint, config.num_heads.saturating_mul(nope + v), latent)?;
     let values = packed.to_f32();
     let (mut to_latent, mut from_latent) = (Vec::new(), Vec::new());
     for head in values.chunks_exact((nope + v) * latent) {

@@ -1,4 +1,4 @@
-//! gpt-oss: attention sinks, alternating windows, clamped and biased experts, in bf16 or MXFP4.
+//! gpt-oss: attention sinks, alternating windows, clamped and biased experts, stacked in bf16 or MXFP4, or apart.
 
 use kernels::{
     Expert, ExpertActivation, ExpertBiases, ExpertWeights, GluActivation, Reach, RouterSpec, Scoring, WeightFormat,
@@ -69,6 +69,9 @@ fn load_experts(
     shape: ExpertShape,
     activation: ExpertActivation,
 ) -> Result<Vec<Expert>, EngineError> {
+    if loader.has(&format!("{prefix}.0.gate_proj.weight")) {
+        return load_apart(loader, prefix, shape, activation);
+    }
     let ExpertShape { num_experts, hidden_size, width } = shape;
     check_blocks(loader, prefix, shape)?;
     let gate_up =
@@ -83,6 +86,33 @@ fn load_experts(
         Expert::Glu(ExpertWeights { gate_up, down, biases: Some(biases), activation })
     };
     Ok(weights.zip(biases).map(expert).collect())
+}
+
+/// Experts as they are read from GGUF, gate and up already apart: `{prefix}.{idx}.{gate,up,down}_proj.weight` with
+/// `{prefix}.{gate,up,down}_proj.bias [E, rows]`.
+fn load_apart(
+    loader: &Loader,
+    prefix: &str,
+    shape: ExpertShape,
+    activation: ExpertActivation,
+) -> Result<Vec<Expert>, EngineError> {
+    let ExpertShape { num_experts, hidden_size, width } = shape;
+    let bias = |part: &str, rows| loader.floats(&format!("{prefix}.{part}_proj.bias"), &[num_experts, rows]);
+    let (gate_bias, up_bias, down_bias) = (bias("gate", width)?, bias("up", width)?, bias("down", hidden_size)?);
+    (0..num_experts)
+        .map(|idx| {
+            let gate_up = ["gate", "up"].map(|part| (format!("{prefix}.{idx}.{part}_proj.weight"), width));
+            let of_expert = |rows| idx * rows..(idx + 1) * rows;
+            let gate_up_bias = [&gate_bias[of_expert(width)], &up_bias[of_expert(width)]].concat();
+            let biases = ExpertBiases { gate_up: gate_up_bias, down: down_bias[of_expert(hidden_size)].to_vec() };
+            Ok(Expert::Glu(ExpertWeights {
+                gate_up: loader.fused_weight(&gate_up, hidden_size)?,
+                down: loader.weight(&format!("{prefix}.{idx}.down_proj.weight"), hidden_size, width)?,
+                biases: Some(biases),
+                activation,
+            }))
+        })
+        .collect()
 }
 
 /// Refuses MXFP4 of sizes that its blocks do not divide.

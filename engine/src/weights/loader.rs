@@ -7,7 +7,7 @@ use candle_core::{Device, Tensor};
 use kernels::{PackedWeight, WeightFormat};
 use safetensors::Dtype;
 
-use super::checkpoint::{Checkpoint, TensorEntry};
+use super::checkpoint::{Checkpoint, StoredDtype, TensorEntry};
 use super::quantization::Quantization;
 use crate::config::WeightDtype;
 use crate::error::EngineError;
@@ -90,8 +90,7 @@ impl<'a> Loader<'a> {
     pub fn stacked_weights(&self, name: &str, shape: [usize; 3]) -> Result<Vec<PackedWeight>, EngineError> {
         let [count, rows, cols] = shape;
         let entry = self.take(name, &shape)?;
-        // Refuses FP8: nothing published says how its scales would be stacked.
-        self.weight_format(name, entry)?;
+        self.expect_stackable(name, entry)?;
         let stride = entry.num_bytes / count;
         (0..count).map(|idx| self.keep(vec![self.stored(name, entry, idx * stride, [rows, cols])?])).collect()
     }
@@ -103,7 +102,7 @@ impl<'a> Loader<'a> {
         [count, rows, cols]: [usize; 3],
     ) -> Result<Vec<PackedWeight>, EngineError> {
         let entry = self.take(name, &[count, rows, cols])?;
-        self.weight_format(name, entry)?;
+        self.expect_stackable(name, entry)?;
         let stride = entry.num_bytes / count;
         (0..count).map(|idx| self.stored(name, entry, idx * stride, [rows, cols])).collect()
     }
@@ -112,7 +111,7 @@ impl<'a> Loader<'a> {
     pub fn bytes(&self, name: &str, shape: &[usize]) -> Result<&'a [u8], EngineError> {
         let entry = self.take(name, shape)?;
         match entry.dtype {
-            Dtype::U8 => Ok(self.checkpoint.bytes(entry)),
+            StoredDtype::Plain(Dtype::U8) => Ok(self.checkpoint.bytes(entry)),
             _ => Err(self.dtype_error(name, entry)),
         }
     }
@@ -136,7 +135,7 @@ impl<'a> Loader<'a> {
     pub fn floats(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, EngineError> {
         let entry = self.take(name, shape)?;
         let count = entry.shape.iter().product();
-        let stored = self.checkpoint.matrix(entry, 0, self.weight_format(name, entry)?, [1, count])?;
+        let stored = self.checkpoint.matrix(entry, 0, self.weight_format(name, entry)?, [count, 1])?;
         self.state.borrow_mut().weight_bytes += (count * size_of::<f32>()) as u64;
         Ok(stored.to_f32())
     }
@@ -184,7 +183,7 @@ impl<'a> Loader<'a> {
     }
 
     /// Passes over a tensor that may be there and is of no use.
-    pub(super) fn skip(&self, name: &str) {
+    pub fn skip(&self, name: &str) {
         if let Ok(entry) = self.find(name) {
             self.mark_taken(name, entry);
         }
@@ -223,7 +222,8 @@ impl<'a> Loader<'a> {
         shape: [usize; 2],
     ) -> Result<PackedWeight, EngineError> {
         match entry.dtype {
-            Dtype::F8_E4M3 | Dtype::I8 => self.expand_scaled(name, entry, shape),
+            StoredDtype::Plain(Dtype::F8_E4M3 | Dtype::I8) => self.expand_scaled(name, entry, shape),
+            StoredDtype::Block(format) => self.expand_blocks(name, entry, (format, offset), shape),
             _ => self.checkpoint.matrix(entry, offset, self.weight_format(name, entry)?, shape),
         }
     }
@@ -247,11 +247,19 @@ impl<'a> Loader<'a> {
         Ok(kept)
     }
 
+    /// Refuses FP8: nothing published says how its scales would be stacked.
+    fn expect_stackable(&self, name: &str, entry: &TensorEntry) -> Result<(), EngineError> {
+        match entry.dtype {
+            StoredDtype::Block(_) => Ok(()),
+            StoredDtype::Plain(_) => self.weight_format(name, entry).map(drop),
+        }
+    }
+
     fn weight_format(&self, name: &str, entry: &TensorEntry) -> Result<WeightFormat, EngineError> {
         match entry.dtype {
-            Dtype::F32 => Ok(WeightFormat::F32),
-            Dtype::F16 => Ok(WeightFormat::F16),
-            Dtype::BF16 => Ok(WeightFormat::Bf16),
+            StoredDtype::Plain(Dtype::F32) => Ok(WeightFormat::F32),
+            StoredDtype::Plain(Dtype::F16) => Ok(WeightFormat::F16),
+            StoredDtype::Plain(Dtype::BF16) => Ok(WeightFormat::Bf16),
             _ => Err(self.dtype_error(name, entry)),
         }
     }
@@ -263,7 +271,7 @@ impl<'a> Loader<'a> {
 
     pub(super) fn dtype_error(&self, name: &str, entry: &TensorEntry) -> EngineError {
         let (name, path) = (format!("{}{name}", self.prefix), self.checkpoint.path(entry).to_owned());
-        EngineError::TensorDtype { name, dtype: format!("{:?}", entry.dtype), path }
+        EngineError::TensorDtype { name, dtype: entry.dtype.to_string(), path }
     }
 
     /// An error about what a tensor holds, naming its file.

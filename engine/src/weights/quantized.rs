@@ -5,7 +5,7 @@
 use kernels::{PackedWeight, WeightFormat};
 use safetensors::Dtype;
 
-use super::checkpoint::TensorEntry;
+use super::checkpoint::{StoredDtype, TensorEntry};
 use super::fp8;
 use super::grouped_ints::{GroupedInts, PackedCodes, WordOrder};
 use super::loader::Loader;
@@ -39,7 +39,7 @@ impl Loader<'_> {
     ) -> Result<PackedWeight, EngineError> {
         let bytes = self.stored_bytes(entry);
         let mut values: Vec<f32> = match entry.dtype {
-            Dtype::F8_E4M3 => {
+            StoredDtype::Plain(Dtype::F8_E4M3) => {
                 let table = fp8::table();
                 bytes.iter().map(|&byte| table[usize::from(byte)]).collect()
             }
@@ -146,7 +146,7 @@ impl Loader<'_> {
             };
         }
         let entry = self.take(name, &[cols])?;
-        if entry.dtype != Dtype::I32 {
+        if entry.dtype != StoredDtype::Plain(Dtype::I32) {
             return Err(self.dtype_error(name, entry));
         }
         let groups = self.stored_bytes(entry).as_chunks().0.iter().map(|&bytes| i32::from_le_bytes(bytes));
@@ -211,8 +211,12 @@ impl Loader<'_> {
         let entry = self.take(name, &[2])?;
         let bytes = self.stored_bytes(entry);
         let sizes: Vec<i64> = match entry.dtype {
-            Dtype::I64 => bytes.as_chunks().0.iter().map(|&bytes| i64::from_le_bytes(bytes)).collect(),
-            Dtype::I32 => bytes.as_chunks().0.iter().map(|&bytes| i32::from_le_bytes(bytes).into()).collect(),
+            StoredDtype::Plain(Dtype::I64) => {
+                bytes.as_chunks().0.iter().map(|&bytes| i64::from_le_bytes(bytes)).collect()
+            }
+            StoredDtype::Plain(Dtype::I32) => {
+                bytes.as_chunks().0.iter().map(|&bytes| i32::from_le_bytes(bytes).into()).collect()
+            }
             _ => return Err(self.dtype_error(name, entry)),
         };
         if sizes.iter().map(|&size| usize::try_from(size).ok()).eq(shape.map(Some)) {
@@ -225,13 +229,18 @@ impl Loader<'_> {
     fn words(&self, name: &str, shape: [usize; 2]) -> Result<&[u8], EngineError> {
         let entry = self.take(name, &shape)?;
         match entry.dtype {
-            Dtype::I32 => Ok(self.stored_bytes(entry)),
+            StoredDtype::Plain(Dtype::I32) => Ok(self.stored_bytes(entry)),
             _ => Err(self.dtype_error(name, entry)),
         }
     }
 
     /// In bf16 unless a wider type is asked for; the caller converts to what is.
-    fn expanded(&self, name: &str, [rows, cols]: [usize; 2], values: &[f32]) -> Result<PackedWeight, EngineError> {
+    pub(super) fn expanded(
+        &self,
+        name: &str,
+        [rows, cols]: [usize; 2],
+        values: &[f32],
+    ) -> Result<PackedWeight, EngineError> {
         self.expect_finite(name, cols, values)?;
         let format = match self.dtype() {
             WeightDtype::Auto | WeightDtype::Bf16 => WeightFormat::Bf16,

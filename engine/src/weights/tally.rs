@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use safetensors::Dtype;
 use serde::Serialize;
 
-use super::checkpoint::{Checkpoint, TensorEntry};
+use super::checkpoint::{Checkpoint, StoredDtype, TensorEntry};
 use super::quantization::Quantization;
 
 /// The tensors of one class together.
@@ -60,7 +60,7 @@ pub struct Tally {
     pub expert_blocks: BTreeMap<(String, String), ExpertBlock>,
     /// Of the weights in memory, with `--dtype auto` and `--dtype f32`.
     pub memory_bytes: [u64; 2],
-    bytes_by_dtype: Vec<(Dtype, u64)>,
+    bytes_by_dtype: Vec<(StoredDtype, u64)>,
 }
 
 impl Tally {
@@ -128,7 +128,7 @@ impl Tally {
         self.expert_blocks.keys().map(|(layer, _)| layer).collect::<BTreeSet<_>>().len()
     }
 
-    pub fn dtypes_by_size(&self) -> Vec<Dtype> {
+    pub fn dtypes_by_size(&self) -> Vec<StoredDtype> {
         let mut dtypes = self.bytes_by_dtype.clone();
         dtypes.sort_by_key(|&(_, bytes)| std::cmp::Reverse(bytes));
         dtypes.into_iter().map(|(dtype, _)| dtype).collect()
@@ -180,10 +180,12 @@ fn size_of_tensor(
     let stored: u64 = entry.shape.iter().map(|&size| size as u64).product();
     let (num_parameters, element_bytes) = match entry.dtype {
         // Two values in a byte, expanded to bf16.
-        Dtype::U8 if name.ends_with("_blocks") => (2 * stored, 2),
-        Dtype::I32 if name.ends_with(".weight_packed") => (packed_parameters(checkpoint, quantization, name, entry), 2),
-        Dtype::I32 if name.ends_with(".qweight") => (8 * stored, 2),
-        Dtype::F8_E4M3 | Dtype::I8 => (stored, 2),
+        StoredDtype::Plain(Dtype::U8) if name.ends_with("_blocks") => (2 * stored, 2),
+        StoredDtype::Plain(Dtype::I32) if name.ends_with(".weight_packed") => {
+            (packed_parameters(checkpoint, quantization, name, entry), 2)
+        }
+        StoredDtype::Plain(Dtype::I32) if name.ends_with(".qweight") => (8 * stored, 2),
+        StoredDtype::Plain(Dtype::F8_E4M3 | Dtype::I8) | StoredDtype::Block(_) => (stored, 2),
         // Norms, biases and the like are kept in f32.
         _ if entry.shape.len() < 2 || IN_F32.iter().any(|part| name.ends_with(part)) => (stored, 4),
         _ => (stored, entry.num_bytes as u64 / stored.max(1)),
@@ -203,8 +205,8 @@ fn packed_parameters(checkpoint: &Checkpoint, quantization: Quantization, name: 
     let cols = shape.and_then(|shape| {
         let bytes = checkpoint.bytes(shape);
         match shape.dtype {
-            Dtype::I64 => Some(i64::from_le_bytes(*bytes.as_chunks().0.get(1)?)),
-            Dtype::I32 => Some(i32::from_le_bytes(*bytes.as_chunks().0.get(1)?).into()),
+            StoredDtype::Plain(Dtype::I64) => Some(i64::from_le_bytes(*bytes.as_chunks().0.get(1)?)),
+            StoredDtype::Plain(Dtype::I32) => Some(i32::from_le_bytes(*bytes.as_chunks().0.get(1)?).into()),
             _ => None,
         }
     });
