@@ -6,7 +6,7 @@ use std::sync::mpsc::sync_channel;
 use kernels::KvFormat;
 use scheduler::{Scheduler, SchedulerConfig};
 
-use crate::config::{EngineConfig, KvDtype, WeightDtype};
+use crate::config::{EngineConfig, KvDtype, WeightDtype, WeightStorage};
 use crate::error::EngineError;
 use crate::handle::{EngineHandle, ModelSummary};
 use crate::layers::rope::ContextLen;
@@ -76,7 +76,7 @@ fn load_files(
     let max_len = configured.min(budget::longest_sequence(config, inspection.kv_bytes_per_token / 2));
     let max_table_bytes = config.available_memory / TABLE_SHARE;
     let len = ContextLen { configured, reachable: max_len, max_table_bytes };
-    let (model, weight_bytes) = load_weights(config, (files, &model_config), len, progress)?;
+    let Loaded { model, weight_bytes, weight_formats } = load_weights(config, (files, &model_config), len, progress)?;
     let kv_dtype = resolve_kv_dtype(config, &inspection);
     let demand = budget::KvDemand {
         sites: &model.shape().cache_sites,
@@ -112,6 +112,7 @@ fn load_files(
         num_parameters: inspection.num_parameters,
         num_active_parameters: inspection.num_active_parameters,
         weight_bytes,
+        weight_formats,
         kv_bytes_per_token: kv.bytes_per_token,
         state_bytes_per_sequence: shape.cache_sites.iter().map(CacheSite::state_bytes).sum(),
         max_model_len: kv.max_model_len,
@@ -148,25 +149,36 @@ fn warn_of_surprises(config: &EngineConfig, kv: &budget::KvBudget, positions: us
     }
 }
 
+/// A model and what its weights take.
+struct Loaded {
+    model: Box<dyn Model>,
+    weight_bytes: u64,
+    weight_formats: Vec<&'static str>,
+}
+
 fn load_weights(
     config: &EngineConfig,
     (files, model_config): (&ModelFiles, &ModelConfig),
     max_model_len: ContextLen,
     progress: &mut dyn FnMut(LoadProgress),
-) -> Result<(Box<dyn Model>, u64), EngineError> {
+) -> Result<Loaded, EngineError> {
     let architecture = models::architecture(model_config.model_type()?)?;
     let checkpoint = files.checkpoint(model_config)?;
     let quantization = Quantization::from_config(model_config)?;
-    let loader = Loader::new(&checkpoint, quantization, config.dtype, progress);
+    let packed = files.packed(model_config)?;
+    packed.as_ref().map_or(Ok(()), |packed| packed.check(config))?;
+    let storage = WeightStorage { dtype: config.dtype, quant: config.quant };
+    let loader = Loader::new(&checkpoint, quantization, storage, progress).with_packed(packed.as_ref());
     let num_mtp_layers = if config.load_mtp { architecture.mtp.wanted(model_config, &loader)? } else { 0 };
     let source = ModelSource { config: model_config, loader: &loader, max_model_len, num_mtp_layers };
     let model = (architecture.load)(&source)?;
-    let weight_bytes = loader.weight_bytes();
+    let (weight_bytes, weight_formats) = (loader.weight_bytes(), loader.formats());
     loader.finish(|name| {
         let is_loaded = num_mtp_layers > 0 && architecture.mtp.holds(model_config, name);
         models::is_ignored_everywhere(model_config, name) || (architecture.ignored)(model_config, name) && !is_loaded
     })?;
-    Ok((model, weight_bytes))
+    checkpoint.release_pages();
+    Ok(Loaded { model, weight_bytes, weight_formats })
 }
 
 /// Where nothing is chosen, f32 weights keep f32 keys and values; others are not worth the memory.

@@ -9,6 +9,7 @@ use crate::cli::bench::BenchArgs;
 use crate::cli::chat::ChatArgs;
 use crate::cli::eval::EvalArgs;
 use crate::cli::inspect::InspectArgs;
+use crate::cli::quantize::QuantizeArgs;
 use crate::cli::upcycle::UpcycleArgs;
 use crate::config::Settings;
 
@@ -32,6 +33,8 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Measure a model on a text: perplexity, and its divergence from a reference
     Eval(EvalArgs),
+    /// Write a folder of packed weights that loads at once
+    Quantize(QuantizeArgs),
     /// Talk to a running server
     Chat(ChatArgs),
     /// Load a running server and report latencies and tokens per second

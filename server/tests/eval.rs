@@ -147,6 +147,41 @@ fn every_chunk_begins_as_the_models_texts_do() {
     }
 }
 
+/// A packed folder holds what quantizing while loading gives, and everything that serving needs beside it.
+#[test]
+fn a_packed_folder_is_the_model_quantized_while_loading() {
+    let text = TextFile::new("quantized", TEXT.as_bytes());
+    let model = golden("olmoe-base");
+    let found = eval(&model, &text, &["--quant", "int8"]);
+    let number = |report: &Value, key: &str| report["reference"][key].as_f64().expect("a number");
+    assert!((1e-9..0.02).contains(&number(&found, "mean_kl")), "{found}");
+    assert!(number(&found, "greedy_agreement_percent") > 80.0, "{found}");
+    let four_bits = eval(&model, &text, &["--quant", "int4"]);
+    assert!(number(&four_bits, "mean_kl") > number(&found, "mean_kl"), "{four_bits}");
+
+    let out = std::env::temp_dir().join(format!("moesaic-quantize-{}", std::process::id()));
+    let quantize = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_moesaic"));
+        command.arg("quantize").arg(&model).args(["--to", "int8", "--out"]).arg(&out).output().expect("it runs")
+    };
+    let output = quantize();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(said.contains(" in 1 shard, ") && said.contains("serve it with: moesaic serve"), "{said}");
+    let packed = eval(&out, &text, &["--against", model.to_str().expect("UTF-8")]);
+    let again = quantize();
+    let file_names = ["tokenizer.json", "tokenizer_config.json", "generation_config.json"];
+    let missing: Vec<&str> = file_names.into_iter().filter(|name| !out.join(name).is_file()).collect();
+    std::fs::remove_dir_all(&out).expect("the folder was written");
+    assert_eq!(missing, [""; 0]);
+    for key in ["mean_kl", "max_kl", "greedy_agreement_percent", "perplexity"] {
+        assert_eq!(packed["reference"][key], found["reference"][key], "{key}");
+    }
+    assert_eq!(packed["perplexity"], found["perplexity"]);
+    assert_eq!(again.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&again.stderr).contains("it exists already"));
+}
+
 #[test]
 fn what_cannot_be_measured_is_refused() {
     let model = golden("olmoe-base");

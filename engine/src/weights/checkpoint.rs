@@ -187,6 +187,11 @@ impl Checkpoint {
         self.tensors.iter().map(|(name, entry)| (name.as_str(), entry))
     }
 
+    /// Gives back the memory of what was read of the files, which may be read again.
+    pub fn release_pages(&self) {
+        self.files.iter().for_each(|(_, file)| file.release_pages());
+    }
+
     /// Bytes of all tensors.
     pub fn total_bytes(&self) -> u64 {
         self.tensors.values().map(|entry| entry.num_bytes as u64).sum()

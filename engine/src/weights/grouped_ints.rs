@@ -1,6 +1,8 @@
 //! Matrices of 4- or 8-bit integers under scales and zero points, in the orders that checkpoints pack them into words of
 //! 32 bits.
 
+use kernels::{Codes, GroupRow, QuantFormat};
+
 /// Where the code of row `row` and column `col` of a matrix `[rows, cols]` lies, the first in the lowest bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WordOrder {
@@ -100,7 +102,40 @@ pub struct GroupedInts<'a> {
     pub zeros: Option<Vec<u8>>,
 }
 
+/// The format of ours that holds integers whose `group` columns (or whole rows) share a scale: scales as they are, and where
+/// there are zero points, minimums rounded to the eleven bits of f16. None where the groups are not whole ones of ours.
+pub fn grouped_format(num_bits: usize, has_zeros: bool, group: Option<usize>) -> Option<QuantFormat> {
+    let codes = match (num_bits, has_zeros) {
+        (4, false) => Codes::Int4,
+        (4, true) => Codes::Int4Min,
+        (_, false) => Codes::Int8,
+        (_, true) => Codes::Int8Min,
+    };
+    let fits = |ours: &u16| group.is_none_or(|group| group.is_multiple_of((*ours).into()));
+    Some(QuantFormat { codes, group: [128, 64, 32, 16].into_iter().find(fits)? })
+}
+
 impl GroupedInts<'_> {
+    /// See [`grouped_format`].
+    pub fn format(&self) -> Option<QuantFormat> {
+        let [_, tile_cols] = self.tile;
+        let group = (tile_cols < self.codes.shape[1]).then_some(tile_cols);
+        grouped_format(self.codes.num_bits, self.zeros.is_some(), group)
+    }
+
+    /// One row in that format.
+    pub fn read_row(&self, row: usize, out: &mut GroupRow) {
+        self.codes.read_row(row, &mut out.codes);
+        let [_, tile_cols] = self.tile;
+        let group = usize::from(self.format().expect("a format of ours").group);
+        let per_row = self.codes.shape[1].div_ceil(tile_cols);
+        for (idx, (scale, min)) in out.scales.iter_mut().zip(&mut out.mins).enumerate() {
+            let tile = row / self.tile[0] * per_row + idx * group / tile_cols;
+            *scale = self.scales[tile];
+            *min = -f32::from(self.zero(tile)) * *scale;
+        }
+    }
+
     /// All values, row-major.
     pub fn to_f32(&self) -> Vec<f32> {
         let [rows, cols] = self.codes.shape;
@@ -179,6 +214,7 @@ mod tests {
         let expected = [0.0, 1.0, 2.0, 3.0, 0.0, 2.0, 4.0, 6.0, 0.0, 0.5, 1.0, 1.5, 3.0, 2.0, 1.0, 0.0];
         assert_eq!(ints.to_f32(), expected);
         ints.zeros = None;
+        assert_eq!(ints.format(), None, "groups of 4");
         (ints.tile, ints.scales) = ([2, 8], vec![2.0]);
         assert_eq!(ints.to_f32(), (0..16).map(|code| 2.0 * (code as f32 - 8.0)).collect::<Vec<_>>());
     }

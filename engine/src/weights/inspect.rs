@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use safetensors::Dtype;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::checkpoint::StoredDtype;
 use super::model_config::ModelConfig;
@@ -14,7 +14,7 @@ use crate::error::EngineError;
 use crate::models;
 
 /// Sizes of a model folder.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Inspection {
     /// `model_type` of config.json.
     pub architecture: String,
@@ -49,7 +49,7 @@ pub struct Inspection {
     /// The same with `--dtype f32`.
     pub memory_bytes_f32: u64,
     /// `f32` where the checkpoint stores f32, else `bf16`: what `--kv-cache-dtype auto` takes.
-    pub kv_dtype: &'static str,
+    pub kv_dtype: String,
     /// Bytes of keys and values, or latents, that one token adds, over all layers.
     pub kv_bytes_per_token: u64,
     /// Bytes of recurrent state that one sequence has, over all layers.
@@ -72,6 +72,9 @@ pub fn inspect(path: &Path) -> Result<Inspection, EngineError> {
 /// The same for files that are open already.
 pub fn inspect_files(files: &ModelFiles) -> Result<Inspection, EngineError> {
     let config = files.config()?;
+    if let Some(packed) = files.packed(&config)? {
+        return Ok(packed.inspection);
+    }
     let model_type = config.model_type()?;
     let architecture = models::architecture(model_type)?;
     let checkpoint = files.checkpoint(&config)?;
@@ -114,7 +117,7 @@ pub fn inspect_files(files: &ModelFiles) -> Result<Inspection, EngineError> {
         weight_bytes: checkpoint.total_bytes(),
         memory_bytes: tally.memory_bytes[0],
         memory_bytes_f32: tally.memory_bytes[1],
-        kv_dtype,
+        kv_dtype: kv_dtype.to_owned(),
         kv_bytes_per_token: footprint.token_width.saturating_mul(kv_element_bytes),
         state_bytes_per_sequence: footprint.state_width.saturating_mul(size_of::<f32>() as u64),
         dtypes: dtypes.iter().map(|dtype| dtype.to_string().to_lowercase()).collect(),
@@ -189,7 +192,7 @@ mod tests {
         let dense = 80 + 8 + 64 + 8 + 32;
         assert_eq!((found.num_parameters, found.num_active_parameters), (dense + 4 * 128, dense + 128));
         assert_eq!(found.kv_bytes_per_token, 2 * 4 * 2);
-        assert_eq!((found.num_experts, found.num_moe_layers, found.kv_dtype), (4, 1, "bf16"));
+        assert_eq!((found.num_experts, found.num_moe_layers, found.kv_dtype.as_str()), (4, 1, "bf16"));
         for (class, num_bytes) in [
             (TensorClass::Embedding, 160),
             (TensorClass::Attention, 128),

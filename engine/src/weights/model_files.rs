@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use super::checkpoint::Checkpoint;
 use super::gguf_model::GgufModel;
 use super::model_config::{ModelConfig, generation_defaults};
+use super::packed_folder::PackedIndex;
 use crate::error::EngineError;
 use crate::handle::GenerationDefaults;
 
@@ -32,6 +33,14 @@ impl ModelFiles {
         match self {
             Self::Folder(dir) => ModelConfig::load(dir),
             Self::Gguf(model) => model.config(),
+        }
+    }
+
+    /// What a packed folder says of itself; none of other models.
+    pub fn packed(&self, config: &ModelConfig) -> Result<Option<PackedIndex>, EngineError> {
+        match self {
+            Self::Folder(dir) => PackedIndex::open(dir, config),
+            Self::Gguf(_) => Ok(None),
         }
     }
 

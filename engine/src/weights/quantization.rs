@@ -3,9 +3,12 @@
 //! Which weights are quantized is told by their tensors: those that compressed-tensors lists under `ignore` are stored
 //! under their plain names.
 
+use kernels::QuantFormat;
 use serde_json::Value;
 
+use super::grouped_ints::grouped_format;
 use super::model_config::{ModelConfig, shown};
+use super::packed_folder;
 use crate::error::EngineError;
 
 /// Tiles of block-scaled FP8 as DeepSeek publishes it.
@@ -104,6 +107,22 @@ pub fn same_shape(left: &[usize], right: &[usize]) -> bool {
 }
 
 impl Quantization {
+    /// The format in memory of packed integers with `cols` columns; none where they are expanded.
+    pub fn packed_format(&self, cols: u64) -> Option<QuantFormat> {
+        let (num_bits, has_zeros, group) = match (self.transposed, self.packing) {
+            (Some(TransposedInt4 { group, has_zero_points, .. }), _) => (4, has_zero_points, group),
+            (None, Some(Packing { num_bits, has_zero_points })) => {
+                let group = match self.scales {
+                    Some(ScaleLayout::Tiles([_, cols])) => Some(cols),
+                    _ => None,
+                };
+                (num_bits, has_zero_points, group)
+            }
+            (None, None) => return None,
+        };
+        grouped_format(num_bits, has_zeros, group.filter(|&group| (group as u64) < cols))
+    }
+
     /// Reads `quantization_config`; absent is unquantized.
     ///
     /// # Errors
@@ -116,6 +135,10 @@ impl Quantization {
                 reason: format!("is {}, expected an object", shown(value)),
             });
         };
+        if section.get("quant_method").and_then(Value::as_str) == Some(packed_folder::METHOD) {
+            // Nothing is left to read.
+            return Ok(Self::default());
+        }
         section.expect_text("quant_method", &METHODS)?;
         match section.text_or("quant_method", METHODS[0])? {
             "compressed-tensors" => compressed_tensors(&section),

@@ -27,7 +27,7 @@ struct Scales {
 impl Loader<'_> {
     /// Whether `{stem}.weight` is stored as packed integers.
     pub(super) fn is_packed(&self, stem: &str) -> bool {
-        self.has(&format!("{stem}.weight_packed")) || self.has(&format!("{stem}.qweight"))
+        self.contains(&format!("{stem}.weight_packed")) || self.contains(&format!("{stem}.qweight"))
     }
 
     /// The FP8 or int8 matrix `{name}` under its `{name}_scale_inv` or `{name}_scale`.
@@ -46,7 +46,7 @@ impl Loader<'_> {
             _ => bytes.iter().map(|&byte| f32::from(byte.cast_signed())).collect(),
         };
         let plain = format!("{name}_scale");
-        let scale_name = if self.has(&plain) { plain } else { format!("{name}_scale_inv") };
+        let scale_name = if self.contains(&plain) { plain } else { format!("{name}_scale_inv") };
         let scales = self.scales(&scale_name, shape)?;
         if let Some(stem) = name.strip_suffix(".weight") {
             ACTIVATION_SCALES.iter().for_each(|part| self.skip(&format!("{stem}.{part}")));
@@ -57,15 +57,21 @@ impl Loader<'_> {
         self.expanded(name, shape, &values)
     }
 
-    /// The packed integers of `{stem}.weight`.
+    /// The packed integers of `{stem}.weight`: in formats of ours where those hold them, expanded where they do not or
+    /// another type was asked for.
     pub(super) fn expand_packed(&self, stem: &str, shape: [usize; 2]) -> Result<PackedWeight, EngineError> {
         let transposed = format!("{stem}.qweight");
-        if !self.has(&transposed) {
-            return self.expanded(&format!("{stem}.weight_packed"), shape, &self.row_ints(stem, shape)?.to_f32());
-        }
-        match self.quantization().transposed {
-            Some(layout) => self.expanded(&transposed, shape, &self.transposed_ints(stem, shape, layout)?.to_f32()),
-            None => Err(unknown_packing(&transposed)),
+        let (name, ints) = match self.contains(&transposed) {
+            false => (format!("{stem}.weight_packed"), self.row_ints(stem, shape)?),
+            true => match self.quantization().transposed {
+                Some(layout) => (transposed, self.transposed_ints(stem, shape, layout)?),
+                None => return Err(unknown_packing(&transposed)),
+            },
+        };
+        match ints.format().filter(|_| self.storage().dtype == WeightDtype::Auto) {
+            Some(format) => PackedWeight::from_groups(format, shape[0], shape[1], |row, out| ints.read_row(row, out))
+                .map_err(|error| self.invalid(&name, error.to_string())),
+            None => self.expanded(&name, shape, &ints.to_f32()),
         }
     }
 
@@ -74,7 +80,7 @@ impl Loader<'_> {
         let name = format!("{stem}.weight_packed");
         let Some(packing) = self.quantization().packing else { return Err(unknown_packing(&name)) };
         let order = format!("{stem}.weight_g_idx");
-        if self.has(&order) {
+        if self.contains(&order) {
             let reason = "groups of columns in an order of their own (actorder `group`) are not supported".into();
             return Err(self.invalid(&order, reason));
         }
@@ -110,7 +116,7 @@ impl Loader<'_> {
         };
         let codes = self.packed_codes(&name("qweight"), (order, NUM_BITS), shape)?;
         let zeros = match layout.has_zero_points {
-            false if !self.has(&name("qzeros")) => None,
+            false if !self.contains(&name("qzeros")) => None,
             _ => Some(self.packed_codes(&name("qzeros"), (zeros_order, NUM_BITS), [rows, num_groups])?.read()),
         };
         let zeros = match layout.kind {
@@ -119,6 +125,8 @@ impl Loader<'_> {
             }
             _ => zeros,
         };
+        // Symmetric checkpoints spell out the middle.
+        let zeros = zeros.filter(|zeros| zeros.iter().any(|&zero| zero != 8));
         if let TransposedKind::Gptq { .. } = layout.kind {
             self.check_group_order(&name("g_idx"), (cols, tile_cols), layout)?;
             self.skip_zero_bias(&name("bias"));
@@ -139,7 +147,7 @@ impl Loader<'_> {
         (cols, group): (usize, usize),
         layout: TransposedInt4,
     ) -> Result<(), EngineError> {
-        if !self.has(name) {
+        if !self.contains(name) {
             return match layout.is_reordered {
                 false => Ok(()),
                 true => Err(self.invalid(name, "is missing, but `desc_act` is set".into())),
@@ -242,7 +250,7 @@ impl Loader<'_> {
         values: &[f32],
     ) -> Result<PackedWeight, EngineError> {
         self.expect_finite(name, cols, values)?;
-        let format = match self.dtype() {
+        let format = match self.storage().dtype {
             WeightDtype::Auto | WeightDtype::Bf16 => WeightFormat::Bf16,
             WeightDtype::F32 | WeightDtype::F16 => WeightFormat::F32,
         };

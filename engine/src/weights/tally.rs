@@ -2,14 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use kernels::WeightFormat;
 use safetensors::Dtype;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::checkpoint::{Checkpoint, StoredDtype, TensorEntry};
-use super::quantization::Quantization;
+use super::mxfp4::{BLOCK, FORMAT};
+use super::quantization::{Quantization, TransposedKind};
 
 /// The tensors of one class together.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClassSize {
     pub class: TensorClass,
     pub num_tensors: usize,
@@ -21,7 +23,7 @@ pub struct ClassSize {
 }
 
 /// What a tensor is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TensorClass {
     Embedding,
@@ -178,13 +180,27 @@ fn size_of_tensor(
         return TensorSize { num_parameters: 0, memory_bytes: [0; 2] };
     }
     let stored: u64 = entry.shape.iter().map(|&size| size as u64).product();
-    let (num_parameters, element_bytes) = match entry.dtype {
-        // Two values in a byte, expanded to bf16.
-        StoredDtype::Plain(Dtype::U8) if name.ends_with("_blocks") => (2 * stored, 2),
+    let shape = match entry.dtype {
+        // Two values in a byte.
+        StoredDtype::Plain(Dtype::U8) if name.ends_with("_blocks") => Some([2 * stored / BLOCK as u64, BLOCK as u64]),
         StoredDtype::Plain(Dtype::I32) if name.ends_with(".weight_packed") => {
-            (packed_parameters(checkpoint, quantization, name, entry), 2)
+            packed_shape(checkpoint, quantization, name, entry)
         }
-        StoredDtype::Plain(Dtype::I32) if name.ends_with(".qweight") => (8 * stored, 2),
+        StoredDtype::Plain(Dtype::I32) if name.ends_with(".qweight") => transposed_shape(quantization, entry),
+        _ => None,
+    };
+    if let Some(shape) = shape {
+        let num_parameters = shape[0].saturating_mul(shape[1]);
+        let format = if name.ends_with("_blocks") { Some(FORMAT) } else { quantization.packed_format(shape[1]) };
+        let bytes = match (format, shape.map(usize::try_from)) {
+            (Some(format), [Ok(rows), Ok(cols)]) if num_parameters < 1 << 48 => {
+                WeightFormat::Quantized(format).bytes_for(rows, cols) as u64
+            }
+            _ => num_parameters.saturating_mul(2),
+        };
+        return TensorSize { num_parameters, memory_bytes: [bytes, num_parameters.saturating_mul(4)] };
+    }
+    let (num_parameters, element_bytes) = match entry.dtype {
         StoredDtype::Plain(Dtype::F8_E4M3 | Dtype::I8) | StoredDtype::Block(_) => (stored, 2),
         // Norms, biases and the like are kept in f32.
         _ if entry.shape.len() < 2 || IN_F32.iter().any(|part| name.ends_with(part)) => (stored, 4),
@@ -197,9 +213,14 @@ fn size_of_tensor(
 }
 
 /// Packed rows may end in padding: how long they are is in `weight_shape`, which is believed where it can be true.
-fn packed_parameters(checkpoint: &Checkpoint, quantization: Quantization, name: &str, entry: &TensorEntry) -> u64 {
+fn packed_shape(
+    checkpoint: &Checkpoint,
+    quantization: Quantization,
+    name: &str,
+    entry: &TensorEntry,
+) -> Option<[u64; 2]> {
     let per_word = quantization.packing.map_or(8, |packing| packing.per_word()) as u64;
-    let &[rows, words] = entry.shape.as_slice() else { return 0 };
+    let &[rows, words] = entry.shape.as_slice() else { return None };
     let (rows, words) = (rows as u64, words as u64);
     let shape = name.strip_suffix("_packed").and_then(|stem| checkpoint.get(&format!("{stem}_shape")));
     let cols = shape.and_then(|shape| {
@@ -211,7 +232,17 @@ fn packed_parameters(checkpoint: &Checkpoint, quantization: Quantization, name: 
         }
     });
     let cols = cols.and_then(|cols| u64::try_from(cols).ok()).filter(|cols| cols.div_ceil(per_word) == words);
-    rows * cols.unwrap_or(words * per_word)
+    Some([rows, cols.unwrap_or(words * per_word)])
+}
+
+/// AWQ packs outputs into words, GPTQ inputs; both store inputs by outputs.
+fn transposed_shape(quantization: Quantization, entry: &TensorEntry) -> Option<[u64; 2]> {
+    let &[inputs, outputs] = entry.shape.as_slice() else { return None };
+    let (inputs, outputs) = (inputs as u64, outputs as u64);
+    Some(match quantization.transposed?.kind {
+        TransposedKind::Awq => [8 * outputs, inputs],
+        TransposedKind::Gptq { .. } => [outputs, 8 * inputs],
+    })
 }
 
 /// Sorts a tensor by its name, in the spellings of every supported architecture.

@@ -19,3 +19,4 @@ mod mtp;
 mod quantized;
 mod step_loop;
 mod transposed_int4;
+mod weight_quant;

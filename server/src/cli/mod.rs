@@ -5,6 +5,7 @@ pub mod chat;
 mod client;
 pub mod eval;
 pub mod inspect;
+pub mod quantize;
 pub mod serve;
 pub mod upcycle;
 
@@ -20,6 +21,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Upcycle(args) => upcycle::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Eval(args) => eval::run(args),
+        Command::Quantize(args) => quantize::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Openapi => print(&crate::routes::openapi_json()),

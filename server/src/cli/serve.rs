@@ -90,6 +90,8 @@ fn start_loading(app: Arc<App>) -> anyhow::Result<oneshot::Receiver<anyhow::Resu
             tracing::info!(
                 model = %app.model_names[0],
                 threads = summary.threads,
+                weights = summary.weight_formats.join("+"),
+                weight_bytes = summary.weight_bytes,
                 max_model_len = summary.max_model_len,
                 kv_cache_tokens = summary.num_blocks * summary.block_size,
                 states = (summary.num_state_slots > 0).then_some(summary.num_state_slots),
@@ -138,6 +140,7 @@ fn find_model(config: &Config) -> anyhow::Result<PathBuf> {
 fn engine_config(config: &Config, model_dir: PathBuf, available_memory: u64) -> EngineConfig {
     EngineConfig {
         dtype: config.dtype.into(),
+        quant: config.quant.into(),
         kv_dtype: config.kv_cache_dtype.into(),
         kv_cache_memory: config.kv_cache_memory.map(|bytes| bytes.0),
         available_memory,

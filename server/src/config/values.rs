@@ -5,7 +5,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use engine::{KvDtype, WeightDtype};
+use engine::{KvDtype, WeightDtype, WeightQuant};
 use serde::{Deserialize, Serialize};
 
 /// `--dtype`.
@@ -25,6 +25,25 @@ impl From<WeightType> for WeightDtype {
             WeightType::F32 => Self::F32,
             WeightType::Bf16 => Self::Bf16,
             WeightType::F16 => Self::F16,
+        }
+    }
+}
+
+/// `--quant`.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum QuantType {
+    None,
+    Int8,
+    Int4,
+}
+
+impl From<QuantType> for WeightQuant {
+    fn from(quant: QuantType) -> Self {
+        match quant {
+            QuantType::None => Self::None,
+            QuantType::Int8 => Self::Int8,
+            QuantType::Int4 => Self::Int4,
         }
     }
 }

@@ -7,13 +7,13 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
-use engine::{EngineConfig, KvDtype, LoadedModel, WeightDtype, load_model, weights::read_bounded};
+use engine::{EngineConfig, KvDtype, LoadedModel, load_model, weights::read_bounded};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use self::score::{Divergence, Score};
 use super::serve::available_memory;
-use crate::config::WeightType;
+use crate::config::{QuantType, WeightType};
 use crate::hub::{self, HubOptions};
 use crate::text::{EncodeOptions, Tokenizer};
 
@@ -22,7 +22,8 @@ const MAX_TEXT_BYTES: u64 = 64 << 20;
 
 /// Measure a model on a text: perplexity, and its divergence from a reference
 ///
-/// The reference is `--against`, or MODEL as it is stored where `--dtype` changes it. Both models are in memory at once, with
+/// The reference is `--against`, or MODEL as it is stored where `--quant` or `--dtype`
+/// changes it. Both models are in memory at once, with
 /// the logits of one chunk of each (`--context` times the vocabulary, in f32). Keys and values are f32, so that only weights differ.
 #[derive(clap::Args, Debug)]
 pub struct EvalArgs {
@@ -40,6 +41,9 @@ pub struct EvalArgs {
     /// Storage type of MODEL's weights in memory
     #[arg(long, value_enum, default_value_t = WeightType::Auto)]
     pub dtype: WeightType,
+    /// What MODEL is quantized to while loading
+    #[arg(long, value_enum, default_value_t = QuantType::None)]
+    pub quant: QuantType,
     /// Tokens of the text to read, at most
     #[arg(long, default_value_t = 2000)]
     pub max_tokens: usize,
@@ -85,7 +89,9 @@ pub fn run(args: EvalArgs) -> anyhow::Result<()> {
     let model_dir = find(&args.model, args.revision.clone())?;
     let (reference_name, reference_dir) = match &args.against {
         Some(against) => (Some(against.clone()), Some(find(against, None)?)),
-        None if args.dtype != WeightType::Auto => (Some(args.model.clone()), Some(model_dir.clone())),
+        None if (args.dtype, args.quant) != (WeightType::Auto, QuantType::None) => {
+            (Some(args.model.clone()), Some(model_dir.clone()))
+        }
         None => (None, None),
     };
     let chunks = chunks(&model_dir, &text, &args)?;
@@ -98,8 +104,8 @@ pub fn run(args: EvalArgs) -> anyhow::Result<()> {
             dir.display()
         );
     }
-    let mut reference = reference_dir.map(|dir| load(&dir, WeightDtype::Auto, &args)).transpose()?;
-    let mut model = load(&model_dir, args.dtype.into(), &args)?;
+    let mut reference = reference_dir.map(|dir| load(&dir, (WeightType::Auto, QuantType::None), &args)).transpose()?;
+    let mut model = load(&model_dir, (args.dtype, args.quant), &args)?;
     let sizes = (model.summary.vocab_size, reference.as_ref().map_or(0, |reference| reference.summary.vocab_size));
     ensure!(
         reference.is_none() || sizes.0 == sizes.1,
@@ -152,9 +158,10 @@ fn chunks(model_dir: &Path, text: &str, args: &EvalArgs) -> anyhow::Result<Vec<V
     Ok(chunks)
 }
 
-fn load(model_dir: &Path, dtype: WeightDtype, args: &EvalArgs) -> anyhow::Result<LoadedModel> {
+fn load(model_dir: &Path, (dtype, quant): (WeightType, QuantType), args: &EvalArgs) -> anyhow::Result<LoadedModel> {
     let config = EngineConfig {
-        dtype,
+        dtype: dtype.into(),
+        quant: quant.into(),
         // What is compared are weights: a cache that rounds would move near ties of routers on its own.
         kv_dtype: KvDtype::F32,
         available_memory: available_memory()?,
