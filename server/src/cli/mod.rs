@@ -23,7 +23,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Eval(args) => eval::run(args),
         Command::Quantize(args) => quantize::run(args),
         Command::Chat(args) => chat::run(args),
-        Command::Bench(args) => bench::run(args),
+        Command::Bench(args) => bench::run(*args),
         Command::Openapi => print(&crate::routes::openapi_json()),
         Command::ConfigReference => print(&crate::config::reference()),
     }
