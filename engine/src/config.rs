@@ -14,6 +14,31 @@ pub enum WeightDtype {
     F16,
 }
 
+/// What quantizing while loading makes of the matrices of layers; embedding and output projection get eight bits in either
+/// case. Routers, norms and biases stay as they are, and so do weights that are stored in as few bits already.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WeightQuant {
+    /// Nothing.
+    #[default]
+    None,
+    Int8,
+    Int4,
+}
+
+/// How weights are kept in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WeightStorage {
+    /// Of what is not quantized.
+    pub dtype: WeightDtype,
+    pub quant: WeightQuant,
+}
+
+impl From<WeightDtype> for WeightStorage {
+    fn from(dtype: WeightDtype) -> Self {
+        Self { dtype, quant: WeightQuant::None }
+    }
+}
+
 /// Storage type of keys, values and latents in the block pool.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum KvDtype {
@@ -27,9 +52,10 @@ pub enum KvDtype {
 /// Everything that shapes an engine. All limits are here: nothing in the engine grows past them.
 #[derive(Clone, Debug)]
 pub struct EngineConfig {
-    /// Hugging Face folder: `config.json`, `*.safetensors`, `generation_config.json`.
+    /// Hugging Face folder (`config.json`, `*.safetensors`, `generation_config.json`), or a GGUF file.
     pub model_dir: PathBuf,
     pub dtype: WeightDtype,
+    pub quant: WeightQuant,
     pub kv_dtype: KvDtype,
     /// Bytes of the KV block pool; `None` takes what `max_num_seqs` full sequences need, at most 40 % of
     /// `available_memory` after the weights.
@@ -57,11 +83,12 @@ pub struct EngineConfig {
 }
 
 impl EngineConfig {
-    /// The defaults for the model in `model_dir`.
+    /// The defaults for the model in or at `model_dir`.
     pub fn new(model_dir: impl Into<PathBuf>) -> Self {
         Self {
             model_dir: model_dir.into(),
             dtype: WeightDtype::Auto,
+            quant: WeightQuant::None,
             kv_dtype: KvDtype::Auto,
             kv_cache_memory: None,
             available_memory: 4 << 30,

@@ -104,6 +104,8 @@ pub struct ModelSummary {
     pub num_parameters: u64,
     pub num_active_parameters: u64,
     pub weight_bytes: u64,
+    /// Formats of the matrices in memory, most bytes first.
+    pub weight_formats: Vec<&'static str>,
     pub kv_bytes_per_token: u64,
     /// Of recurrent layers; 0 where there are none.
     pub state_bytes_per_sequence: u64,

@@ -27,7 +27,7 @@ mod shared;
 mod step_loop;
 pub mod weights;
 
-pub use config::{EngineConfig, KvDtype, WeightDtype};
+pub use config::{EngineConfig, KvDtype, WeightDtype, WeightQuant};
 pub use error::{EngineError, GenerationError, SubmitError};
 pub use experts::RoutingStats;
 pub use handle::{
@@ -40,5 +40,7 @@ pub use runner::{ChunkOutput, RowRequest, Runner};
 pub use weights::gguf::GgufFile;
 pub use weights::inspect::{Inspection, inspect};
 pub use weights::loader::LoadProgress;
+pub use weights::model_files::find_gguf;
+pub use weights::quantize::{PackFormat, QuantizeReport, quantize};
 pub use weights::tally::{ClassSize, TensorClass};
 pub use weights::upcycle::{UpcycleDtype, UpcycleOptions, UpcycleReport, upcycle};

@@ -1,4 +1,4 @@
-//! From a folder to a running engine.
+//! From a folder or a GGUF file to a running engine.
 
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
@@ -6,7 +6,7 @@ use std::sync::mpsc::sync_channel;
 use kernels::KvFormat;
 use scheduler::{Scheduler, SchedulerConfig};
 
-use crate::config::{EngineConfig, KvDtype, WeightDtype};
+use crate::config::{EngineConfig, KvDtype, WeightDtype, WeightStorage};
 use crate::error::EngineError;
 use crate::handle::{EngineHandle, ModelSummary};
 use crate::layers::rope::ContextLen;
@@ -15,10 +15,10 @@ use crate::models::{self, CacheSite, MAX_MODEL_LEN, Model, ModelSource, Prefill}
 use crate::runner::Runner;
 use crate::shared::{Front, Shared};
 use crate::step_loop::StepLoop;
-use crate::weights::checkpoint::Checkpoint;
-use crate::weights::inspect::{Inspection, inspect};
+use crate::weights::inspect::{Inspection, inspect_files};
 use crate::weights::loader::{LoadProgress, Loader};
-use crate::weights::model_config::{ModelConfig, generation_defaults};
+use crate::weights::model_config::ModelConfig;
+use crate::weights::model_files::ModelFiles;
 use crate::weights::quantization::Quantization;
 
 /// Share of the memory that a rotary table may take; that of a published model is far below.
@@ -54,10 +54,19 @@ pub fn load(config: EngineConfig, progress: &mut dyn FnMut(LoadProgress)) -> Res
 /// As [`load`].
 pub fn load_model(config: &EngineConfig, progress: &mut dyn FnMut(LoadProgress)) -> Result<LoadedModel, EngineError> {
     check_limits(config)?;
+    let files = ModelFiles::open(&config.model_dir)?;
+    load_files(config, &files, progress).map_err(|error| files.explain(error))
+}
+
+fn load_files(
+    config: &EngineConfig,
+    files: &ModelFiles,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<LoadedModel, EngineError> {
     config.isa.map_or(Ok(()), kernels::choose_isa)?;
     let threads = kernels::pool::init(config.threads);
-    let inspection = inspect(&config.model_dir)?;
-    let model_config = ModelConfig::load(&config.model_dir)?;
+    let inspection = inspect_files(files)?;
+    let model_config = files.config()?;
     let positions = (models::architecture(model_config.model_type()?)?.positions)(&model_config)?;
     let configured = config.max_model_len.unwrap_or(positions.default);
     if configured > positions.most {
@@ -68,7 +77,7 @@ pub fn load_model(config: &EngineConfig, progress: &mut dyn FnMut(LoadProgress))
     let max_len = configured.min(budget::longest_sequence(config, inspection.kv_bytes_per_token / 2));
     let max_table_bytes = config.available_memory / TABLE_SHARE;
     let len = ContextLen { configured, reachable: max_len, max_table_bytes };
-    let (model, weight_bytes) = load_weights(config, &model_config, len, progress)?;
+    let Loaded { model, weight_bytes, weight_formats } = load_weights(config, (files, &model_config), len, progress)?;
     let kv_dtype = resolve_kv_dtype(config, &inspection);
     let demand = budget::KvDemand {
         sites: &model.shape().cache_sites,
@@ -104,6 +113,7 @@ pub fn load_model(config: &EngineConfig, progress: &mut dyn FnMut(LoadProgress))
         num_parameters: inspection.num_parameters,
         num_active_parameters: inspection.num_active_parameters,
         weight_bytes,
+        weight_formats,
         kv_bytes_per_token: kv.bytes_per_token,
         state_bytes_per_sequence: shape.cache_sites.iter().map(CacheSite::state_bytes).sum(),
         max_model_len: kv.max_model_len,
@@ -114,7 +124,7 @@ pub fn load_model(config: &EngineConfig, progress: &mut dyn FnMut(LoadProgress))
         kv_dtype: format.name(),
         threads,
         isa: kernels::isa(),
-        generation_defaults: generation_defaults(&config.model_dir, &model_config)?,
+        generation_defaults: files.generation_defaults(&model_config)?,
     };
     Ok(LoadedModel { summary, scheduler, runner: Runner::new(model, arena, config.block_size) })
 }
@@ -141,25 +151,36 @@ fn warn_of_surprises(config: &EngineConfig, kv: &budget::KvBudget, positions: us
     }
 }
 
+/// A model and what its weights take.
+struct Loaded {
+    model: Box<dyn Model>,
+    weight_bytes: u64,
+    weight_formats: Vec<&'static str>,
+}
+
 fn load_weights(
     config: &EngineConfig,
-    model_config: &ModelConfig,
+    (files, model_config): (&ModelFiles, &ModelConfig),
     max_model_len: ContextLen,
     progress: &mut dyn FnMut(LoadProgress),
-) -> Result<(Box<dyn Model>, u64), EngineError> {
+) -> Result<Loaded, EngineError> {
     let architecture = models::architecture(model_config.model_type()?)?;
-    let checkpoint = Checkpoint::open(&config.model_dir)?;
+    let checkpoint = files.checkpoint(model_config)?;
     let quantization = Quantization::from_config(model_config)?;
-    let loader = Loader::new(&checkpoint, quantization, config.dtype, progress);
+    let packed = files.packed(model_config)?;
+    packed.as_ref().map_or(Ok(()), |packed| packed.check(config))?;
+    let storage = WeightStorage { dtype: config.dtype, quant: config.quant };
+    let loader = Loader::new(&checkpoint, quantization, storage, progress).with_packed(packed.as_ref());
     let num_mtp_layers = if config.load_mtp { architecture.mtp.wanted(model_config, &loader)? } else { 0 };
     let source = ModelSource { config: model_config, loader: &loader, max_model_len, num_mtp_layers };
     let model = (architecture.load)(&source)?;
-    let weight_bytes = loader.weight_bytes();
+    let (weight_bytes, weight_formats) = (loader.weight_bytes(), loader.formats());
     loader.finish(|name| {
         let is_loaded = num_mtp_layers > 0 && architecture.mtp.holds(model_config, name);
         models::is_ignored_everywhere(model_config, name) || (architecture.ignored)(model_config, name) && !is_loaded
     })?;
-    Ok((model, weight_bytes))
+    checkpoint.release_pages();
+    Ok(Loaded { model, weight_bytes, weight_formats })
 }
 
 /// Where nothing is chosen, f32 weights keep f32 keys and values; others are not worth the memory.

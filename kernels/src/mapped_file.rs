@@ -25,6 +25,17 @@ impl MappedFile {
         let map = unsafe { Mmap::map(&file) }?;
         Ok(Self { map })
     }
+
+    /// Gives back the memory of the pages that were read; a page that is read again comes from the page cache, or from the
+    /// disk. A system that does not want the advice keeps them.
+    pub fn release_pages(&self) {
+        #[cfg(unix)]
+        {
+            // SAFETY: the mapping is read-only and of a file, so that a dropped page comes back with the same bytes.
+            let advised = unsafe { self.map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+            drop(advised);
+        }
+    }
 }
 
 impl Deref for MappedFile {

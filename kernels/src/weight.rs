@@ -189,6 +189,11 @@ impl PackedWeight {
         Ok(Self::owned(format, self.rows, self.cols, owned))
     }
 
+    /// Whether the bytes are memory of their own, and not a part of a mapped file.
+    pub fn is_owned(&self) -> bool {
+        matches!(self.bytes, Bytes::Owned(_))
+    }
+
     /// Outputs, the first dimension.
     pub fn rows(&self) -> usize {
         self.rows

@@ -7,7 +7,9 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::cli::bench::BenchArgs;
 use crate::cli::chat::ChatArgs;
+use crate::cli::eval::EvalArgs;
 use crate::cli::inspect::InspectArgs;
+use crate::cli::quantize::QuantizeArgs;
 use crate::cli::upcycle::UpcycleArgs;
 use crate::config::Settings;
 
@@ -29,6 +31,10 @@ pub enum Command {
     Upcycle(UpcycleArgs),
     /// Print what a model is: architecture, parameters, experts, bytes
     Inspect(InspectArgs),
+    /// Measure a model on a text: perplexity, and its divergence from a reference
+    Eval(EvalArgs),
+    /// Write a folder of packed weights that loads at once
+    Quantize(QuantizeArgs),
     /// Talk to a running server
     Chat(ChatArgs),
     /// Load a running server and report latencies and tokens per second, or time the kernels

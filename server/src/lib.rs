@@ -9,7 +9,7 @@
 //! | `validate`, `conversation` | wire types to what they mean |
 //! | `generate`, `answer`, `sse` | engine events to deltas, deltas to answers, answers to streams |
 //! | `text` | strings to token ids and back |
-//! | `hub`, `demo`, `upcycle` | getting models onto the disk |
+//! | `hub`, `demo`, `upcycle`, `packing` | getting models onto the disk |
 //! | `telemetry` | logs and metrics |
 #![forbid(unsafe_code)]
 
@@ -29,6 +29,7 @@ pub mod hub;
 pub mod limits;
 pub mod listen;
 pub mod openai;
+pub mod packing;
 pub mod routes;
 pub mod shutdown;
 pub mod sse;

@@ -6,6 +6,7 @@ use kernels::{GluActivation, PackedWeight, Pointwise};
 use super::mtp::MtpLayout;
 use super::norm::{Norm, NormKind};
 use crate::error::EngineError;
+use crate::weights::Role;
 use crate::weights::loader::Loader;
 use crate::weights::model_config::ModelConfig;
 
@@ -103,16 +104,21 @@ impl Ends {
     /// The embedding, `model.norm`, and `lm_head` where it is not tied.
     pub fn load(loader: &Loader, config: DecoderConfig) -> Result<Self, EngineError> {
         let DecoderConfig { vocab_size, hidden_size, .. } = config;
-        let embedding = loader.weight(config.embedding_name, vocab_size, hidden_size)?;
+        let embedding = loader.table(config.embedding_name, vocab_size, hidden_size)?;
         let norm = Norm::load_kind(loader, "model.norm", hidden_size, (config.norm_kind, config.rms_norm_eps))?;
-        let lm_head = match config.tie_word_embeddings {
-            true => None,
-            false => Some(loader.weight("lm_head.weight", vocab_size, hidden_size)?),
+        let lm_head = match (config.head, config.tie_word_embeddings) {
+            (HeadKind::ColumnNormalized, is_tied) => {
+                let name = if is_tied { config.embedding_name } else { "lm_head.weight" };
+                Some(load_normalized(loader, name, [vocab_size, hidden_size])?)
+            }
+            (HeadKind::Plain | HeadKind::Biased, true) => None,
+            (HeadKind::Plain | HeadKind::Biased, false) => {
+                Some(loader.table("lm_head.weight", vocab_size, hidden_size)?)
+            }
         };
-        let (lm_head, lm_head_bias) = match config.head {
-            HeadKind::Plain => (lm_head, None),
-            HeadKind::Biased => (lm_head, Some(loader.vector("lm_head.bias", vocab_size)?)),
-            HeadKind::ColumnNormalized => (Some(normalize_columns(lm_head.as_ref().unwrap_or(&embedding))?), None),
+        let lm_head_bias = match config.head {
+            HeadKind::Biased => Some(loader.vector("lm_head.bias", vocab_size)?),
+            HeadKind::Plain | HeadKind::ColumnNormalized => None,
         };
         Ok(Self { embedding, norm, lm_head, lm_head_bias, multipliers: config.multipliers })
     }
@@ -156,6 +162,15 @@ pub fn enter(norm: &Norm, delta: Option<Tensor>, residual: Tensor) -> Result<(Te
 
 pub fn scaled(x: Tensor, factor: f64) -> Result<Tensor, EngineError> {
     if factor == 1.0 { Ok(x) } else { Ok((x * factor)?) }
+}
+
+/// The output projection made of the matrix `{name}` with normalised columns.
+fn load_normalized(loader: &Loader, name: &str, shape: [usize; 2]) -> Result<PackedWeight, EngineError> {
+    let key = format!("{name}/normalized");
+    let open = || loader.borrow_weight(name, shape);
+    let mut made =
+        loader.made((&key, Role::Table), std::iter::once(shape), open, |stored, _| normalize_columns(stored))?;
+    Ok(made.remove(0))
 }
 
 /// `w / (‖w‖ + 1e-7)` with the length taken over the vocabulary, for each column of `[vocab_size, hidden_size]`.

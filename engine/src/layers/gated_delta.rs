@@ -7,6 +7,7 @@ use super::linear::{Bias, Linear};
 use super::norm::Norm;
 use crate::error::EngineError;
 use crate::models::{CacheSite, ForwardContext};
+use crate::weights::Role;
 use crate::weights::loader::Loader;
 
 #[derive(Debug)]
@@ -45,9 +46,9 @@ impl GatedDelta {
         let weights = DeltaWeights::new(heads, conv, &a_log, dt_bias)?;
         let (qkv_rows, z_rows) = projection_rows(&heads);
         let qkvz_shape = [heads.num_channels() + values, hidden_size];
-        let qkvz = Linear::load_picked(loader, &name("in_proj_qkvz"), qkvz_shape, &[qkv_rows, z_rows])?;
+        let qkvz = Linear::load_picked(loader, (&name("in_proj_qkvz"), Role::Layer), qkvz_shape, &[qkv_rows, z_rows])?;
         let ba_shape = [2 * num_value_heads, hidden_size];
-        let ba = Linear::load_picked(loader, &name("in_proj_ba"), ba_shape, &[gate_rows(&heads)])?;
+        let ba = Linear::load_picked(loader, (&name("in_proj_ba"), Role::Router), ba_shape, &[gate_rows(&heads)])?;
         let (Ok([qkv, z]), Ok([gates])) = (<[Linear; 2]>::try_from(qkvz), <[Linear; 1]>::try_from(ba)) else {
             unreachable!("as many maps as were picked")
         };

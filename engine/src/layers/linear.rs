@@ -4,6 +4,7 @@ use candle_core::Tensor;
 use kernels::PackedWeight;
 
 use crate::error::EngineError;
+use crate::weights::Role;
 use crate::weights::loader::Loader;
 
 #[derive(Debug)]
@@ -25,8 +26,22 @@ impl Linear {
         cols: usize,
         bias: Bias,
     ) -> Result<Self, EngineError> {
+        Self::load_as(loader, Role::Layer, (parts, cols), bias)
+    }
+
+    /// What chooses or gates, and is never quantized: `{name}.weight [rows, cols]` and, if `bias`, `{name}.bias [rows]`.
+    pub fn load_router(loader: &Loader, name: &str, [rows, cols]: [usize; 2], bias: Bias) -> Result<Self, EngineError> {
+        Self::load_as(loader, Role::Router, (&[(name.to_owned(), rows)], cols), bias)
+    }
+
+    fn load_as(
+        loader: &Loader,
+        role: Role,
+        (parts, cols): (&[(String, usize)], usize),
+        bias: Bias,
+    ) -> Result<Self, EngineError> {
         let weights: Vec<_> = parts.iter().map(|(name, rows)| (format!("{name}.weight"), *rows)).collect();
-        let weight = loader.fused_weight(&weights, cols)?;
+        let weight = loader.fused_weight(&weights, cols, role)?;
         let bias = match bias {
             Bias::No => None,
             Bias::Yes => {
@@ -41,11 +56,11 @@ impl Linear {
     /// Maps made of the rows of `{name}.weight`, of this shape, each in an order of its own.
     pub fn load_picked(
         loader: &Loader,
-        name: &str,
+        (name, role): (&str, Role),
         shape: [usize; 2],
         picks: &[Vec<usize>],
     ) -> Result<Vec<Self>, EngineError> {
-        let weights = loader.picked_weights(&format!("{name}.weight"), shape, picks)?;
+        let weights = loader.picked_weights((&format!("{name}.weight"), role), shape, picks)?;
         Ok(weights.into_iter().map(|weight| Self { weight, bias: None }).collect())
     }
 

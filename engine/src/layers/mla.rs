@@ -3,15 +3,18 @@
 //! The cache holds the compressed latent and the shared rotary key of a token, nothing per head. Queries are carried into
 //! the latent space (`q W_uk`), attend there, and the result is carried out of it (`W_uv`).
 
+use std::iter::repeat_n;
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use kernels::{MlaSpec, PackedWeight, RopeStyle, RopeTable};
+use kernels::{MlaSpec, PackedWeight, QuantFormat, RopeStyle, RopeTable, WeightFormat};
 
 use super::linear::{Bias, Linear};
+use super::moe::transposed;
 use super::norm::Norm;
 use crate::error::EngineError;
 use crate::models::{CacheSite, ForwardContext};
+use crate::weights::Role;
 use crate::weights::loader::Loader;
 
 /// Sizes and settings, with the Hugging Face keys.
@@ -90,7 +93,7 @@ impl MlaAttention {
         let kv_a = Linear::load(loader, &name("kv_a_proj_with_mqa"), kv_a_width, hidden, config.bias)?;
         let kv_a_norm = Norm::load(loader, &name("kv_a_layernorm"), latent, config.lora_norm_eps)?
             .scaled(config.lora_scales.latent)?;
-        let (to_latent, from_latent) = load_kv_b(loader, &name("kv_b_proj.weight"), &config)?;
+        let (to_latent, from_latent) = load_kv_b(loader, prefix, &config)?;
         let out = Linear::load(loader, &name("o_proj"), hidden, heads * config.v_head_dim, config.bias)?;
         let spec = MlaSpec {
             num_heads: heads,
@@ -139,22 +142,40 @@ impl Query {
     }
 }
 
-/// Splits `kv_b_proj [heads * (nope + v), latent]` into `W_uk` (transposed, so that both are `[out, in]`) and `W_uv`.
+/// `W_uk` (transposed, so that both are `[out, in]`) and `W_uv` of each head: `k_b_proj [heads, latent, nope]` and
+/// `v_b_proj [heads, v, latent]` where the checkpoint has them so, else `kv_b_proj [heads * (nope + v), latent]`.
 fn load_kv_b(
     loader: &Loader,
-    name: &str,
+    prefix: &str,
     config: &MlaConfig,
 ) -> Result<(Vec<PackedWeight>, Vec<PackedWeight>), EngineError> {
     let (latent, nope, v) = (config.kv_lora_rank, config.qk_nope_head_dim, config.v_head_dim);
-    let packed = loader.weight(name, config.num_heads.saturating_mul(nope + v), latent)?;
-    let values = packed.to_f32();
-    let (mut to_latent, mut from_latent) = (Vec::new(), Vec::new());
-    for head in values.chunks_exact((nope + v) * latent) {
-        let (key_rows, value_rows) = head.split_at(nope * latent);
-        let transposed: Vec<f32> =
-            (0..latent).flat_map(|col| (0..nope).map(move |row| key_rows[row * latent + col])).collect();
-        to_latent.push(PackedWeight::from_f32(packed.format(), latent, nope, &transposed)?);
-        from_latent.push(PackedWeight::from_f32(packed.format(), v, latent, value_rows)?);
+    let [joint, key, value] = ["kv_b_proj", "k_b_proj", "v_b_proj"].map(|part| format!("{prefix}.{part}.weight"));
+    if loader.has(&key) {
+        // Some files have it both ways.
+        loader.skip(&joint);
+        let keys = loader.stacked_weights(&key, [config.num_heads, latent, nope])?;
+        return Ok((keys, loader.stacked_weights(&value, [config.num_heads, v, latent])?));
     }
+    let shape = [config.num_heads.saturating_mul(nope + v), latent];
+    let open = || loader.borrow_weight(&joint, shape);
+    let rows_of = |head: usize| head * (nope + v)..(head + 1) * (nope + v);
+    let keys = format!("{joint}/keys");
+    let to_latent =
+        loader.made((&keys, Role::Layer), repeat_n([latent, nope], config.num_heads), open, |stored, head| {
+            let rows: Vec<usize> = rows_of(head).take(nope).collect();
+            // Turned the other way they have groups of their own: codes of four bits would be rounded a second time.
+            let format = match stored.format() {
+                WeightFormat::Quantized(_) => WeightFormat::Quantized(QuantFormat::INT8),
+                plain => plain,
+            };
+            let turned = transposed(&stored.select_rows(&rows)?.to_f32(), latent);
+            Ok(PackedWeight::from_f32(format, latent, nope, &turned)?)
+        })?;
+    let values = format!("{joint}/values");
+    let from_latent =
+        loader.made((&values, Role::Layer), repeat_n([v, latent], config.num_heads), open, |stored, head| {
+            Ok(stored.select_rows(&rows_of(head).skip(nope).collect::<Vec<_>>())?)
+        })?;
     Ok((to_latent, from_latent))
 }

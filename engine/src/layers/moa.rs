@@ -55,7 +55,7 @@ impl MoaAttention {
         config.spec.check(num_experts).map_err(EngineError::Router)?;
         let num_heads = config.spec.top_k * num_kv_heads;
         Ok(Self {
-            router: Linear::load(loader, &name("router.layer"), num_experts, hidden_size, Bias::No)?,
+            router: Linear::load_router(loader, &name("router.layer"), [num_experts, hidden_size], Bias::No)?,
             queries: loader.stacked_weights(&name("input_linear.weight"), [num_experts, width, hidden_size])?,
             outputs: loader.stacked_weights(&name("output_linear.weight"), [num_experts, hidden_size, width])?,
             kv: Linear::load(loader, &format!("{prefix}.kv_proj"), 2 * width, hidden_size, Bias::No)?,

@@ -7,6 +7,7 @@ use super::linear::{Bias, Linear};
 use super::mlp::Mlp;
 use crate::error::EngineError;
 use crate::models::ForwardContext;
+use crate::weights::Role;
 use crate::weights::loader::Loader;
 
 /// Most checkpoints' names of an expert's gate, up and down matrices.
@@ -191,7 +192,7 @@ impl SharedExpert {
 
 /// Router weights `{name}.weight`.
 pub fn load_gate(loader: &Loader, name: &str, shape: ExpertShape) -> Result<Linear, EngineError> {
-    Linear::load(loader, name, shape.num_experts, shape.hidden_size, Bias::No)
+    Linear::load_router(loader, name, [shape.num_experts, shape.hidden_size], Bias::No)
 }
 
 /// Experts stored apart, as `{prefix}.{idx}.{names}.weight` in the order gate, up, down. Checkpoints that were saved with
@@ -210,8 +211,8 @@ pub fn load_experts(
     (0..shape.num_experts)
         .map(|idx| {
             let name = |part: &str| format!("{prefix}.{idx}.{part}.weight");
-            let gate_up =
-                loader.fused_weight(&[(name(gate), shape.width), (name(up), shape.width)], shape.hidden_size)?;
+            let parts = [(name(gate), shape.width), (name(up), shape.width)];
+            let gate_up = loader.fused_weight(&parts, shape.hidden_size, Role::Layer)?;
             let down = loader.weight(&name(down), shape.hidden_size, shape.width)?;
             Ok(Expert::Glu(ExpertWeights::swiglu(gate_up, down)))
         })
@@ -230,11 +231,11 @@ pub fn load_stacked_experts(loader: &Loader, names: [&str; 2], shape: ExpertShap
 /// Matrices stored as `[experts, in, out]`, each as `[out, in]`; `shape` is `[experts, out, in]`.
 pub fn load_transposed(loader: &Loader, name: &str, shape: [usize; 3]) -> Result<Vec<PackedWeight>, EngineError> {
     let [num_experts, rows, cols] = shape;
-    let stored = loader.borrow_stacked(name, [num_experts, cols, rows])?;
-    stored
-        .iter()
-        .map(|weight| loader.made(weight.format(), [rows, cols], &transposed(&weight.to_f32(), rows)))
-        .collect()
+    let open = || loader.borrow_stacked(name, [num_experts, cols, rows]);
+    loader.made((name, Role::Layer), std::iter::repeat_n([rows, cols], num_experts), open, |stored, idx| {
+        let values = transposed(&stored[idx].to_f32(), rows);
+        Ok(PackedWeight::from_f32(stored[idx].format(), rows, cols, &values)?)
+    })
 }
 
 /// `[rows, cols]` to `[cols, rows]`.

@@ -100,7 +100,7 @@ impl MtpLayer {
         let [embed_norm, hidden_norm, norm] = names.norms.each_ref().map(|name| config.load_norm(loader, name));
         let own = |name: &Option<String>| {
             let stored = name.as_ref().filter(|name| loader.has(name));
-            stored.map(|name| loader.weight(name, vocab_size, hidden_size)).transpose()
+            stored.map(|name| loader.table(name, vocab_size, hidden_size)).transpose()
         };
         Ok(Self {
             embed_norm: embed_norm?,

@@ -1,7 +1,9 @@
-//! gpt-oss: attention sinks, alternating windows, clamped and biased experts, in bf16 or MXFP4.
+//! gpt-oss: attention sinks, alternating windows, clamped and biased experts, stacked in bf16 or MXFP4, or apart.
+
+use std::iter::repeat_n;
 
 use kernels::{
-    Expert, ExpertActivation, ExpertBiases, ExpertWeights, GluActivation, Reach, RouterSpec, Scoring, WeightFormat,
+    Expert, ExpertActivation, ExpertBiases, ExpertWeights, GluActivation, PackedWeight, Reach, RouterSpec, Scoring,
 };
 
 use super::{Model, ModelSource};
@@ -11,9 +13,10 @@ use crate::layers::decoder::{Decoder, FeedForwardParts, LayerParts, Mixer};
 use crate::layers::ends::DecoderConfig;
 use crate::layers::linear::{Bias, Linear};
 use crate::layers::moe::{self, ExpertShape, MoeParts, Weighting};
+use crate::weights::Role;
 use crate::weights::loader::Loader;
 use crate::weights::model_config::ModelConfig;
-use crate::weights::mxfp4;
+use crate::weights::mxfp4::{self, Mxfp4};
 
 pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let ModelSource { config, loader, max_model_len, .. } = *source;
@@ -44,7 +47,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let feed_forward = |prefix: &str, _: usize| {
         let gate = format!("{prefix}.mlp.router");
         Ok(FeedForwardParts::moe(MoeParts {
-            gate: Linear::load(loader, &gate, shape.num_experts, shape.hidden_size, Bias::Yes)?,
+            gate: Linear::load_router(loader, &gate, [shape.num_experts, shape.hidden_size], Bias::Yes)?,
             spec: RouterSpec::new(Scoring::SoftmaxTopK, top_k),
             experts: load_experts(loader, &format!("{prefix}.mlp.experts"), shape, activation)?,
             shared: None,
@@ -69,20 +72,60 @@ fn load_experts(
     shape: ExpertShape,
     activation: ExpertActivation,
 ) -> Result<Vec<Expert>, EngineError> {
+    if loader.has(&format!("{prefix}.0.gate_proj.weight")) {
+        return load_apart(loader, prefix, shape, activation);
+    }
     let ExpertShape { num_experts, hidden_size, width } = shape;
     check_blocks(loader, prefix, shape)?;
-    let gate_up =
-        Stacked { loader, name: format!("{prefix}.gate_up_proj"), shape: [num_experts, 2 * width, hidden_size] };
-    let down = Stacked { loader, name: format!("{prefix}.down_proj"), shape: [num_experts, hidden_size, width] };
+    let gate_up = Stacked {
+        loader,
+        name: format!("{prefix}.gate_up_proj"),
+        shape: [num_experts, 2 * width, hidden_size],
+        // Gate and up alternate.
+        stored_row: &|row| if row < width { 2 * row } else { 2 * (row - width) + 1 },
+    };
+    let down = Stacked {
+        loader,
+        name: format!("{prefix}.down_proj"),
+        shape: [num_experts, hidden_size, width],
+        stored_row: &|row| row,
+    };
     let gate_up_bias = loader.floats(&format!("{}_bias", gate_up.name), &[num_experts, 2 * width])?;
     let down_bias = loader.floats(&format!("{}_bias", down.name), &[num_experts, hidden_size])?;
-    let weights = gate_up.load(&gate_first)?.into_iter().zip(down.load(&|rows, _| rows)?);
+    let weights = gate_up.load()?.into_iter().zip(down.load()?);
     let biases = gate_up_bias.chunks_exact(2 * width).zip(down_bias.chunks_exact(hidden_size));
     let expert = |((gate_up, down), (gate_up_bias, down_bias)): (_, (&[f32], &[f32]))| {
-        let biases = ExpertBiases { gate_up: gate_first(gate_up_bias.to_vec(), 1), down: down_bias.to_vec() };
+        let biases = ExpertBiases { gate_up: gate_first(gate_up_bias), down: down_bias.to_vec() };
         Expert::Glu(ExpertWeights { gate_up, down, biases: Some(biases), activation })
     };
     Ok(weights.zip(biases).map(expert).collect())
+}
+
+/// Experts as they are read from GGUF, gate and up already apart: `{prefix}.{idx}.{gate,up,down}_proj.weight` with
+/// `{prefix}.{gate,up,down}_proj.bias [E, rows]`.
+fn load_apart(
+    loader: &Loader,
+    prefix: &str,
+    shape: ExpertShape,
+    activation: ExpertActivation,
+) -> Result<Vec<Expert>, EngineError> {
+    let ExpertShape { num_experts, hidden_size, width } = shape;
+    let bias = |part: &str, rows| loader.floats(&format!("{prefix}.{part}_proj.bias"), &[num_experts, rows]);
+    let (gate_bias, up_bias, down_bias) = (bias("gate", width)?, bias("up", width)?, bias("down", hidden_size)?);
+    (0..num_experts)
+        .map(|idx| {
+            let gate_up = ["gate", "up"].map(|part| (format!("{prefix}.{idx}.{part}_proj.weight"), width));
+            let of_expert = |rows| idx * rows..(idx + 1) * rows;
+            let gate_up_bias = [&gate_bias[of_expert(width)], &up_bias[of_expert(width)]].concat();
+            let biases = ExpertBiases { gate_up: gate_up_bias, down: down_bias[of_expert(hidden_size)].to_vec() };
+            Ok(Expert::Glu(ExpertWeights {
+                gate_up: loader.fused_weight(&gate_up, hidden_size, Role::Layer)?,
+                down: loader.weight(&format!("{prefix}.{idx}.down_proj.weight"), hidden_size, width)?,
+                biases: Some(biases),
+                activation,
+            }))
+        })
+        .collect()
 }
 
 /// Refuses MXFP4 of sizes that its blocks do not divide.
@@ -99,9 +142,9 @@ fn check_blocks(loader: &Loader, prefix: &str, shape: ExpertShape) -> Result<(),
     }
 }
 
-/// Rows of `cols` values, gate and up alternating, to all of the gate before all of up.
-fn gate_first(rows: Vec<f32>, cols: usize) -> Vec<f32> {
-    let of = |parity: usize| rows.chunks_exact(cols).skip(parity).step_by(2).flatten().copied();
+/// Gate and up alternating to all of the gate before all of up.
+fn gate_first(values: &[f32]) -> Vec<f32> {
+    let of = |parity: usize| values.iter().skip(parity).step_by(2).copied();
     of(0).chain(of(1)).collect()
 }
 
@@ -111,36 +154,37 @@ struct Stacked<'a, 'c> {
     name: String,
     /// `[experts, out, in]`
     shape: [usize; 3],
+    /// Which stored row is which row of an expert's matrix.
+    stored_row: &'a (dyn Fn(usize) -> usize + Sync),
 }
 
 impl Stacked<'_, '_> {
-    /// Each expert's matrix `[out, in]`, its rows put in order by `arrange(values, in)`.
-    fn load(&self, arrange: &dyn Fn(Vec<f32>, usize) -> Vec<f32>) -> Result<Vec<kernels::PackedWeight>, EngineError> {
+    /// Each expert's matrix `[out, in]`.
+    fn load(&self) -> Result<Vec<PackedWeight>, EngineError> {
         let [num_experts, rows, cols] = self.shape;
+        let shapes = repeat_n([rows, cols], num_experts);
         let blocks_name = format!("{}_blocks", self.name);
         if !self.loader.has(&blocks_name) {
-            let stored = self.loader.borrow_stacked(&self.name, [num_experts, cols, rows])?;
-            return stored
-                .iter()
-                .map(|weight| {
-                    let values = arrange(moe::transposed(&weight.to_f32(), rows), cols);
-                    self.loader.made(weight.format(), [rows, cols], &values)
-                })
-                .collect();
+            let open = || self.loader.borrow_stacked(&self.name, [num_experts, cols, rows]);
+            return self.loader.made((&self.name, Role::Layer), shapes, open, |stored, idx| {
+                let values = moe::transposed(&stored[idx].to_f32(), rows);
+                let whole = PackedWeight::from_f32(stored[idx].format(), rows, cols, &values)?;
+                Ok(whole.select_rows(&(0..rows).map(self.stored_row).collect::<Vec<_>>())?)
+            });
         }
         let num_blocks = cols / mxfp4::BLOCK;
-        let blocks = self.loader.bytes(&blocks_name, &[num_experts, rows, num_blocks, mxfp4::BLOCK_BYTES])?;
-        let scales = self.loader.bytes(&format!("{}_scales", self.name), &[num_experts, rows, num_blocks])?;
-        let experts =
-            blocks.chunks_exact(rows * num_blocks * mxfp4::BLOCK_BYTES).zip(scales.chunks_exact(rows * num_blocks));
-        experts
-            .map(|(blocks, scales)| {
-                let values = mxfp4::expand(blocks, scales);
-                self.loader.expect_finite(&blocks_name, cols, &values)?;
-                // Every MXFP4 value is a bf16 value.
-                let values = arrange(values, cols);
-                self.loader.made(WeightFormat::Bf16, [rows, cols], &values)
-            })
-            .collect()
+        let open = || {
+            let blocks = self.loader.bytes(&blocks_name, &[num_experts, rows, num_blocks, mxfp4::BLOCK_BYTES])?;
+            Ok((blocks, self.loader.bytes(&format!("{}_scales", self.name), &[num_experts, rows, num_blocks])?))
+        };
+        self.loader.made((&blocks_name, Role::Layer), shapes, open, |(blocks, scales), idx| {
+            let per_expert = rows * num_blocks;
+            let matrix = Mxfp4 {
+                blocks: &blocks[idx * per_expert * mxfp4::BLOCK_BYTES..][..per_expert * mxfp4::BLOCK_BYTES],
+                scales: &scales[idx * per_expert..][..per_expert],
+                shape: [rows, cols],
+            };
+            self.loader.mxfp4_weight(&blocks_name, matrix, &|row| (self.stored_row)(row))
+        })
     }
 }

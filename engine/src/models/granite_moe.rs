@@ -48,10 +48,15 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
             false => ("router.layer", ["input_linear.weight", "output_linear.weight"]),
         };
         let names = names.map(|part| format!("{block}.{part}"));
+        let experts = match loader.has(&names[0]) {
+            true => moe::load_stacked_experts(loader, [&names[0], &names[1]], shape)?,
+            // As they are read from GGUF.
+            false => moe::load_experts(loader, &format!("{block}.experts"), moe::PROJECTIONS, shape)?,
+        };
         Ok(FeedForwardParts::moe(MoeParts {
             gate: moe::load_gate(loader, &format!("{block}.{router}"), shape)?,
             spec: spec.clone(),
-            experts: moe::load_stacked_experts(loader, [&names[0], &names[1]], shape)?,
+            experts,
             shared: load_shared(loader, &format!("{prefix}.shared_mlp"), [decoder.hidden_size, shared_width])?,
             weighting: Weighting::default(),
         }))
@@ -60,7 +65,8 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     Ok(Box::new(Decoder::load(source, decoder, parts)?))
 }
 
-/// `{prefix}.{input,output}_linear`, the gate's rows first; a width of 0 is none.
+/// `{prefix}.{input,output}_linear`, the gate's rows first, or, as from GGUF, `{prefix}.{gate,up,down}_proj`; a width of 0
+/// is none.
 fn load_shared(
     loader: &Loader,
     prefix: &str,
@@ -68,6 +74,9 @@ fn load_shared(
 ) -> Result<Option<SharedExpert>, EngineError> {
     if width == 0 {
         return Ok(None);
+    }
+    if loader.has(&format!("{prefix}.gate_proj.weight")) {
+        return Ok(Some(SharedExpert { mlp: Mlp::load(loader, prefix, hidden_size, width)?, gate: None }));
     }
     let gate_up = Linear::load(loader, &format!("{prefix}.input_linear"), 2 * width, hidden_size, Bias::No)?;
     let down = Linear::load(loader, &format!("{prefix}.output_linear"), hidden_size, width, Bias::No)?;

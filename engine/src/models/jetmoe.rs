@@ -45,7 +45,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let feed_forward = |prefix: &str, _: usize| {
         let gate = format!("{prefix}.mlp.router.layer");
         Ok(FeedForwardParts::moe(MoeParts {
-            gate: Linear::load(loader, &gate, shape.num_experts, shape.hidden_size, Bias::No)?,
+            gate: Linear::load_router(loader, &gate, [shape.num_experts, shape.hidden_size], Bias::No)?,
             spec: spec.clone(),
             experts: load_experts(loader, &format!("{prefix}.mlp"), shape)?,
             shared: None,

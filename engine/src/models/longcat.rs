@@ -187,7 +187,7 @@ fn load_moe(source: &ModelSource, prefix: &str, hidden_size: usize) -> Result<Mo
     let num_choices = shape.num_experts + num_identity;
     let router = format!("{prefix}.router");
     // The router first: its shape proves the number of identities before they are made.
-    let gate = Linear::load(loader, &format!("{router}.classifier"), num_choices, hidden_size, Bias::No)?;
+    let gate = Linear::load_router(loader, &format!("{router}.classifier"), [num_choices, hidden_size], Bias::No)?;
     let mut experts = moe::load_experts(loader, &format!("{prefix}.experts"), moe::PROJECTIONS, shape)?;
     experts.extend((0..num_identity).map(|_| Expert::Identity));
     Ok(MoeParts {

@@ -63,7 +63,7 @@ pub fn load_shared_expert(source: &ModelSource, prefix: &str) -> Result<Option<S
     let ModelSource { config, loader, .. } = *source;
     let (hidden_size, width) = (config.size("hidden_size")?, config.size("shared_expert_intermediate_size")?);
     let mlp = Mlp::load(loader, &format!("{prefix}.mlp.shared_expert"), hidden_size, width)?;
-    let gate = Linear::load(loader, &format!("{prefix}.mlp.shared_expert_gate"), 1, hidden_size, Bias::No)?;
+    let gate = Linear::load_router(loader, &format!("{prefix}.mlp.shared_expert_gate"), [1, hidden_size], Bias::No)?;
     Ok(Some(SharedExpert { mlp, gate: Some(gate) }))
 }
 

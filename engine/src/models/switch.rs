@@ -75,12 +75,12 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let is_tied = config.flag_or("tie_word_embeddings", false)?;
     let [num_encoder, num_decoder] = num_layers(config)?;
     let shared = match is_tied || ["encoder", "decoder"].iter().any(|stack| !loader.has(&own_embedding(stack))) {
-        true => Some(loader.weight("shared.weight", vocab_size, sizes.attention.hidden_size)?),
+        true => Some(loader.table("shared.weight", vocab_size, sizes.attention.hidden_size)?),
         false => None,
     };
     let embedding = |stack: &str| match &shared {
         Some(shared) if is_tied || !loader.has(&own_embedding(stack)) => Ok(shared.clone()),
-        _ => loader.weight(&own_embedding(stack), vocab_size, sizes.attention.hidden_size),
+        _ => loader.table(&own_embedding(stack), vocab_size, sizes.attention.hidden_size),
     };
     let stack = |name: &'static str, num_blocks, first_moe| {
         let step = sparse_step(config, name, num_blocks)?;
@@ -91,7 +91,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let decoder = stack("decoder", num_decoder, encoder.num_moe())?;
     let lm_head = match is_tied {
         true => None,
-        false => Some(loader.weight("lm_head.weight", vocab_size, sizes.attention.hidden_size)?),
+        false => Some(loader.table("lm_head.weight", vocab_size, sizes.attention.hidden_size)?),
     };
     let shape = ModelShape {
         vocab_size,
@@ -294,7 +294,7 @@ fn load_moe(loader: &Loader, prefix: &str, sizes: &Sizes) -> Result<MoeParts, En
     };
     let router = format!("{prefix}.router.classifier");
     Ok(MoeParts {
-        gate: Linear::load(loader, &router, sizes.num_experts, hidden_size, sizes.router_bias)?,
+        gate: Linear::load_router(loader, &router, [sizes.num_experts, hidden_size], sizes.router_bias)?,
         spec: RouterSpec::new(Scoring::Softmax, 1),
         experts: (0..sizes.num_experts).map(expert).collect::<Result<_, EngineError>>()?,
         shared: None,

@@ -1,9 +1,11 @@
-//! The safetensors files of a Hugging Face folder as one table of named tensors.
+//! The files of a model as one table of tensors under their Hugging Face names: safetensors, or what a GGUF file maps to.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use kernels::block_format::BlockFormat;
 use kernels::{MappedFile, PackedWeight, WeightFormat};
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
@@ -17,14 +19,56 @@ pub const MAX_INDEX_BYTES: u64 = 32 << 20;
 /// Of a file's header, which takes several times as much when parsed.
 const MAX_HEADER_BYTES: u64 = 32 << 20;
 
+/// How the numbers of a tensor are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StoredDtype {
+    /// One after the other, as safetensors has them.
+    Plain(Dtype),
+    /// In blocks, as ggml has them.
+    Block(BlockFormat),
+}
+
+impl fmt::Display for StoredDtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Plain(dtype) => write!(f, "{dtype:?}"),
+            Self::Block(format) => f.write_str(format.name()),
+        }
+    }
+}
+
+/// Which stored row is which row of a tensor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RowOrder {
+    #[default]
+    AsStored,
+    /// The rows of each head are stored in rotary pairs `(0, d/2, 1, d/2 + 1, …)`, as llama.cpp's converter leaves the
+    /// queries and keys of some architectures.
+    RotaryPairs { head_dim: usize },
+}
+
+impl RowOrder {
+    /// Where row `row` is stored.
+    pub fn stored_row(self, row: usize) -> usize {
+        match self {
+            Self::AsStored => row,
+            Self::RotaryPairs { head_dim } => {
+                let (head, dim) = (row / head_dim, row % head_dim);
+                head * head_dim + 2 * (dim % (head_dim / 2)) + dim / (head_dim / 2)
+            }
+        }
+    }
+}
+
 /// Where one tensor lies.
 #[derive(Clone, Debug)]
 pub struct TensorEntry {
-    pub dtype: Dtype,
+    pub dtype: StoredDtype,
     pub shape: Vec<usize>,
     pub num_bytes: usize,
-    file_idx: usize,
-    offset: usize,
+    pub(super) order: RowOrder,
+    pub(super) file_idx: usize,
+    pub(super) offset: usize,
 }
 
 /// All tensors of a checkpoint, mapped and not yet read.
@@ -70,6 +114,11 @@ impl Checkpoint {
         }
     }
 
+    /// A table over mapped files, whose entries lie inside them.
+    pub(super) fn of_tensors(files: Vec<(PathBuf, Arc<MappedFile>)>, tensors: BTreeMap<String, TensorEntry>) -> Self {
+        Self { files, tensors }
+    }
+
     fn add_file(&mut self, path: &Path) -> Result<(), EngineError> {
         let file = MappedFile::open(path).map_err(|source| EngineError::Read { path: path.into(), source })?;
         let invalid = |reason: String| EngineError::Invalid { path: path.into(), reason };
@@ -87,8 +136,14 @@ impl Checkpoint {
             if end < start || last > file.len() {
                 return Err(invalid(format!("tensor `{name}` lies outside the file")));
             }
-            let entry =
-                TensorEntry { dtype: info.dtype, shape: info.shape.clone(), num_bytes: end - start, file_idx, offset };
+            let entry = TensorEntry {
+                dtype: StoredDtype::Plain(info.dtype),
+                shape: info.shape.clone(),
+                num_bytes: end - start,
+                order: RowOrder::AsStored,
+                file_idx,
+                offset,
+            };
             if self.tensors.insert(name.clone(), entry).is_some() {
                 return Err(invalid(format!("tensor `{name}` is in two files")));
             }
@@ -106,12 +161,13 @@ impl Checkpoint {
         &self.files[entry.file_idx].0
     }
 
-    /// The stored bytes, little endian, row-major.
+    /// The stored bytes, little endian, row-major, in the stored order of rows.
     pub fn bytes(&self, entry: &TensorEntry) -> &[u8] {
         &self.files[entry.file_idx].1[entry.offset..entry.offset + entry.num_bytes]
     }
 
-    /// Borrows the matrix `[rows, cols]` that starts `offset` bytes into a tensor, without reading it.
+    /// Borrows the matrix `[rows, cols]` that starts `offset` bytes into a tensor, without reading it; where its rows are
+    /// stored in another order, it is copied.
     pub fn matrix(
         &self,
         entry: &TensorEntry,
@@ -120,11 +176,20 @@ impl Checkpoint {
         [rows, cols]: [usize; 2],
     ) -> Result<PackedWeight, EngineError> {
         let file = self.files[entry.file_idx].1.clone();
-        Ok(PackedWeight::mapped(file, entry.offset + offset, format, rows, cols)?)
+        let stored = PackedWeight::mapped(file, entry.offset + offset, format, rows, cols)?;
+        match entry.order {
+            RowOrder::AsStored => Ok(stored),
+            order => Ok(stored.select_rows(&(0..rows).map(|row| order.stored_row(row)).collect::<Vec<_>>())?),
+        }
     }
 
     pub fn iter(&self) -> impl Iterator<Item = (&str, &TensorEntry)> {
         self.tensors.iter().map(|(name, entry)| (name.as_str(), entry))
+    }
+
+    /// Gives back the memory of what was read of the files, which may be read again.
+    pub fn release_pages(&self) {
+        self.files.iter().for_each(|(_, file)| file.release_pages());
     }
 
     /// Bytes of all tensors.

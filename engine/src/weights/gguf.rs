@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use half::{bf16, f16};
 use kernels::MappedFile;
@@ -22,7 +23,7 @@ const MAX_ENTRIES: u64 = 1 << 20;
 #[derive(Debug)]
 pub struct GgufFile {
     path: PathBuf,
-    bytes: MappedFile,
+    bytes: Arc<MappedFile>,
     metadata: BTreeMap<String, GgufValue>,
     tensors: BTreeMap<String, GgufTensor>,
 }
@@ -41,11 +42,15 @@ impl GgufFile {
     pub fn open(path: &Path) -> Result<Self, EngineError> {
         let bytes = MappedFile::open(path).map_err(|source| EngineError::Read { path: path.into(), source })?;
         let header = read_header(&bytes).map_err(|reason| EngineError::Invalid { path: path.into(), reason })?;
-        Ok(Self { path: path.into(), bytes, metadata: header.metadata, tensors: header.tensors })
+        Ok(Self { path: path.into(), bytes: Arc::new(bytes), metadata: header.metadata, tensors: header.tensors })
     }
 
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    pub(super) fn mapped(&self) -> &Arc<MappedFile> {
+        &self.bytes
     }
 
     /// The metadata value under `key`, where there is one.
@@ -135,6 +140,11 @@ impl GgufFile {
             }
         })
     }
+}
+
+/// The shortest decimal of the f32 that a file holds: 1e-5 rather than 9.999999747378752e-6.
+pub(super) fn decimal(value: f64) -> f64 {
+    (value as f32).to_string().parse().expect("a printed float parses")
 }
 
 fn read_header(bytes: &[u8]) -> Result<Header, String> {

@@ -1,6 +1,6 @@
 //! What a GGUF file is made of: metadata values, tensor types, tensor infos, and the checked cursor that reads them.
 
-use kernels::block_format::{BLOCK_LEN, BlockFormat};
+use kernels::block_format::BlockFormat;
 
 /// Values of one file's metadata, array elements included: far above any vocabulary, far below the memory of a machine.
 const MAX_VALUES: u64 = 1 << 23;
@@ -77,8 +77,14 @@ impl GgmlType {
             1 => Self::F16,
             2 => Self::Block(BlockFormat::Q4_0),
             3 => Self::Block(BlockFormat::Q4_1),
+            6 => Self::Block(BlockFormat::Q5_0),
+            7 => Self::Block(BlockFormat::Q5_1),
             8 => Self::Block(BlockFormat::Q8_0),
+            12 => Self::Block(BlockFormat::Q4K),
+            13 => Self::Block(BlockFormat::Q5K),
+            14 => Self::Block(BlockFormat::Q6K),
             30 => Self::BF16,
+            39 => Self::Block(BlockFormat::Mxfp4),
             other => Self::Other(other),
         }
     }
@@ -88,7 +94,7 @@ impl GgmlType {
         match self {
             Self::F32 => Some((1, 4)),
             Self::F16 | Self::BF16 => Some((1, 2)),
-            Self::Block(format) => Some((BLOCK_LEN as u64, format.block_bytes() as u64)),
+            Self::Block(format) => Some((format.block_len() as u64, format.block_bytes() as u64)),
             Self::Other(_) => None,
         }
     }
@@ -97,29 +103,30 @@ impl GgmlType {
 impl std::fmt::Display for GgmlType {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         // Names of ggml's other types, so that an error says what the user knows the file by.
-        const NAMES: [(u32, &str); 16] = [
-            (6, "Q5_0"),
-            (7, "Q5_1"),
+        const NAMES: [(u32, &str); 17] = [
             (9, "Q8_1"),
             (10, "Q2_K"),
             (11, "Q3_K"),
-            (12, "Q4_K"),
-            (13, "Q5_K"),
-            (14, "Q6_K"),
             (15, "Q8_K"),
             (16, "IQ2_XXS"),
+            (17, "IQ2_XS"),
+            (18, "IQ3_XXS"),
+            (19, "IQ1_S"),
             (20, "IQ4_NL"),
+            (21, "IQ3_S"),
+            (22, "IQ2_S"),
             (23, "IQ4_XS"),
             (28, "F64"),
+            (29, "IQ1_M"),
             (34, "TQ1_0"),
             (35, "TQ2_0"),
-            (39, "MXFP4"),
+            (40, "NVFP4"),
         ];
         match self {
             Self::F32 => f.write_str("F32"),
             Self::F16 => f.write_str("F16"),
             Self::BF16 => f.write_str("BF16"),
-            Self::Block(format) => write!(f, "{format:?}"),
+            Self::Block(format) => f.write_str(format.name()),
             Self::Other(number) => match NAMES.iter().find(|(known, _)| known == number) {
                 Some((_, name)) => f.write_str(name),
                 None => write!(f, "ggml type {number}"),

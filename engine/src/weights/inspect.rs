@@ -1,19 +1,20 @@
-//! What a model folder holds, from `config.json` and the headers of its safetensors files; no weight is read.
+//! What a model holds, from its config and the headers of its files; no weight is read.
 
 use std::path::Path;
 
 use safetensors::Dtype;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-use super::checkpoint::Checkpoint;
+use super::checkpoint::StoredDtype;
 use super::model_config::ModelConfig;
+use super::model_files::ModelFiles;
 use super::quantization::Quantization;
 use super::tally::{self, ClassSize, Tally, TensorClass, layer_number};
 use crate::error::EngineError;
 use crate::models;
 
 /// Sizes of a model folder.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Inspection {
     /// `model_type` of config.json.
     pub architecture: String,
@@ -48,7 +49,7 @@ pub struct Inspection {
     /// The same with `--dtype f32`.
     pub memory_bytes_f32: u64,
     /// `f32` where the checkpoint stores f32, else `bf16`: what `--kv-cache-dtype auto` takes.
-    pub kv_dtype: &'static str,
+    pub kv_dtype: String,
     /// Bytes of keys and values, or latents, that one token adds, over all layers.
     pub kv_bytes_per_token: u64,
     /// Bytes of recurrent state that one sequence has, over all layers.
@@ -59,15 +60,24 @@ pub struct Inspection {
     pub classes: Vec<ClassSize>,
 }
 
-/// Reads the sizes of the model folder `model_dir`.
+/// Reads the sizes of the model at `path`, a Hugging Face folder or a GGUF file.
 ///
 /// # Errors
 /// Missing or malformed files, an architecture that is not supported, config keys that are missing.
-pub fn inspect(model_dir: &Path) -> Result<Inspection, EngineError> {
-    let config = ModelConfig::load(model_dir)?;
+pub fn inspect(path: &Path) -> Result<Inspection, EngineError> {
+    let files = ModelFiles::open(path)?;
+    inspect_files(&files).map_err(|error| files.explain(error))
+}
+
+/// The same for files that are open already.
+pub fn inspect_files(files: &ModelFiles) -> Result<Inspection, EngineError> {
+    let config = files.config()?;
+    if let Some(packed) = files.packed(&config)? {
+        return Ok(packed.inspection);
+    }
     let model_type = config.model_type()?;
     let architecture = models::architecture(model_type)?;
-    let checkpoint = Checkpoint::open(model_dir)?;
+    let checkpoint = files.checkpoint(&config)?;
     let is_ignored = |name: &str| (architecture.ignored)(&config, name) || models::is_ignored_everywhere(&config, name);
 
     let quantization = Quantization::from_config(&config)?;
@@ -85,7 +95,8 @@ pub fn inspect(model_dir: &Path) -> Result<Inspection, EngineError> {
     let num_zero_experts = config.count_or("zero_expert_num", 0)?;
     let num_parameters = tally.parameters(|class| class != TensorClass::Ignored);
     let dtypes = tally.dtypes_by_size();
-    let (kv_dtype, kv_element_bytes) = if dtypes.first() == Some(&Dtype::F32) { ("f32", 4) } else { ("bf16", 2) };
+    let (kv_dtype, kv_element_bytes) =
+        if dtypes.first() == Some(&StoredDtype::Plain(Dtype::F32)) { ("f32", 4) } else { ("bf16", 2) };
     let footprint = (architecture.footprint)(&config)?;
     Ok(Inspection {
         architecture: model_type.to_owned(),
@@ -106,10 +117,10 @@ pub fn inspect(model_dir: &Path) -> Result<Inspection, EngineError> {
         weight_bytes: checkpoint.total_bytes(),
         memory_bytes: tally.memory_bytes[0],
         memory_bytes_f32: tally.memory_bytes[1],
-        kv_dtype,
+        kv_dtype: kv_dtype.to_owned(),
         kv_bytes_per_token: footprint.token_width.saturating_mul(kv_element_bytes),
         state_bytes_per_sequence: footprint.state_width.saturating_mul(size_of::<f32>() as u64),
-        dtypes: dtypes.iter().map(|dtype| format!("{dtype:?}").to_lowercase()).collect(),
+        dtypes: dtypes.iter().map(|dtype| dtype.to_string().to_lowercase()).collect(),
         classes: tally.classes.into_values().collect(),
     })
 }
@@ -181,7 +192,7 @@ mod tests {
         let dense = 80 + 8 + 64 + 8 + 32;
         assert_eq!((found.num_parameters, found.num_active_parameters), (dense + 4 * 128, dense + 128));
         assert_eq!(found.kv_bytes_per_token, 2 * 4 * 2);
-        assert_eq!((found.num_experts, found.num_moe_layers, found.kv_dtype), (4, 1, "bf16"));
+        assert_eq!((found.num_experts, found.num_moe_layers, found.kv_dtype.as_str()), (4, 1, "bf16"));
         for (class, num_bytes) in [
             (TensorClass::Embedding, 160),
             (TensorClass::Attention, 128),

@@ -1,15 +1,17 @@
 //! Hands out the checkpoint's tensors by name in the form the layers want, and notices what nobody asked for.
 
 use std::cell::RefCell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::{Device, Tensor};
-use kernels::{PackedWeight, WeightFormat};
+use kernels::{KernelError, PackedWeight, WeightFormat};
 use safetensors::Dtype;
 
-use super::checkpoint::{Checkpoint, TensorEntry};
+use super::checkpoint::{Checkpoint, StoredDtype, TensorEntry};
+use super::packed_folder::PackedIndex;
 use super::quantization::Quantization;
-use crate::config::WeightDtype;
+use super::storage::Role;
+use crate::config::WeightStorage;
 use crate::error::EngineError;
 
 /// Where multimodal checkpoints keep the language model's tensors.
@@ -22,6 +24,9 @@ pub struct LoadProgress {
     pub total_bytes: u64,
 }
 
+/// Source bytes after which their pages are given back: a mapped file that was read counts as memory of the process.
+const RELEASE_BYTES: u64 = 256 << 20;
+
 /// One pass over a checkpoint: every tensor is taken by name, once.
 pub struct Loader<'a> {
     checkpoint: &'a Checkpoint,
@@ -29,71 +34,161 @@ pub struct Loader<'a> {
     /// Of every name: multimodal checkpoints keep their language model under one.
     prefix: &'static str,
     quantization: Quantization,
-    dtype: WeightDtype,
+    storage: WeightStorage,
+    /// Of a folder that has everything as a loader made it before.
+    packed: Option<&'a PackedIndex>,
     state: RefCell<LoadState<'a>>,
 }
 
+/// What becomes of each weight and vector that was made: its key, itself, and what the model gets in its place.
+pub(super) type Sink<'a> = &'a mut dyn FnMut(&str, PackedWeight) -> Result<PackedWeight, EngineError>;
+
 struct LoadState<'a> {
     taken: BTreeSet<String>,
+    /// Names that layers asked about and that are there.
+    present: BTreeSet<String>,
     done_bytes: u64,
+    released_bytes: u64,
     weight_bytes: u64,
+    /// Bytes of kept matrices by format, see [`Loader::formats`].
+    format_bytes: BTreeMap<&'static str, u64>,
     progress: &'a mut dyn FnMut(LoadProgress),
+    sink: Option<Sink<'a>>,
 }
 
 impl<'a> Loader<'a> {
     pub fn new(
         checkpoint: &'a Checkpoint,
         quantization: Quantization,
-        dtype: WeightDtype,
+        storage: impl Into<WeightStorage>,
         progress: &'a mut dyn FnMut(LoadProgress),
     ) -> Self {
-        let state = LoadState { taken: BTreeSet::new(), done_bytes: 0, weight_bytes: 0, progress };
+        let state = LoadState {
+            taken: BTreeSet::new(),
+            present: BTreeSet::new(),
+            done_bytes: 0,
+            released_bytes: 0,
+            weight_bytes: 0,
+            format_bytes: BTreeMap::new(),
+            progress,
+            sink: None,
+        };
         let is_nested = checkpoint.iter().any(|(name, _)| name.starts_with(NESTED_PREFIX));
         let prefix = if is_nested { NESTED_PREFIX } else { "" };
-        let total_bytes = checkpoint.total_bytes();
-        Self { checkpoint, total_bytes, prefix, quantization, dtype, state: RefCell::new(state) }
+        let (total_bytes, storage) = (checkpoint.total_bytes(), storage.into());
+        Self { checkpoint, total_bytes, prefix, quantization, storage, packed: None, state: RefCell::new(state) }
     }
 
+    /// Over a packed folder: everything is there under the key that it was asked for by.
+    pub(crate) fn with_packed(self, packed: Option<&'a PackedIndex>) -> Self {
+        Self { packed, ..self }
+    }
+
+    /// Gives `sink` each weight and vector.
+    pub(super) fn with_sink(self, sink: Sink<'a>) -> Self {
+        self.state.borrow_mut().sink = Some(sink);
+        self
+    }
+
+    /// Whether the checkpoint has a tensor, in whatever form.
     pub fn has(&self, name: &str) -> bool {
+        if let Some(packed) = self.packed {
+            return packed.present.contains(name);
+        }
+        let is_there = self.contains(name) || name.strip_suffix(".weight").is_some_and(|stem| self.is_packed(stem));
+        if is_there {
+            self.state.borrow_mut().present.insert(name.to_owned());
+        }
+        is_there
+    }
+
+    pub(super) fn contains(&self, name: &str) -> bool {
         self.checkpoint.get(&format!("{}{name}", self.prefix)).is_some()
     }
 
-    /// A matrix `[rows, cols]` for [`kernels::linear`].
+    /// Names that layers asked about with [`Self::has`] and that are there.
+    pub(super) fn present(&self) -> BTreeSet<String> {
+        self.state.borrow().present.clone()
+    }
+
+    /// A matrix `[rows, cols]` of a layer for [`kernels::linear`].
     pub fn weight(&self, name: &str, rows: usize, cols: usize) -> Result<PackedWeight, EngineError> {
-        self.fused_weight(&[(name.to_owned(), rows)], cols)
+        self.fused_weight(&[(name.to_owned(), rows)], cols, Role::Layer)
+    }
+
+    /// The embedding, or the output projection.
+    pub fn table(&self, name: &str, rows: usize, cols: usize) -> Result<PackedWeight, EngineError> {
+        self.fused_weight(&[(name.to_owned(), rows)], cols, Role::Table)
     }
 
     /// Several matrices over the same input, one below the other: `[Σ rows, cols]`.
-    pub fn fused_weight(&self, parts: &[(String, usize)], cols: usize) -> Result<PackedWeight, EngineError> {
-        let parts = parts.iter().map(|(name, rows)| match name.strip_suffix(".weight") {
-            Some(stem) if !self.has(name) && self.is_packed(stem) => self.expand_packed(stem, [*rows, cols]),
+    pub fn fused_weight(
+        &self,
+        parts: &[(String, usize)],
+        cols: usize,
+        role: Role,
+    ) -> Result<PackedWeight, EngineError> {
+        let key = parts.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join("+");
+        let rows = parts.iter().map(|(_, rows)| rows).sum();
+        if let Some(packed) = self.packed_weight(&key, [rows, cols])? {
+            return Ok(packed);
+        }
+        let parts = parts.iter().map(|(name, rows)| self.borrow_weight(name, [*rows, cols]));
+        self.keep(&key, role, parts)
+    }
+
+    /// A matrix as it is stored, for those that change on their way in.
+    pub fn borrow_weight(&self, name: &str, shape: [usize; 2]) -> Result<PackedWeight, EngineError> {
+        match name.strip_suffix(".weight") {
+            Some(stem) if !self.contains(name) && self.is_packed(stem) => self.expand_packed(stem, shape),
             _ => {
-                let entry = self.take(name, &[*rows, cols])?;
-                self.stored(name, entry, 0, [*rows, cols])
+                let entry = self.take(name, &shape)?;
+                self.stored(name, entry, 0, shape)
             }
-        });
-        self.keep(parts.collect::<Result<_, _>>()?)
+        }
     }
 
     /// Matrices made of the rows of one tensor `[rows, cols]`, each in an order of its own.
     pub fn picked_weights(
         &self,
-        name: &str,
+        (name, role): (&str, Role),
         shape: [usize; 2],
         picks: &[Vec<usize>],
     ) -> Result<Vec<PackedWeight>, EngineError> {
-        let stored = self.stored(name, self.take(name, &shape)?, 0, shape)?;
-        picks.iter().map(|rows| self.keep(vec![stored.select_rows(rows)?])).collect()
+        let shapes = picks.iter().map(|rows| [rows.len(), shape[1]]);
+        let open = || self.borrow_weight(name, shape);
+        self.made((name, role), shapes, open, |stored, idx| Ok(stored.select_rows(&picks[idx])?))
     }
 
     /// The matrices of a stacked tensor `[count, rows, cols]`, apart.
     pub fn stacked_weights(&self, name: &str, shape: [usize; 3]) -> Result<Vec<PackedWeight>, EngineError> {
         let [count, rows, cols] = shape;
-        let entry = self.take(name, &shape)?;
-        // Refuses FP8: nothing published says how its scales would be stacked.
-        self.weight_format(name, entry)?;
-        let stride = entry.num_bytes / count;
-        (0..count).map(|idx| self.keep(vec![self.stored(name, entry, idx * stride, [rows, cols])?])).collect()
+        let open = || {
+            let entry = self.take(name, &shape)?;
+            self.expect_stackable(name, entry)?;
+            Ok(entry)
+        };
+        self.made((name, Role::Layer), std::iter::repeat_n([rows, cols], count), open, |entry, idx| {
+            self.stored(name, entry, idx * (entry.num_bytes / count), [rows, cols])
+        })
+    }
+
+    /// Matrices of these `shapes` that `make(source, idx)` makes of what `open` finds stored, one at a time. They are known
+    /// by `name` and their index: a packed folder has them as they came out.
+    pub fn made<S>(
+        &self,
+        (name, role): (&str, Role),
+        shapes: impl ExactSizeIterator<Item = [usize; 2]>,
+        open: impl FnOnce() -> Result<S, EngineError>,
+        make: impl Fn(&S, usize) -> Result<PackedWeight, EngineError>,
+    ) -> Result<Vec<PackedWeight>, EngineError> {
+        let key = |idx: usize| format!("{name}/{idx}");
+        if self.packed.is_some() {
+            let weights = shapes.enumerate().map(|(idx, shape)| self.packed_weight(&key(idx), shape));
+            return weights.map(|weight| Ok(weight?.expect("a packed folder"))).collect();
+        }
+        let source = open()?;
+        (0..shapes.len()).map(|idx| self.keep(&key(idx), role, std::iter::once(make(&source, idx)))).collect()
     }
 
     /// The matrices of a stacked tensor `[count, rows, cols]`, borrowed: for those that change on their way in.
@@ -103,7 +198,7 @@ impl<'a> Loader<'a> {
         [count, rows, cols]: [usize; 3],
     ) -> Result<Vec<PackedWeight>, EngineError> {
         let entry = self.take(name, &[count, rows, cols])?;
-        self.weight_format(name, entry)?;
+        self.expect_stackable(name, entry)?;
         let stride = entry.num_bytes / count;
         (0..count).map(|idx| self.stored(name, entry, idx * stride, [rows, cols])).collect()
     }
@@ -112,19 +207,9 @@ impl<'a> Loader<'a> {
     pub fn bytes(&self, name: &str, shape: &[usize]) -> Result<&'a [u8], EngineError> {
         let entry = self.take(name, shape)?;
         match entry.dtype {
-            Dtype::U8 => Ok(self.checkpoint.bytes(entry)),
+            StoredDtype::Plain(Dtype::U8) => Ok(self.checkpoint.bytes(entry)),
             _ => Err(self.dtype_error(name, entry)),
         }
-    }
-
-    /// A matrix that was made from others, in the format that was asked for, else in `format`.
-    pub fn made(
-        &self,
-        format: WeightFormat,
-        [rows, cols]: [usize; 2],
-        values: &[f32],
-    ) -> Result<PackedWeight, EngineError> {
-        self.keep(vec![PackedWeight::from_f32(format, rows, cols, values)?])
     }
 
     /// A vector in f32: norm weights, biases.
@@ -134,11 +219,31 @@ impl<'a> Loader<'a> {
 
     /// A small tensor in f32, row-major.
     pub fn floats(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, EngineError> {
-        let entry = self.take(name, shape)?;
-        let count = entry.shape.iter().product();
-        let stored = self.checkpoint.matrix(entry, 0, self.weight_format(name, entry)?, [1, count])?;
-        self.state.borrow_mut().weight_bytes += (count * size_of::<f32>()) as u64;
-        Ok(stored.to_f32())
+        let count = shape.iter().product();
+        let stored = match self.packed_weight(name, [1, count])? {
+            Some(packed) => packed,
+            None => {
+                let entry = self.take(name, shape)?;
+                self.checkpoint.matrix(entry, 0, self.weight_format(name, entry)?, [count, 1])?
+            }
+        };
+        let values = stored.to_f32();
+        let mut state = self.state.borrow_mut();
+        if self.packed.is_none() {
+            state.weight_bytes += (count * size_of::<f32>()) as u64;
+        }
+        if let Some(sink) = &mut state.sink {
+            sink(name, PackedWeight::from_f32(WeightFormat::F32, 1, count, &values)?)?;
+        }
+        Ok(values)
+    }
+
+    /// The formats of the kept matrices, most bytes first.
+    pub fn formats(&self) -> Vec<&'static str> {
+        let mut formats: Vec<_> =
+            self.state.borrow().format_bytes.iter().map(|(name, bytes)| (*name, *bytes)).collect();
+        formats.sort_by_key(|&(_, bytes)| std::cmp::Reverse(bytes));
+        formats.into_iter().map(|(name, _)| name).collect()
     }
 
     /// Bytes the loaded weights take in memory.
@@ -166,8 +271,8 @@ impl<'a> Loader<'a> {
         self.quantization
     }
 
-    pub(super) fn dtype(&self) -> WeightDtype {
-        self.dtype
+    pub(super) fn storage(&self) -> WeightStorage {
+        self.storage
     }
 
     pub(super) fn stored_bytes(&self, entry: &TensorEntry) -> &'a [u8] {
@@ -184,7 +289,7 @@ impl<'a> Loader<'a> {
     }
 
     /// Passes over a tensor that may be there and is of no use.
-    pub(super) fn skip(&self, name: &str) {
+    pub fn skip(&self, name: &str) {
         if let Ok(entry) = self.find(name) {
             self.mark_taken(name, entry);
         }
@@ -199,17 +304,47 @@ impl<'a> Loader<'a> {
         Ok(entry)
     }
 
-    fn find(&self, name: &str) -> Result<&'a TensorEntry, EngineError> {
+    pub(super) fn find(&self, name: &str) -> Result<&'a TensorEntry, EngineError> {
         let name = format!("{}{name}", self.prefix);
         self.checkpoint.get(&name).ok_or(EngineError::MissingTensor { name })
     }
 
     fn mark_taken(&self, name: &str, entry: &TensorEntry) {
         let mut state = self.state.borrow_mut();
-        state.taken.insert(format!("{}{name}", self.prefix));
+        if !state.taken.insert(format!("{}{name}", self.prefix)) {
+            return;
+        }
         state.done_bytes += entry.num_bytes as u64;
         let progress = LoadProgress { done_bytes: state.done_bytes, total_bytes: self.total_bytes };
         (state.progress)(progress);
+        // What is kept of a packed folder stays mapped, and in use.
+        if self.packed.is_none() && state.done_bytes - state.released_bytes >= RELEASE_BYTES {
+            state.released_bytes = state.done_bytes;
+            self.checkpoint.release_pages();
+        }
+    }
+
+    /// What a packed folder has under a key; none where there is no such folder.
+    fn packed_weight(&self, key: &str, [rows, cols]: [usize; 2]) -> Result<Option<PackedWeight>, EngineError> {
+        let Some(packed) = self.packed else { return Ok(None) };
+        let entry = self.find(key)?;
+        let format = packed.format_of(key, [rows, cols]).map_err(|reason| self.invalid(key, reason))?;
+        let weight = self.checkpoint.matrix(entry, 0, format, [rows, cols])?;
+        if weight.num_bytes() > entry.num_bytes {
+            return Err(self.invalid(key, format!("has {} bytes, expected {}", entry.num_bytes, weight.num_bytes())));
+        }
+        self.mark_taken(key, entry);
+        self.count(&weight);
+        Ok(Some(weight))
+    }
+
+    fn count(&self, weight: &PackedWeight) {
+        let mut state = self.state.borrow_mut();
+        let bytes = weight.num_bytes() as u64;
+        state.weight_bytes += bytes;
+        if weight.rows() > 1 {
+            *state.format_bytes.entry(weight.format().name()).or_default() += bytes;
+        }
     }
 
     /// The matrix as the file has it, borrowed where its format is one of ours.
@@ -221,35 +356,58 @@ impl<'a> Loader<'a> {
         shape: [usize; 2],
     ) -> Result<PackedWeight, EngineError> {
         match entry.dtype {
-            Dtype::F8_E4M3 | Dtype::I8 => self.expand_scaled(name, entry, shape),
+            StoredDtype::Plain(Dtype::F8_E4M3 | Dtype::I8) => self.expand_scaled(name, entry, shape),
+            StoredDtype::Block(format) => self.expand_blocks(name, entry, (format, offset), shape),
             _ => self.checkpoint.matrix(entry, offset, self.weight_format(name, entry)?, shape),
         }
     }
 
-    /// Copies borrowed parts, one below the other, into memory of their own in the format that was asked for.
-    fn keep(&self, parts: Vec<PackedWeight>) -> Result<PackedWeight, EngineError> {
-        let same = parts.windows(2).all(|pair| pair[0].format() == pair[1].format());
-        let format = match self.dtype {
-            WeightDtype::Auto if same => None,
-            // Parts of unlike formats are stored in the widest one, which holds all exactly.
-            WeightDtype::Auto | WeightDtype::F32 => Some(WeightFormat::F32),
-            WeightDtype::Bf16 => Some(WeightFormat::Bf16),
-            WeightDtype::F16 => Some(WeightFormat::F16),
+    /// Copies borrowed parts, one below the other, into memory of their own in the format that was asked for; they are
+    /// converted one by one.
+    fn keep(
+        &self,
+        key: &str,
+        role: Role,
+        parts: impl Iterator<Item = Result<PackedWeight, EngineError>>,
+    ) -> Result<PackedWeight, EngineError> {
+        let named = |error: KernelError| self.invalid(key, error.to_string());
+        let converted = parts.map(|part| {
+            let part = part?;
+            match role.target(self.storage, part.format()) {
+                None => Ok(part),
+                Some(format) => part.convert(format).map_err(named),
+            }
+        });
+        let mut parts = converted.collect::<Result<Vec<_>, EngineError>>()?;
+        if parts.windows(2).any(|pair| pair[0].format() != pair[1].format()) {
+            // The widest one holds all exactly.
+            parts = parts.into_iter().map(|part| part.convert(WeightFormat::F32)).collect::<Result<_, _>>()?;
+        }
+        let kept = match parts.as_slice() {
+            // Nobody else has it, so it need not be copied.
+            [only] if only.is_owned() => only.clone(),
+            _ => PackedWeight::concat_rows(&parts.iter().collect::<Vec<_>>())?,
         };
-        let parts: Vec<PackedWeight> = match format {
-            None => parts,
-            Some(format) => parts.into_iter().map(|part| part.convert(format)).collect::<Result<_, _>>()?,
-        };
-        let kept = PackedWeight::concat_rows(&parts.iter().collect::<Vec<_>>())?;
-        self.state.borrow_mut().weight_bytes += kept.num_bytes() as u64;
-        Ok(kept)
+        self.count(&kept);
+        match &mut self.state.borrow_mut().sink {
+            None => Ok(kept),
+            Some(sink) => sink(key, kept),
+        }
+    }
+
+    /// Refuses FP8: nothing published says how its scales would be stacked.
+    fn expect_stackable(&self, name: &str, entry: &TensorEntry) -> Result<(), EngineError> {
+        match entry.dtype {
+            StoredDtype::Block(_) => Ok(()),
+            StoredDtype::Plain(_) => self.weight_format(name, entry).map(drop),
+        }
     }
 
     fn weight_format(&self, name: &str, entry: &TensorEntry) -> Result<WeightFormat, EngineError> {
         match entry.dtype {
-            Dtype::F32 => Ok(WeightFormat::F32),
-            Dtype::F16 => Ok(WeightFormat::F16),
-            Dtype::BF16 => Ok(WeightFormat::Bf16),
+            StoredDtype::Plain(Dtype::F32) => Ok(WeightFormat::F32),
+            StoredDtype::Plain(Dtype::F16) => Ok(WeightFormat::F16),
+            StoredDtype::Plain(Dtype::BF16) => Ok(WeightFormat::Bf16),
             _ => Err(self.dtype_error(name, entry)),
         }
     }
@@ -261,7 +419,7 @@ impl<'a> Loader<'a> {
 
     pub(super) fn dtype_error(&self, name: &str, entry: &TensorEntry) -> EngineError {
         let (name, path) = (format!("{}{name}", self.prefix), self.checkpoint.path(entry).to_owned());
-        EngineError::TensorDtype { name, dtype: format!("{:?}", entry.dtype), path }
+        EngineError::TensorDtype { name, dtype: entry.dtype.to_string(), path }
     }
 
     /// An error about what a tensor holds, naming its file.
@@ -278,6 +436,7 @@ mod tests {
 
     use super::super::gguf_fixture::TempDir;
     use super::*;
+    use crate::config::WeightDtype;
 
     #[test]
     fn stacked_fp8_is_refused_and_not_misread() {

@@ -67,6 +67,16 @@ impl ModelConfig {
         Self { keys }
     }
 
+    /// All keys, with another `quantization_config`.
+    pub fn with_quantization(&self, section: Value) -> Map<String, Value> {
+        let mut keys = self.keys.clone();
+        if let Some(Value::Object(text)) = keys.get_mut("text_config") {
+            text.remove("quantization_config");
+        }
+        keys.insert("quantization_config".to_owned(), section);
+        keys
+    }
+
     /// The value, where the key is present and not null.
     pub fn get(&self, key: &str) -> Option<&Value> {
         self.keys.get(key).filter(|value| !value.is_null())

@@ -3,15 +3,18 @@
 //! Which weights are quantized is told by their tensors: those that compressed-tensors lists under `ignore` are stored
 //! under their plain names.
 
+use kernels::QuantFormat;
 use serde_json::Value;
 
+use super::grouped_ints::grouped_format;
 use super::model_config::{ModelConfig, shown};
+use super::packed_folder;
 use crate::error::EngineError;
 
 /// Tiles of block-scaled FP8 as DeepSeek publishes it.
 const DEFAULT_TILE: [usize; 2] = [128, 128];
 
-const METHODS: [&str; 4] = ["fp8", "fbgemm_fp8", "mxfp4", "compressed-tensors"];
+const METHODS: [&str; 6] = ["fp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "awq", "gptq"];
 
 /// How the quantized matrices of a checkpoint are stored; one way for all of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -20,6 +23,8 @@ pub struct Quantization {
     pub scales: Option<ScaleLayout>,
     /// Of integers in words of 32 bits (compressed-tensors, `pack-quantized`).
     pub packing: Option<Packing>,
+    /// Of integers of 4 bits that are stored inputs by outputs (AWQ, GPTQ).
+    pub transposed: Option<TransposedInt4>,
 }
 
 /// Which values of a matrix share a scale.
@@ -40,6 +45,27 @@ pub struct Packing {
     pub num_bits: usize,
     /// Each scale has a zero point beside it.
     pub has_zero_points: bool,
+}
+
+/// Integers of 4 bits in words of 32 bits: `{stem}.qweight` under `{stem}.scales` and `{stem}.qzeros`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TransposedInt4 {
+    pub kind: TransposedKind,
+    /// Columns that share a scale; `None`: all of a row.
+    pub group: Option<usize>,
+    pub has_zero_points: bool,
+    /// Columns may be in groups by an order that is stored (`desc_act`).
+    pub is_reordered: bool,
+}
+
+/// Who packed them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TransposedKind {
+    Awq,
+    /// The first version of the format stores zero points less one.
+    Gptq {
+        zeros_minus_one: bool,
+    },
 }
 
 impl Packing {
@@ -81,6 +107,22 @@ pub fn same_shape(left: &[usize], right: &[usize]) -> bool {
 }
 
 impl Quantization {
+    /// The format in memory of packed integers with `cols` columns; none where they are expanded.
+    pub fn packed_format(&self, cols: u64) -> Option<QuantFormat> {
+        let (num_bits, has_zeros, group) = match (self.transposed, self.packing) {
+            (Some(TransposedInt4 { group, has_zero_points, .. }), _) => (4, has_zero_points, group),
+            (None, Some(Packing { num_bits, has_zero_points })) => {
+                let group = match self.scales {
+                    Some(ScaleLayout::Tiles([_, cols])) => Some(cols),
+                    _ => None,
+                };
+                (num_bits, has_zero_points, group)
+            }
+            (None, None) => return None,
+        };
+        grouped_format(num_bits, has_zeros, group.filter(|&group| (group as u64) < cols))
+    }
+
     /// Reads `quantization_config`; absent is unquantized.
     ///
     /// # Errors
@@ -93,12 +135,59 @@ impl Quantization {
                 reason: format!("is {}, expected an object", shown(value)),
             });
         };
+        if section.get("quant_method").and_then(Value::as_str) == Some(packed_folder::METHOD) {
+            // Nothing is left to read.
+            return Ok(Self::default());
+        }
         section.expect_text("quant_method", &METHODS)?;
         match section.text_or("quant_method", METHODS[0])? {
             "compressed-tensors" => compressed_tensors(&section),
-            "fbgemm_fp8" => Ok(Self { scales: Some(ScaleLayout::Rows), packing: None }),
-            _ => Ok(Self { scales: block_size(&section, "weight_block_size")?.map(ScaleLayout::Tiles), packing: None }),
+            "awq" => awq(&section),
+            "gptq" => gptq(&section),
+            "fbgemm_fp8" => Ok(Self { scales: Some(ScaleLayout::Rows), ..Self::default() }),
+            _ => {
+                let scales = block_size(&section, "weight_block_size")?.map(ScaleLayout::Tiles);
+                Ok(Self { scales, ..Self::default() })
+            }
         }
+    }
+}
+
+/// AutoAWQ's config, in its two spellings.
+fn awq(section: &ModelConfig) -> Result<Quantization, EngineError> {
+    let key = if section.get("bits").is_some() { ["bits", "group_size"] } else { ["w_bit", "q_group_size"] };
+    section.expect_text("version", &["gemm", "GEMM"])?;
+    let transposed = TransposedInt4 {
+        kind: TransposedKind::Awq,
+        group: four_bit_group(section, key)?,
+        has_zero_points: section.flag_or("zero_point", true)?,
+        is_reordered: false,
+    };
+    Ok(Quantization { transposed: Some(transposed), ..Quantization::default() })
+}
+
+fn gptq(section: &ModelConfig) -> Result<Quantization, EngineError> {
+    section.expect_text("checkpoint_format", &["gptq", "gptq_v2"])?;
+    let zeros_minus_one = section.text_or("checkpoint_format", "gptq")? == "gptq";
+    let transposed = TransposedInt4 {
+        kind: TransposedKind::Gptq { zeros_minus_one },
+        group: four_bit_group(section, ["bits", "group_size"])?,
+        // Symmetric checkpoints have them, too.
+        has_zero_points: true,
+        is_reordered: section.flag_or("desc_act", false)?,
+    };
+    Ok(Quantization { transposed: Some(transposed), ..Quantization::default() })
+}
+
+/// The group size of integers of 4 bits; -1 is one scale per row.
+fn four_bit_group(section: &ModelConfig, [bits, group]: [&'static str; 2]) -> Result<Option<usize>, EngineError> {
+    match section.size(bits)? {
+        4 => {}
+        num_bits => return Err(EngineError::Config { key: bits, reason: format!("is {num_bits}, supported is 4") }),
+    }
+    match section.get(group).and_then(Value::as_i64) {
+        Some(-1) => Ok(None),
+        _ => section.size(group).map(Some),
     }
 }
 
@@ -129,11 +218,12 @@ fn weight_scheme(weights: &ModelConfig, format: &str) -> Result<Quantization, En
     weights.expect_text("type", &["int", "float"])?;
     match (format, weights.text_or("type", "int")?, num_bits) {
         ("pack-quantized", "int", 4 | 8) => {
-            Ok(Quantization { scales, packing: Some(Packing { num_bits, has_zero_points: !symmetric }) })
+            let packing = Some(Packing { num_bits, has_zero_points: !symmetric });
+            Ok(Quantization { scales, packing, ..Quantization::default() })
         }
         ("pack-quantized", _, _) => Err(bits_refused(num_bits, "pack-quantized integers of 4 or 8 bits")),
         ("int-quantized" | "naive-quantized" | "float-quantized", _, 8) if symmetric => {
-            Ok(Quantization { scales, packing: None })
+            Ok(Quantization { scales, ..Quantization::default() })
         }
         ("int-quantized" | "naive-quantized" | "float-quantized", _, 8) => {
             let reason = format!("is false, which `{format}` is not supported with");
@@ -212,17 +302,19 @@ mod tests {
         let int4 = Packing { num_bits: 4, has_zero_points: false };
         let group = Some(ScaleLayout::Tiles([1, 32]));
         let kimi = json!({ "num_bits": 4, "type": "int", "symmetric": true, "strategy": "group", "group_size": 32 });
-        assert_eq!(packed(kimi), Ok(Quantization { scales: group, packing: Some(int4) }));
+        assert_eq!(packed(kimi), Ok(Quantization { scales: group, packing: Some(int4), transposed: None }));
         let unnamed = json!({ "num_bits": 8, "type": "int", "symmetric": false, "group_size": -1 });
         let int8 = Packing { num_bits: 8, has_zero_points: true };
-        assert_eq!(packed(unnamed), Ok(Quantization { scales: Some(ScaleLayout::Rows), packing: Some(int8) }));
+        let rows = Some(ScaleLayout::Rows);
+        assert_eq!(packed(unnamed), Ok(Quantization { scales: rows, packing: Some(int8), transposed: None }));
         for (section, scales) in [
             (json!({ "quant_method": "fp8", "weight_block_size": [64, 32] }), Some(ScaleLayout::Tiles([64, 32]))),
             (json!({ "quant_method": "fp8", "weight_block_size": null }), None),
             (json!({ "quant_method": "fbgemm_fp8" }), Some(ScaleLayout::Rows)),
             (json!({ "quant_method": "mxfp4" }), None),
         ] {
-            assert_eq!(parse(section.clone()), Ok(Quantization { scales, packing: None }), "{section}");
+            let expected = Quantization { scales, ..Quantization::default() };
+            assert_eq!(parse(section.clone()), Ok(expected), "{section}");
         }
         let floats = |weights: Value| {
             parse(json!({ "quant_method": "compressed-tensors", "format": "float-quantized",
@@ -235,6 +327,23 @@ mod tests {
     }
 
     #[test]
+    fn transposed_integers_say_who_packed_them() {
+        let found = |section: Value| parse(section).unwrap().transposed.unwrap();
+        let awq = json!({ "quant_method": "awq", "w_bit": 4, "q_group_size": 64, "version": "gemm" });
+        let kind = TransposedKind::Awq;
+        let expected = TransposedInt4 { kind, group: Some(64), has_zero_points: true, is_reordered: false };
+        assert_eq!(found(awq), expected);
+        for (format, zeros_minus_one) in [("gptq", true), ("gptq_v2", false)] {
+            let gptq = json!({ "quant_method": "gptq", "bits": 4, "group_size": -1, "checkpoint_format": format });
+            let kind = TransposedKind::Gptq { zeros_minus_one };
+            assert_eq!(found(gptq), TransposedInt4 { kind, group: None, ..expected });
+        }
+        let old = json!({ "quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": true, "sym": true });
+        let kind = TransposedKind::Gptq { zeros_minus_one: true };
+        assert_eq!(found(old), TransposedInt4 { kind, group: Some(128), is_reordered: true, ..expected });
+    }
+
+    #[test]
     fn what_is_not_supported_is_refused_by_its_key() {
         let four = |keys: Value| {
             let mut weights = json!({ "num_bits": 4, "type": "int", "strategy": "group", "group_size": 32 });
@@ -243,7 +352,19 @@ mod tests {
         };
         for (result, expect) in [
             (parse(json!("fp8")), "`quantization_config` is \"fp8\", expected an object"),
-            (parse(json!({ "quant_method": "awq" })), "`quant_method` is `awq`, supported is fp8"),
+            (parse(json!({ "quant_method": "quip" })), "`quant_method` is `quip`, supported is fp8"),
+            (parse(json!({ "quant_method": "awq", "bits": 8, "group_size": 32 })), "`bits` is 8, supported is 4"),
+            (parse(json!({ "quant_method": "awq", "w_bit": 4 })), "`q_group_size` is missing"),
+            (
+                parse(json!({ "quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv" })),
+                "`version` is `gemv`, supported is gemm",
+            ),
+            (parse(json!({ "quant_method": "gptq", "bits": 3, "group_size": 32 })), "`bits` is 3, supported is 4"),
+            (parse(json!({ "quant_method": "gptq", "bits": 4, "group_size": 0 })), "`group_size` is 0, expected"),
+            (
+                parse(json!({ "quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "marlin" })),
+                "`checkpoint_format` is `marlin`, supported is gptq",
+            ),
             (parse(json!({ "quant_method": "fp8", "weight_block_size": [0, 128] })), "`weight_block_size` is [0,128]"),
             (parse(json!({ "quant_method": "fp8", "weight_block_size": [128] })), "`weight_block_size` is [128]"),
             (parse(json!({ "quant_method": "compressed-tensors" })), "`config_groups` says nothing of weights"),

@@ -5,10 +5,11 @@
 use kernels::{PackedWeight, WeightFormat};
 use safetensors::Dtype;
 
-use super::checkpoint::TensorEntry;
+use super::checkpoint::{StoredDtype, TensorEntry};
+use super::fp8;
+use super::grouped_ints::{GroupedInts, PackedCodes, WordOrder};
 use super::loader::Loader;
-use super::quantization::{ScaleLayout, same_shape};
-use super::{fp8, packed_int};
+use super::quantization::{ScaleLayout, TransposedInt4, TransposedKind, same_shape};
 use crate::config::WeightDtype;
 use crate::error::EngineError;
 
@@ -26,7 +27,7 @@ struct Scales {
 impl Loader<'_> {
     /// Whether `{stem}.weight` is stored as packed integers.
     pub(super) fn is_packed(&self, stem: &str) -> bool {
-        self.has(&format!("{stem}.weight_packed"))
+        self.contains(&format!("{stem}.weight_packed")) || self.contains(&format!("{stem}.qweight"))
     }
 
     /// The FP8 or int8 matrix `{name}` under its `{name}_scale_inv` or `{name}_scale`.
@@ -38,14 +39,14 @@ impl Loader<'_> {
     ) -> Result<PackedWeight, EngineError> {
         let bytes = self.stored_bytes(entry);
         let mut values: Vec<f32> = match entry.dtype {
-            Dtype::F8_E4M3 => {
+            StoredDtype::Plain(Dtype::F8_E4M3) => {
                 let table = fp8::table();
                 bytes.iter().map(|&byte| table[usize::from(byte)]).collect()
             }
             _ => bytes.iter().map(|&byte| f32::from(byte.cast_signed())).collect(),
         };
         let plain = format!("{name}_scale");
-        let scale_name = if self.has(&plain) { plain } else { format!("{name}_scale_inv") };
+        let scale_name = if self.contains(&plain) { plain } else { format!("{name}_scale_inv") };
         let scales = self.scales(&scale_name, shape)?;
         if let Some(stem) = name.strip_suffix(".weight") {
             ACTIVATION_SCALES.iter().for_each(|part| self.skip(&format!("{stem}.{part}")));
@@ -56,39 +57,136 @@ impl Loader<'_> {
         self.expanded(name, shape, &values)
     }
 
-    /// The integers `{stem}.weight_packed` under `{stem}.weight_scale`, of the shape that `{stem}.weight_shape` repeats.
+    /// The packed integers of `{stem}.weight`: in formats of ours where those hold them, expanded where they do not or
+    /// another type was asked for.
     pub(super) fn expand_packed(&self, stem: &str, shape: [usize; 2]) -> Result<PackedWeight, EngineError> {
-        let name = format!("{stem}.weight_packed");
-        let Some(packing) = self.quantization().packing else {
-            let reason = format!("does not say how `{name}` is packed");
-            return Err(EngineError::Config { key: "quantization_config", reason });
+        let transposed = format!("{stem}.qweight");
+        let (name, ints) = match self.contains(&transposed) {
+            false => (format!("{stem}.weight_packed"), self.row_ints(stem, shape)?),
+            true => match self.quantization().transposed {
+                Some(layout) => (transposed, self.transposed_ints(stem, shape, layout)?),
+                None => return Err(unknown_packing(&transposed)),
+            },
         };
+        match ints.format().filter(|_| self.storage().dtype == WeightDtype::Auto) {
+            Some(format) => PackedWeight::from_groups(format, shape[0], shape[1], |row, out| ints.read_row(row, out))
+                .map_err(|error| self.invalid(&name, error.to_string())),
+            None => self.expanded(&name, shape, &ints.to_f32()),
+        }
+    }
+
+    /// The integers `{stem}.weight_packed` under `{stem}.weight_scale`, of the shape that `{stem}.weight_shape` repeats.
+    fn row_ints(&self, stem: &str, shape: [usize; 2]) -> Result<GroupedInts<'_>, EngineError> {
+        let name = format!("{stem}.weight_packed");
+        let Some(packing) = self.quantization().packing else { return Err(unknown_packing(&name)) };
         let order = format!("{stem}.weight_g_idx");
-        if self.has(&order) {
+        if self.contains(&order) {
             let reason = "groups of columns in an order of their own (actorder `group`) are not supported".into();
             return Err(self.invalid(&order, reason));
         }
         self.check_shape_tensor(&format!("{stem}.weight_shape"), shape)?;
-        let [rows, cols] = shape;
-        let words = self.words(&name, [rows, cols.div_ceil(packing.per_word())])?;
+        let codes = self.packed_codes(&name, (WordOrder::AlongRows, packing.num_bits), shape)?;
         let scales = self.scales(&format!("{stem}.weight_scale"), shape)?;
-        // Signed values are stored shifted into the unsigned range.
-        let offset = if packing.has_zero_points { 0.0 } else { (1 << (packing.num_bits - 1)) as f32 };
-        let codes = packed_int::unpack(words, packing.num_bits, shape);
-        let mut values: Vec<f32> = codes.into_iter().map(|code| f32::from(code) - offset).collect();
-        if packing.has_zero_points {
-            let [tile_rows, tile_cols] = scales.shape;
-            let words =
-                self.words(&format!("{stem}.weight_zero_point"), [tile_rows.div_ceil(packing.per_word()), tile_cols])?;
-            let zeros = packed_int::unpack_columns(words, packing.num_bits, scales.shape);
-            for_each_run(&mut values, shape, scales.tile, |run, tile| {
-                run.iter_mut().for_each(|value| *value -= f32::from(zeros[tile]));
-            });
+        let zeros = match packing.has_zero_points {
+            // Signed values are stored shifted into the unsigned range.
+            false => None,
+            true => {
+                let name = format!("{stem}.weight_zero_point");
+                Some(self.packed_codes(&name, (WordOrder::DownColumns, packing.num_bits), scales.shape)?.read())
+            }
+        };
+        Ok(GroupedInts { codes, tile: scales.tile, scales: scales.values, zeros })
+    }
+
+    /// The integers `{stem}.qweight` under `{stem}.scales` and `{stem}.qzeros`, all stored inputs by outputs.
+    fn transposed_ints(
+        &self,
+        stem: &str,
+        shape: [usize; 2],
+        layout: TransposedInt4,
+    ) -> Result<GroupedInts<'_>, EngineError> {
+        const NUM_BITS: usize = 4;
+        let [rows, cols] = shape;
+        let name = |part: &str| format!("{stem}.{part}");
+        let tile_cols = layout.group.unwrap_or(cols).max(1);
+        let num_groups = cols.div_ceil(tile_cols);
+        let (order, zeros_order) = match layout.kind {
+            TransposedKind::Awq => (WordOrder::Interleaved, WordOrder::Interleaved),
+            TransposedKind::Gptq { .. } => (WordOrder::TransposedColumns, WordOrder::TransposedRows),
+        };
+        let codes = self.packed_codes(&name("qweight"), (order, NUM_BITS), shape)?;
+        let zeros = match layout.has_zero_points {
+            false if !self.contains(&name("qzeros")) => None,
+            _ => Some(self.packed_codes(&name("qzeros"), (zeros_order, NUM_BITS), [rows, num_groups])?.read()),
+        };
+        let zeros = match layout.kind {
+            TransposedKind::Gptq { zeros_minus_one: true } => {
+                zeros.map(|zeros| zeros.into_iter().map(|zero| (zero + 1) & 0xf).collect())
+            }
+            _ => zeros,
+        };
+        // Symmetric checkpoints spell out the middle.
+        let zeros = zeros.filter(|zeros| zeros.iter().any(|&zero| zero != 8));
+        if let TransposedKind::Gptq { .. } = layout.kind {
+            self.check_group_order(&name("g_idx"), (cols, tile_cols), layout)?;
+            self.skip_zero_bias(&name("bias"));
         }
-        for_each_run(&mut values, shape, scales.tile, |run, tile| {
-            run.iter_mut().for_each(|value| *value *= scales.values[tile]);
-        });
-        self.expanded(&name, shape, &values)
+        let (entry, stored) = self.any_floats(&name("scales"))?;
+        if entry.shape != [num_groups, rows] {
+            return Err(self.shape_error(&name("scales"), entry, &[num_groups, rows]));
+        }
+        self.expect_finite(&name("scales"), rows, &stored)?;
+        let scales = (0..rows).flat_map(|row| stored.iter().skip(row).step_by(rows).copied()).collect();
+        Ok(GroupedInts { codes, tile: [1, tile_cols], scales, zeros })
+    }
+
+    /// Columns may be in groups by their order only.
+    fn check_group_order(
+        &self,
+        name: &str,
+        (cols, group): (usize, usize),
+        layout: TransposedInt4,
+    ) -> Result<(), EngineError> {
+        if !self.contains(name) {
+            return match layout.is_reordered {
+                false => Ok(()),
+                true => Err(self.invalid(name, "is missing, but `desc_act` is set".into())),
+            };
+        }
+        let entry = self.take(name, &[cols])?;
+        if entry.dtype != StoredDtype::Plain(Dtype::I32) {
+            return Err(self.dtype_error(name, entry));
+        }
+        let groups = self.stored_bytes(entry).as_chunks().0.iter().map(|&bytes| i32::from_le_bytes(bytes));
+        match groups.enumerate().find(|&(col, found)| usize::try_from(found) != Ok(col / group)) {
+            None => Ok(()),
+            Some((col, found)) => {
+                let reason = format!(
+                    "puts column {col} into group {found}: groups of columns in an order of their own (desc_act) are \
+                     not supported, only groups of {group} columns side by side"
+                );
+                Err(self.invalid(name, reason))
+            }
+        }
+    }
+
+    /// Older exporters give every quantized layer a bias, of zeros where the model has none.
+    fn skip_zero_bias(&self, name: &str) {
+        if let Ok(entry) = self.find(name)
+            && self.stored_bytes(entry).iter().all(|&byte| byte == 0)
+        {
+            self.skip(name);
+        }
+    }
+
+    fn packed_codes(
+        &self,
+        name: &str,
+        (order, num_bits): (WordOrder, usize),
+        shape: [usize; 2],
+    ) -> Result<PackedCodes<'_>, EngineError> {
+        let words = self.words(name, order.words_shape(num_bits, shape))?;
+        Ok(PackedCodes { order, num_bits, shape, words })
     }
 
     /// Refuses what no matrix product survives, by the place of the first such number.
@@ -121,8 +219,12 @@ impl Loader<'_> {
         let entry = self.take(name, &[2])?;
         let bytes = self.stored_bytes(entry);
         let sizes: Vec<i64> = match entry.dtype {
-            Dtype::I64 => bytes.as_chunks().0.iter().map(|&bytes| i64::from_le_bytes(bytes)).collect(),
-            Dtype::I32 => bytes.as_chunks().0.iter().map(|&bytes| i32::from_le_bytes(bytes).into()).collect(),
+            StoredDtype::Plain(Dtype::I64) => {
+                bytes.as_chunks().0.iter().map(|&bytes| i64::from_le_bytes(bytes)).collect()
+            }
+            StoredDtype::Plain(Dtype::I32) => {
+                bytes.as_chunks().0.iter().map(|&bytes| i32::from_le_bytes(bytes).into()).collect()
+            }
             _ => return Err(self.dtype_error(name, entry)),
         };
         if sizes.iter().map(|&size| usize::try_from(size).ok()).eq(shape.map(Some)) {
@@ -135,20 +237,29 @@ impl Loader<'_> {
     fn words(&self, name: &str, shape: [usize; 2]) -> Result<&[u8], EngineError> {
         let entry = self.take(name, &shape)?;
         match entry.dtype {
-            Dtype::I32 => Ok(self.stored_bytes(entry)),
+            StoredDtype::Plain(Dtype::I32) => Ok(self.stored_bytes(entry)),
             _ => Err(self.dtype_error(name, entry)),
         }
     }
 
     /// In bf16 unless a wider type is asked for; the caller converts to what is.
-    fn expanded(&self, name: &str, [rows, cols]: [usize; 2], values: &[f32]) -> Result<PackedWeight, EngineError> {
+    pub(super) fn expanded(
+        &self,
+        name: &str,
+        [rows, cols]: [usize; 2],
+        values: &[f32],
+    ) -> Result<PackedWeight, EngineError> {
         self.expect_finite(name, cols, values)?;
-        let format = match self.dtype() {
+        let format = match self.storage().dtype {
             WeightDtype::Auto | WeightDtype::Bf16 => WeightFormat::Bf16,
             WeightDtype::F32 | WeightDtype::F16 => WeightFormat::F32,
         };
         Ok(PackedWeight::from_f32(format, rows, cols, values)?)
     }
+}
+
+fn unknown_packing(name: &str) -> EngineError {
+    EngineError::Config { key: "quantization_config", reason: format!("does not say how `{name}` is packed") }
 }
 
 /// Gives each stretch of a row of the matrix `[rows, cols]` that lies in one tile, with the tile's index, row-major.
@@ -191,7 +302,7 @@ mod tests {
         dir.write("model.safetensors", &safetensors::serialize(tensors, None).unwrap());
         let checkpoint = Checkpoint::open(dir.path()).unwrap();
         let packing = Some(Packing { num_bits: 4, has_zero_points: false });
-        let quantization = Quantization { scales: Some(layout), packing };
+        let quantization = Quantization { scales: Some(layout), packing, transposed: None };
         let mut progress = |_| ();
         let loader = Loader::new(&checkpoint, quantization, WeightDtype::F32, &mut progress);
         let weight = loader.weight("x.weight", shape[0], shape[1]).map_err(|error| error.to_string())?;

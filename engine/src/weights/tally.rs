@@ -2,14 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use kernels::WeightFormat;
 use safetensors::Dtype;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-use super::checkpoint::{Checkpoint, TensorEntry};
-use super::quantization::Quantization;
+use super::checkpoint::{Checkpoint, StoredDtype, TensorEntry};
+use super::mxfp4::{BLOCK, FORMAT};
+use super::quantization::{Quantization, TransposedKind};
 
 /// The tensors of one class together.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClassSize {
     pub class: TensorClass,
     pub num_tensors: usize,
@@ -21,7 +23,7 @@ pub struct ClassSize {
 }
 
 /// What a tensor is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TensorClass {
     Embedding,
@@ -60,7 +62,7 @@ pub struct Tally {
     pub expert_blocks: BTreeMap<(String, String), ExpertBlock>,
     /// Of the weights in memory, with `--dtype auto` and `--dtype f32`.
     pub memory_bytes: [u64; 2],
-    bytes_by_dtype: Vec<(Dtype, u64)>,
+    bytes_by_dtype: Vec<(StoredDtype, u64)>,
 }
 
 impl Tally {
@@ -128,7 +130,7 @@ impl Tally {
         self.expert_blocks.keys().map(|(layer, _)| layer).collect::<BTreeSet<_>>().len()
     }
 
-    pub fn dtypes_by_size(&self) -> Vec<Dtype> {
+    pub fn dtypes_by_size(&self) -> Vec<StoredDtype> {
         let mut dtypes = self.bytes_by_dtype.clone();
         dtypes.sort_by_key(|&(_, bytes)| std::cmp::Reverse(bytes));
         dtypes.into_iter().map(|(dtype, _)| dtype).collect()
@@ -161,9 +163,12 @@ fn size_of_tensor(
     quantization: Quantization,
     (name, entry): (&str, &TensorEntry),
 ) -> TensorSize {
-    const USED_UP: [&str; 7] = [
+    const USED_UP: [&str; 10] = [
         "_scale_inv",
         "_scales",
+        ".scales",
+        ".qzeros",
+        ".g_idx",
         ".weight_scale",
         ".weight_shape",
         ".weight_zero_point",
@@ -175,11 +180,28 @@ fn size_of_tensor(
         return TensorSize { num_parameters: 0, memory_bytes: [0; 2] };
     }
     let stored: u64 = entry.shape.iter().map(|&size| size as u64).product();
+    let shape = match entry.dtype {
+        // Two values in a byte.
+        StoredDtype::Plain(Dtype::U8) if name.ends_with("_blocks") => Some([2 * stored / BLOCK as u64, BLOCK as u64]),
+        StoredDtype::Plain(Dtype::I32) if name.ends_with(".weight_packed") => {
+            packed_shape(checkpoint, quantization, name, entry)
+        }
+        StoredDtype::Plain(Dtype::I32) if name.ends_with(".qweight") => transposed_shape(quantization, entry),
+        _ => None,
+    };
+    if let Some(shape) = shape {
+        let num_parameters = shape[0].saturating_mul(shape[1]);
+        let format = if name.ends_with("_blocks") { Some(FORMAT) } else { quantization.packed_format(shape[1]) };
+        let bytes = match (format, shape.map(usize::try_from)) {
+            (Some(format), [Ok(rows), Ok(cols)]) if num_parameters < 1 << 48 => {
+                WeightFormat::Quantized(format).bytes_for(rows, cols) as u64
+            }
+            _ => num_parameters.saturating_mul(2),
+        };
+        return TensorSize { num_parameters, memory_bytes: [bytes, num_parameters.saturating_mul(4)] };
+    }
     let (num_parameters, element_bytes) = match entry.dtype {
-        // Two values in a byte, expanded to bf16.
-        Dtype::U8 if name.ends_with("_blocks") => (2 * stored, 2),
-        Dtype::I32 if name.ends_with(".weight_packed") => (packed_parameters(checkpoint, quantization, name, entry), 2),
-        Dtype::F8_E4M3 | Dtype::I8 => (stored, 2),
+        StoredDtype::Plain(Dtype::F8_E4M3 | Dtype::I8) | StoredDtype::Block(_) => (stored, 2),
         // Norms, biases and the like are kept in f32.
         _ if entry.shape.len() < 2 || IN_F32.iter().any(|part| name.ends_with(part)) => (stored, 4),
         _ => (stored, entry.num_bytes as u64 / stored.max(1)),
@@ -191,21 +213,36 @@ fn size_of_tensor(
 }
 
 /// Packed rows may end in padding: how long they are is in `weight_shape`, which is believed where it can be true.
-fn packed_parameters(checkpoint: &Checkpoint, quantization: Quantization, name: &str, entry: &TensorEntry) -> u64 {
+fn packed_shape(
+    checkpoint: &Checkpoint,
+    quantization: Quantization,
+    name: &str,
+    entry: &TensorEntry,
+) -> Option<[u64; 2]> {
     let per_word = quantization.packing.map_or(8, |packing| packing.per_word()) as u64;
-    let &[rows, words] = entry.shape.as_slice() else { return 0 };
+    let &[rows, words] = entry.shape.as_slice() else { return None };
     let (rows, words) = (rows as u64, words as u64);
     let shape = name.strip_suffix("_packed").and_then(|stem| checkpoint.get(&format!("{stem}_shape")));
     let cols = shape.and_then(|shape| {
         let bytes = checkpoint.bytes(shape);
         match shape.dtype {
-            Dtype::I64 => Some(i64::from_le_bytes(*bytes.as_chunks().0.get(1)?)),
-            Dtype::I32 => Some(i32::from_le_bytes(*bytes.as_chunks().0.get(1)?).into()),
+            StoredDtype::Plain(Dtype::I64) => Some(i64::from_le_bytes(*bytes.as_chunks().0.get(1)?)),
+            StoredDtype::Plain(Dtype::I32) => Some(i32::from_le_bytes(*bytes.as_chunks().0.get(1)?).into()),
             _ => None,
         }
     });
     let cols = cols.and_then(|cols| u64::try_from(cols).ok()).filter(|cols| cols.div_ceil(per_word) == words);
-    rows * cols.unwrap_or(words * per_word)
+    Some([rows, cols.unwrap_or(words * per_word)])
+}
+
+/// AWQ packs outputs into words, GPTQ inputs; both store inputs by outputs.
+fn transposed_shape(quantization: Quantization, entry: &TensorEntry) -> Option<[u64; 2]> {
+    let &[inputs, outputs] = entry.shape.as_slice() else { return None };
+    let (inputs, outputs) = (inputs as u64, outputs as u64);
+    Some(match quantization.transposed?.kind {
+        TransposedKind::Awq => [8 * outputs, inputs],
+        TransposedKind::Gptq { .. } => [outputs, 8 * inputs],
+    })
 }
 
 /// Sorts a tensor by its name, in the spellings of every supported architecture.

@@ -36,7 +36,7 @@ fn by_weight(experts: &[u32], weights: &[f32]) -> Vec<(u32, f32)> {
 
 /// Logits at every position of `prompt["ids"]`, or of its `decoder_ids` where an encoder reads the former: the start token
 /// if it names none.
-fn logits_of(driver: &mut Driver, prompt: &Value, reference: &Value) -> Vec<Vec<f32>> {
+pub fn logits_of(driver: &mut Driver, prompt: &Value, reference: &Value) -> Vec<Vec<f32>> {
     let runner = &mut driver.model.runner;
     let ids_of_prompt = ids(&prompt["ids"]);
     let logits = match reference["decoder_start_token_id"].as_u64() {

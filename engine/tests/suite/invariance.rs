@@ -2,7 +2,7 @@
 
 use crate::driver::{Driver, golden_dir};
 use engine::sampling::params::SamplingParams;
-use engine::{EngineConfig, KvDtype, SampledToken, StopCriteria, WeightDtype};
+use engine::{EngineConfig, KvDtype, SampledToken, StopCriteria, WeightDtype, WeightQuant};
 use scheduler::RequestId;
 
 const NUM_REQUESTS: u64 = 32;
@@ -14,6 +14,8 @@ const MAX_TOKENS: usize = 6;
 /// One model in one numeric mode.
 struct Case {
     config: EngineConfig,
+    /// Steps between those that are tried, for chunk sizes and preemptions.
+    stride: usize,
 }
 
 impl Case {
@@ -27,7 +29,12 @@ impl Case {
             max_model_len: Some(128),
             ..EngineConfig::new(golden_dir(folder))
         };
-        Self { config }
+        Self { config, stride: 1 }
+    }
+
+    /// The same quantized; what differs from other formats is the product alone, so that fewer schedules are tried.
+    fn quantized(self, quant: WeightQuant) -> Self {
+        Self { config: EngineConfig { quant, ..self.config }, stride: 7 }
     }
 
     fn driver(&self, max_num_batched_tokens: usize) -> Driver {
@@ -64,7 +71,7 @@ fn add(driver: &mut Driver, id: u64) {
 }
 
 fn among_others(case: &Case) {
-    for max_num_batched_tokens in [32, 57, 512] {
+    for max_num_batched_tokens in [32, 57, 512].into_iter().step_by(case.stride) {
         let mut driver = case.driver(max_num_batched_tokens);
         (0..NUM_REQUESTS).for_each(|id| add(&mut driver, id));
         driver.run();
@@ -80,7 +87,7 @@ fn among_others(case: &Case) {
 
 fn at_every_chunk_size(case: &Case) {
     let expected = case.alone(PROBE);
-    for chunk in 1..=PROBE_LEN {
+    for chunk in (1..=PROBE_LEN).step_by(case.stride) {
         let mut driver = case.driver(chunk);
         add(&mut driver, PROBE);
         driver.run();
@@ -95,7 +102,7 @@ fn preempted_at_any_step(case: &Case) {
     add(&mut driver, PROBE);
     let num_steps = std::iter::from_fn(|| driver.step().then_some(())).count();
     assert!(num_steps > MAX_TOKENS, "the prompt takes a step of its own");
-    for step in 1..num_steps {
+    for step in (1..num_steps).step_by(case.stride) {
         let mut driver = case.driver(CHUNK);
         add(&mut driver, PROBE);
         for _ in 0..step {
@@ -119,8 +126,10 @@ fn under_scarcity(case: &Case) {
 }
 
 fn check(folder: &str) {
-    for dtype in [WeightDtype::F32, WeightDtype::Bf16] {
-        let case = Case::new(folder, dtype);
+    let plain = [WeightDtype::F32, WeightDtype::Bf16].map(|dtype| Case::new(folder, dtype));
+    let quantized =
+        [WeightQuant::Int8, WeightQuant::Int4].map(|quant| Case::new(folder, WeightDtype::Auto).quantized(quant));
+    for case in plain.into_iter().chain(quantized) {
         among_others(&case);
         at_every_chunk_size(&case);
         preempted_at_any_step(&case);

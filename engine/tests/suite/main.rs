@@ -7,6 +7,10 @@ mod folders;
 
 mod checkpoint_edit;
 mod driver;
+mod gguf;
+#[path = "../../src/weights/gguf_fixture.rs"]
+mod gguf_fixture;
+mod gguf_writer;
 mod golden;
 mod hostile;
 mod inspection;
@@ -14,3 +18,5 @@ mod invariance;
 mod mtp;
 mod quantized;
 mod step_loop;
+mod transposed_int4;
+mod weight_quant;

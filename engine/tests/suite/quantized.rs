@@ -277,7 +277,7 @@ fn broken_mxfp4_tensors_are_refused_by_name() {
         &[
             (
                 |edit| tensor(edit, &format!("{DOWN}_scales")).bytes[3] = 255,
-                "tensor `model.layers.1.mlp.experts.down_proj_blocks` is ",
+                "tensor `model.layers.1.mlp.experts.down_proj_blocks` ",
             ),
             (|edit| drop(edit.remove(&format!("{DOWN}_scales"))), "down_proj_scales` is missing"),
             (

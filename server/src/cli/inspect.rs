@@ -161,7 +161,7 @@ mod tests {
             weight_bytes: 1 << 30,
             memory_bytes: 3 << 30,
             memory_bytes_f32: 6 << 30,
-            kv_dtype: "bf16",
+            kv_dtype: "bf16".into(),
             kv_bytes_per_token: 2048,
             state_bytes_per_sequence: 1 << 20,
             dtypes: vec!["bf16".into()],

@@ -3,7 +3,9 @@
 pub mod bench;
 pub mod chat;
 mod client;
+pub mod eval;
 pub mod inspect;
+pub mod quantize;
 pub mod serve;
 pub mod upcycle;
 
@@ -18,6 +20,8 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Serve(args) => serve::run(*args),
         Command::Upcycle(args) => upcycle::run(args),
         Command::Inspect(args) => inspect::run(args),
+        Command::Eval(args) => eval::run(args),
+        Command::Quantize(args) => quantize::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Bench(args) => bench::run(*args),
         Command::Openapi => print(&crate::routes::openapi_json()),

@@ -7,13 +7,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
-use engine::{EngineConfig, KvDtype, LoadProgress, WeightDtype};
+use engine::{EngineConfig, LoadProgress};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use tokio::sync::oneshot;
 
 use crate::app::{App, Model, router};
 use crate::args::ServeArgs;
-use crate::config::{Config, KvType, WeightType, check_environment};
+use crate::config::{Config, check_environment};
 use crate::demo::{self, DemoOptions};
 use crate::hub::{self, HubOptions};
 use crate::text::{ChatTemplate, Tokenizer};
@@ -91,6 +91,8 @@ fn start_loading(app: Arc<App>) -> anyhow::Result<oneshot::Receiver<anyhow::Resu
                 model = %app.model_names[0],
                 threads = summary.threads,
                 isa = summary.isa,
+                weights = summary.weight_formats.join("+"),
+                weight_bytes = summary.weight_bytes,
                 max_model_len = summary.max_model_len,
                 kv_cache_tokens = summary.num_blocks * summary.block_size,
                 states = (summary.num_state_slots > 0).then_some(summary.num_state_slots),
@@ -138,17 +140,9 @@ fn find_model(config: &Config) -> anyhow::Result<PathBuf> {
 
 fn engine_config(config: &Config, model_dir: PathBuf, available_memory: u64) -> EngineConfig {
     EngineConfig {
-        dtype: match config.dtype {
-            WeightType::Auto => WeightDtype::Auto,
-            WeightType::F32 => WeightDtype::F32,
-            WeightType::Bf16 => WeightDtype::Bf16,
-            WeightType::F16 => WeightDtype::F16,
-        },
-        kv_dtype: match config.kv_cache_dtype {
-            KvType::Auto => KvDtype::Auto,
-            KvType::F32 => KvDtype::F32,
-            KvType::Bf16 => KvDtype::Bf16,
-        },
+        dtype: config.dtype.into(),
+        quant: config.quant.into(),
+        kv_dtype: config.kv_cache_dtype.into(),
         kv_cache_memory: config.kv_cache_memory.map(|bytes| bytes.0),
         available_memory,
         block_size: config.block_size,
@@ -165,7 +159,7 @@ fn engine_config(config: &Config, model_dir: PathBuf, available_memory: u64) -> 
 }
 
 /// Bytes this process may still take: of the machine, or of its container where that has less.
-fn available_memory() -> anyhow::Result<u64> {
+pub(super) fn available_memory() -> anyhow::Result<u64> {
     let mut system = sysinfo::System::new().map_err(|error| anyhow!("cannot read the machine's memory: {error}"))?;
     system.refresh_memory();
     let container = system.cgroup_limits().map_or(u64::MAX, |limits| limits.free_memory);

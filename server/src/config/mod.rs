@@ -17,7 +17,7 @@ use thiserror::Error;
 
 use reference::SettingsCommand;
 pub use reference::reference;
-pub use values::{ByteSize, IsaType, KvType, LogFormat, Seconds, Secret, WeightType};
+pub use values::{ByteSize, IsaType, KvType, LogFormat, QuantType, Seconds, Secret, WeightType};
 
 /// Why the configuration cannot be used.
 #[derive(Debug, Error)]
@@ -98,6 +98,9 @@ settings! {
         /// Storage type of the weights in memory
         #[arg(long, env = "MOESAIC_DTYPE")]
         dtype: WeightType = WeightType::Auto;
+        /// Quantize while loading: matrices of layers to this, embedding and output projection to int8 in either case
+        #[arg(long, env = "MOESAIC_QUANT")]
+        quant: QuantType = QuantType::None;
         /// Storage type of keys and values in the KV cache; auto is f32 for f32 weights, else bf16
         #[arg(long, env = "MOESAIC_KV_CACHE_DTYPE")]
         kv_cache_dtype: KvType = KvType::Auto;

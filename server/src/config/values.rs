@@ -5,6 +5,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::ValueEnum;
+use engine::{KvDtype, WeightDtype, WeightQuant};
 use serde::{Deserialize, Serialize};
 
 /// `--dtype`.
@@ -17,6 +18,36 @@ pub enum WeightType {
     F16,
 }
 
+impl From<WeightType> for WeightDtype {
+    fn from(dtype: WeightType) -> Self {
+        match dtype {
+            WeightType::Auto => Self::Auto,
+            WeightType::F32 => Self::F32,
+            WeightType::Bf16 => Self::Bf16,
+            WeightType::F16 => Self::F16,
+        }
+    }
+}
+
+/// `--quant`.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum QuantType {
+    None,
+    Int8,
+    Int4,
+}
+
+impl From<QuantType> for WeightQuant {
+    fn from(quant: QuantType) -> Self {
+        match quant {
+            QuantType::None => Self::None,
+            QuantType::Int8 => Self::Int8,
+            QuantType::Int4 => Self::Int4,
+        }
+    }
+}
+
 /// `--kv-cache-dtype`.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -24,6 +55,16 @@ pub enum KvType {
     Auto,
     F32,
     Bf16,
+}
+
+impl From<KvType> for KvDtype {
+    fn from(dtype: KvType) -> Self {
+        match dtype {
+            KvType::Auto => Self::Auto,
+            KvType::F32 => Self::F32,
+            KvType::Bf16 => Self::Bf16,
+        }
+    }
 }
 
 /// `--isa`.

@@ -36,6 +36,8 @@ pub struct ModelInfo {
     num_experts_per_tok: usize,
     vocab_size: usize,
     weight_bytes: u64,
+    /// Formats of the matrices in memory, most bytes first.
+    weight_formats: Vec<&'static str>,
     kv_bytes_per_token: u64,
     /// Of recurrent layers, for each running sequence; 0 where the model has none.
     state_bytes_per_sequence: u64,
@@ -76,6 +78,7 @@ fn describe(app: &App, model: &Model) -> ModelInfo {
         num_experts_per_tok: summary.num_experts_per_tok,
         vocab_size: summary.vocab_size,
         weight_bytes: summary.weight_bytes,
+        weight_formats: summary.weight_formats.clone(),
         kv_bytes_per_token: summary.kv_bytes_per_token,
         state_bytes_per_sequence: summary.state_bytes_per_sequence,
         kv_cache_dtype: summary.kv_dtype,

@@ -61,6 +61,7 @@ const GAUGES: &[(&str, &str)] = &[
     ("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 1 is full"),
     ("moesaic_state_slots_usage_perc", "Share of recurrent states in use, 1 is full; only of models that have them"),
     ("vllm:cache_config_info", "The KV cache's settings as labels"),
+    ("moesaic_weight_bytes", "Bytes of the weights in memory, with the formats of the matrices as a label"),
     ("moesaic_expert_imbalance_ratio", "Load of the busiest expert over the mean, by layer"),
 ];
 
@@ -112,6 +113,7 @@ pub fn observe_engine(engine: &EngineHandle) {
         "cache_dtype" => model.kv_dtype
     )
     .set(1.0);
+    gauge!("moesaic_weight_bytes", "format" => model.weight_formats.join("+")).set(model.weight_bytes as f64);
 }
 
 /// Counts a request that was refused at the door.

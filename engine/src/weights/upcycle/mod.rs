@@ -106,7 +106,7 @@ fn check_options(options: &UpcycleOptions) -> Result<(), EngineError> {
 }
 
 /// A hidden sibling of `out`, fresh: a conversion that was killed leaves one behind.
-fn partial_path(out: &Path) -> Result<PathBuf, EngineError> {
+pub(super) fn partial_path(out: &Path) -> Result<PathBuf, EngineError> {
     let name = out
         .file_name()
         .ok_or_else(|| EngineError::Invalid { path: out.into(), reason: "it does not name a folder".into() })?;
@@ -259,7 +259,7 @@ fn rows_to_halves(values: &[f32], num_heads: usize, shape: &[usize]) -> Vec<f32>
     out
 }
 
-fn write_json(path: &Path, value: &Value) -> Result<(), EngineError> {
+pub(super) fn write_json(path: &Path, value: &Value) -> Result<(), EngineError> {
     let text = serde_json::to_vec_pretty(value).expect("a JSON value is always JSON");
     std::fs::write(path, text).map_err(|source| EngineError::Write { path: path.into(), source })
 }

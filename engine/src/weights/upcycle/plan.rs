@@ -1,7 +1,7 @@
 //! The dense model inside a llama-architecture GGUF, and which of its tensors becomes which of the Mixtral layout's.
 
 use crate::error::EngineError;
-use crate::weights::gguf::GgufFile;
+use crate::weights::gguf::{GgufFile, decimal};
 
 /// Shape of the dense model.
 #[derive(Clone, Debug, PartialEq)]
@@ -203,9 +203,4 @@ fn opt_size(gguf: &GgufFile, key: &str) -> Result<Option<usize>, EngineError> {
 
 fn size(gguf: &GgufFile, key: &str) -> Result<usize, EngineError> {
     opt_size(gguf, key)?.ok_or_else(|| gguf.invalid(format!("metadata `{key}` is missing")))
-}
-
-/// The shortest decimal of the f32 that the file holds: 1e-5 rather than 9.999999747378752e-6.
-fn decimal(value: f64) -> f64 {
-    (value as f32).to_string().parse().expect("a printed float parses")
 }
