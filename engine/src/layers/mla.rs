@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use kernels::{MlaSpec, PackedWeight, RopeStyle, RopeTable};
+use kernels::{MlaSpec, PackedWeight, QuantFormat, RopeStyle, RopeTable, WeightFormat};
 
 use super::linear::{Bias, Linear};
 use super::norm::Norm;
@@ -155,14 +155,19 @@ fn load_kv_b(
         return Ok((keys, loader.stacked_weights(&value, [config.num_heads, v, latent])?));
     }
     let packed = loader.weight(&joint, config.num_heads.saturating_mul(nope + v), latent)?;
+    // Turned the other way they have groups of their own: codes of four bits would be rounded a second time.
+    let key_format = match packed.format() {
+        WeightFormat::Quantized(_) => WeightFormat::Quantized(QuantFormat::INT8),
+        plain => plain,
+    };
     let values = packed.to_f32();
     let (mut to_latent, mut from_latent) = (Vec::new(), Vec::new());
-    for head in values.chunks_exact((nope + v) * latent) {
-        let (key_rows, value_rows) = head.split_at(nope * latent);
+    for (head, key_rows) in values.chunks_exact((nope + v) * latent).enumerate() {
+        let value_rows = head * (nope + v) + nope..(head + 1) * (nope + v);
         let transposed: Vec<f32> =
             (0..latent).flat_map(|col| (0..nope).map(move |row| key_rows[row * latent + col])).collect();
-        to_latent.push(PackedWeight::from_f32(packed.format(), latent, nope, &transposed)?);
-        from_latent.push(PackedWeight::from_f32(packed.format(), v, latent, value_rows)?);
+        to_latent.push(PackedWeight::from_f32(key_format, latent, nope, &transposed)?);
+        from_latent.push(packed.select_rows(&value_rows.collect::<Vec<_>>())?);
     }
     Ok((to_latent, from_latent))
 }

@@ -4,10 +4,12 @@ use std::cell::RefCell;
 use std::collections::BTreeSet;
 
 use candle_core::{Device, Tensor};
+use kernels::block_format::BlockFormat;
 use kernels::{PackedWeight, WeightFormat};
 use safetensors::Dtype;
 
 use super::checkpoint::{Checkpoint, StoredDtype, TensorEntry};
+use super::gguf_model::blocks::BlockMatrix;
 use super::quantization::Quantization;
 use crate::config::WeightDtype;
 use crate::error::EngineError;
@@ -65,11 +67,18 @@ impl<'a> Loader<'a> {
 
     /// Several matrices over the same input, one below the other: `[Σ rows, cols]`.
     pub fn fused_weight(&self, parts: &[(String, usize)], cols: usize) -> Result<PackedWeight, EngineError> {
+        let formats = self.block_formats(parts);
         let parts = parts.iter().map(|(name, rows)| match name.strip_suffix(".weight") {
             Some(stem) if !self.has(name) && self.is_packed(stem) => self.expand_packed(stem, [*rows, cols]),
             _ => {
-                let entry = self.take(name, &[*rows, cols])?;
-                self.stored(name, entry, 0, [*rows, cols])
+                let shape = [*rows, cols];
+                let entry = self.take(name, &shape)?;
+                match entry.dtype {
+                    StoredDtype::Block(format) => {
+                        self.block_weight(BlockMatrix { name, entry, format, offset: 0, shape }, &formats)
+                    }
+                    StoredDtype::Plain(_) => self.stored(name, entry, 0, shape),
+                }
             }
         });
         self.keep(parts.collect::<Result<_, _>>()?)
@@ -211,6 +220,17 @@ impl<'a> Loader<'a> {
         (state.progress)(progress);
     }
 
+    /// Of those parts that are stored in blocks.
+    fn block_formats(&self, parts: &[(String, usize)]) -> Vec<BlockFormat> {
+        let entries = parts.iter().filter_map(|(name, _)| self.find(name).ok());
+        entries
+            .filter_map(|entry| match entry.dtype {
+                StoredDtype::Block(format) => Some(format),
+                StoredDtype::Plain(_) => None,
+            })
+            .collect()
+    }
+
     /// The matrix as the file has it, borrowed where its format is one of ours.
     fn stored(
         &self,
@@ -221,7 +241,9 @@ impl<'a> Loader<'a> {
     ) -> Result<PackedWeight, EngineError> {
         match entry.dtype {
             StoredDtype::Plain(Dtype::F8_E4M3 | Dtype::I8) => self.expand_scaled(name, entry, shape),
-            StoredDtype::Block(format) => self.expand_blocks(name, entry, (format, offset), shape),
+            StoredDtype::Block(format) => {
+                self.block_weight(BlockMatrix { name, entry, format, offset, shape }, &[format])
+            }
             _ => self.checkpoint.matrix(entry, offset, self.weight_format(name, entry)?, shape),
         }
     }
