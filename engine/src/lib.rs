@@ -34,6 +34,7 @@ pub use handle::{
     EngineHandle, EngineStats, Event, FinishReason, GenerateRequest, Generation, GenerationDefaults, ModelSummary,
     PromptLogprob, SampledToken, StopCriteria,
 };
+pub use kernels::bench as kernel_bench;
 pub use load::{LoadedModel, load, load_model};
 pub use runner::{ChunkOutput, RowRequest, Runner};
 pub use weights::gguf::GgufFile;

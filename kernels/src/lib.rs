@@ -1,8 +1,9 @@
 //! Ops that mixture-of-experts models need beyond plain candle: each with a reference, a fast CPU path, and checks.
 //!
 //! Map: `weight` and `mapped_file` hold weights, `paged_cache` holds keys and values, `state_cache` what recurrent layers
-//! carry, `pool` runs tasks on the compute threads, `dispatch` and `lanes` choose and wrap the instruction set, `ops` has
-//! one folder per op; `quant` has the quantized formats and their product.
+//! carry, `pool` runs tasks on the compute threads, `dispatch` and `lanes` choose and wrap the instruction set, `amx` has
+//! its matrix tiles, `quant` has the quantized formats and their product, `ops` has one folder per op, and `bench` measures
+//! them beside the machine's limits.
 //!
 //! Invariant of every op: an output row is a function of its own input row (and of its context) alone, to the bit.
 //! The order of every reduction depends on the reduced length only, never on the number of rows, on which rows share a
@@ -11,6 +12,9 @@
 #[cfg(target_endian = "big")]
 compile_error!("weights are little-endian bytes that are read in place");
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
+pub mod bench;
 pub mod block_format;
 mod check;
 mod dispatch;

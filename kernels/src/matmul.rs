@@ -1,5 +1,6 @@
 //! The matrix product that linear, per-head and expert ops share: a few input rows against a few weight rows.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use crate::dispatch::{self, Kernel};
@@ -19,6 +20,16 @@ const STREAMED_BYTES: usize = 20 << 10;
 
 /// Results of one block, row-major with the number of weight rows as stride.
 pub(crate) type BlockOut = [f32; BLOCK_ROWS * BLOCK_OUTS];
+
+thread_local! {
+    /// Of each worker, so that a task need not clear its own.
+    static BLOCKS: RefCell<[BlockOut; 2]> = const { RefCell::new([[0.0; BLOCK_ROWS * BLOCK_OUTS]; 2]) };
+}
+
+/// Lends two blocks that hold what their last user left. Panics if they are lent already.
+pub(crate) fn with_blocks(work: impl FnOnce(&mut [BlockOut; 2])) {
+    BLOCKS.with_borrow_mut(work);
+}
 
 /// The input rows of an op in every form that its weights want: as they are, and quantized once for all tasks.
 pub(crate) struct Activations<'a> {

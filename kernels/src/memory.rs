@@ -72,6 +72,12 @@ pub(crate) fn view_mut<T: Plain>(bytes: &mut [u8]) -> &mut [T] {
     unsafe { std::slice::from_raw_parts_mut(bytes.as_mut_ptr().cast::<T>(), len) }
 }
 
+/// The same bytes without sign.
+pub(crate) fn unsigned(bytes: &[i8]) -> &[u8] {
+    // SAFETY: both types are one byte of which every pattern is valid; the lifetime is the input's.
+    unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast::<u8>(), bytes.len()) }
+}
+
 /// A mutable slice that tasks of one `parallel_for` write in parts that do not overlap.
 pub(crate) struct Disjoint<'a, T> {
     start: *mut T,

@@ -31,8 +31,8 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Talk to a running server
     Chat(ChatArgs),
-    /// Load a running server and report latencies and tokens per second
-    Bench(BenchArgs),
+    /// Load a running server and report latencies and tokens per second, or time the kernels
+    Bench(Box<BenchArgs>),
     /// Print the OpenAPI document of the server
     Openapi,
     /// Print the reference of all settings as Markdown

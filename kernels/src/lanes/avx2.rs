@@ -191,6 +191,17 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    fn load_int(self, from: &[i32; WIDTH]) -> Self::I {
+        let (low, high) = from.split_at(WIDTH / 2);
+        (op!(_mm256_loadu_si256(low.as_ptr().cast())), op!(_mm256_loadu_si256(high.as_ptr().cast())))
+    }
+
+    #[inline(always)]
+    fn add_int(self, a: Self::I, b: Self::I) -> Self::I {
+        (op!(_mm256_add_epi32(a.0, b.0)), op!(_mm256_add_epi32(a.1, b.1)))
+    }
+
+    #[inline(always)]
     fn int_to_float(self, v: Self::I) -> Self::V {
         (op!(_mm256_cvtepi32_ps(v.0)), op!(_mm256_cvtepi32_ps(v.1)))
     }
@@ -205,6 +216,13 @@ impl Lanes for Avx2 {
     fn load_bytes(self, from: &[u8; BYTES]) -> Self::B {
         let (low, high) = from.split_at(BYTES / 2);
         (op!(_mm256_loadu_si256(low.as_ptr().cast())), op!(_mm256_loadu_si256(high.as_ptr().cast())))
+    }
+
+    #[inline(always)]
+    fn store_bytes(self, v: Self::B, to: &mut [u8; BYTES]) {
+        let (low, high) = to.split_at_mut(BYTES / 2);
+        op!(_mm256_storeu_si256(low.as_mut_ptr().cast(), v.0));
+        op!(_mm256_storeu_si256(high.as_mut_ptr().cast(), v.1));
     }
 
     #[inline(always)]

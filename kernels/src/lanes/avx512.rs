@@ -140,6 +140,16 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    fn load_int(self, from: &[i32; WIDTH]) -> __m512i {
+        op!(_mm512_loadu_si512(from.as_ptr().cast()))
+    }
+
+    #[inline(always)]
+    fn add_int(self, a: __m512i, b: __m512i) -> __m512i {
+        op!(_mm512_add_epi32(a, b))
+    }
+
+    #[inline(always)]
     fn int_to_float(self, v: __m512i) -> __m512 {
         op!(_mm512_cvtepi32_ps(v))
     }
@@ -154,6 +164,11 @@ impl Lanes for Avx512 {
     #[inline(always)]
     fn load_bytes(self, from: &[u8; BYTES]) -> __m512i {
         op!(_mm512_loadu_si512(from.as_ptr().cast()))
+    }
+
+    #[inline(always)]
+    fn store_bytes(self, v: __m512i, to: &mut [u8; BYTES]) {
+        op!(_mm512_storeu_si512(to.as_mut_ptr().cast(), v));
     }
 
     #[inline(always)]

@@ -63,11 +63,14 @@ pub(crate) trait Lanes: Copy {
     fn sum(self, v: Self::V) -> f32;
 
     fn splat_int(self, value: i32) -> Self::I;
+    fn load_int(self, from: &[i32; WIDTH]) -> Self::I;
+    fn add_int(self, a: Self::I, b: Self::I) -> Self::I;
     /// To the nearest f32, which is exact below 2^24.
     fn int_to_float(self, v: Self::I) -> Self::V;
     /// To the nearest integers, ties to even, for numbers within ±127.
     fn store_i8(self, v: Self::V, to: &mut [i8; WIDTH]);
     fn load_bytes(self, from: &[u8; BYTES]) -> Self::B;
+    fn store_bytes(self, v: Self::B, to: &mut [u8; BYTES]);
     /// Of each byte the lower four bits.
     fn low_nibbles(self, v: Self::B) -> Self::B;
     /// Of each byte the upper four bits.

@@ -110,6 +110,16 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    fn load_int(self, from: &[i32; WIDTH]) -> Self::I {
+        *from
+    }
+
+    #[inline(always)]
+    fn add_int(self, a: Self::I, b: Self::I) -> Self::I {
+        std::array::from_fn(|lane| a[lane].wrapping_add(b[lane]))
+    }
+
+    #[inline(always)]
     fn int_to_float(self, v: Self::I) -> Self::V {
         v.map(|value| value as f32)
     }
@@ -122,6 +132,11 @@ impl Lanes for Portable {
     #[inline(always)]
     fn load_bytes(self, from: &[u8; BYTES]) -> Self::B {
         *from
+    }
+
+    #[inline(always)]
+    fn store_bytes(self, v: Self::B, to: &mut [u8; BYTES]) {
+        *to = v;
     }
 
     #[inline(always)]

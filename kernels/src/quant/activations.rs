@@ -2,7 +2,7 @@
 
 use crate::dispatch::{self, Kernel};
 use crate::lanes::{Lanes, WIDTH, load_tail};
-use crate::memory::Disjoint;
+use crate::memory::{Disjoint, unsigned};
 use crate::pool;
 
 /// Rows of a task.
@@ -10,12 +10,17 @@ const TASK_ROWS: usize = 4;
 /// A row's element costs about as much as so many multiplications.
 const ELEMENT_WORK: usize = 4;
 
+/// Quads of codes in a cache line.
+const LINE_QUADS: usize = 16;
+
 /// Rows of activations, quantized: `x = scale * code`, codes -127 to 127.
 pub(crate) struct QuantizedRows {
     pub(crate) group: usize,
     pub(crate) num_groups: usize,
     /// `[rows, num_groups * group / 4]`, zeros behind the columns.
     codes: Vec<[i8; 4]>,
+    /// Where the first row starts: at a cache line, which rows of tiles are as long as.
+    first: usize,
     /// `[rows, num_groups]`
     terms: Vec<Terms>,
 }
@@ -34,8 +39,10 @@ impl QuantizedRows {
         let num_rows = x.len().checked_div(cols).unwrap_or(0);
         let num_groups = cols.div_ceil(group);
         let quads = num_groups * group / 4;
-        let (mut codes, mut terms) = (vec![[0; 4]; num_rows * quads], vec![Terms::default(); num_rows * num_groups]);
-        let (code_parts, term_parts) = (Disjoint::new(&mut codes), Disjoint::new(&mut terms));
+        let (mut codes, mut terms) =
+            (vec![[0; 4]; num_rows * quads + LINE_QUADS], vec![Terms::default(); num_rows * num_groups]);
+        let first = codes.as_ptr().align_offset(4 * LINE_QUADS).min(LINE_QUADS);
+        let (code_parts, term_parts) = (Disjoint::new(&mut codes[first..]), Disjoint::new(&mut terms));
         pool::parallel_if(ELEMENT_WORK * x.len(), num_rows.div_ceil(TASK_ROWS), |task_idx| {
             for row in task_idx * TASK_ROWS..num_rows.min((task_idx + 1) * TASK_ROWS) {
                 // SAFETY: each row belongs to exactly one task.
@@ -45,12 +52,18 @@ impl QuantizedRows {
                 dispatch::run(Quantize { x: &x[row * cols..(row + 1) * cols], group, codes, terms });
             }
         });
-        Self { group, num_groups, codes, terms }
+        Self { group, num_groups, codes, first, terms }
     }
 
     pub(crate) fn codes(&self, row: usize) -> &[[i8; 4]] {
         let quads = self.num_groups * self.group / 4;
-        &self.codes[row * quads..(row + 1) * quads]
+        &self.codes[self.first + row * quads..self.first + (row + 1) * quads]
+    }
+
+    /// The codes of a row and of all behind it, and the bytes from row to row.
+    pub(super) fn bytes_from(&self, row: usize) -> (&[u8], usize) {
+        let quads = self.num_groups * self.group / 4;
+        (unsigned(self.codes[self.first + row * quads..].as_flattened()), 4 * quads)
     }
 
     pub(crate) fn terms(&self, row: usize) -> &[Terms] {

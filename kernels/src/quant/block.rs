@@ -4,12 +4,16 @@ use std::ops::Range;
 
 use super::activations::{QuantizedRows, Terms};
 use super::layout::{Layout, PANEL_ROWS, Panel};
+#[cfg(target_arch = "x86_64")]
+use super::tiles;
 use super::{Codes, FP4_TABLE};
+#[cfg(target_arch = "x86_64")]
+use crate::amx::Amx;
 use crate::dispatch::{self, Kernel};
 use crate::lanes::{BYTES, Lanes, WIDTH};
 
 /// How far ahead of its use a weight is asked for, in bytes: what arrives from memory during about a microsecond.
-const PREFETCH_BYTES: usize = 4096;
+pub(super) const PREFETCH_BYTES: usize = 2048;
 
 /// A product to compute: `out[i][j] = rows[i] · weight[outs.start + j]`.
 pub(crate) struct QuantBlock<'a> {
@@ -28,6 +32,12 @@ pub(crate) struct QuantBlock<'a> {
 pub(crate) fn multiply(block: QuantBlock<'_>) {
     debug_assert_eq!(block.x.group, block.layout.format.group());
     debug_assert_eq!(block.x.num_groups, block.layout.num_groups);
+    #[cfg(target_arch = "x86_64")]
+    if block.rows.len() >= tiles::MIN_ROWS
+        && let Some(unit) = Amx::detect()
+    {
+        return tiles::multiply(block, unit);
+    }
     dispatch::run(block);
 }
 
@@ -47,7 +57,7 @@ impl Kernel for QuantBlock<'_> {
 }
 
 /// How 64 bytes of codes become factors of a product.
-trait Decode {
+pub(super) trait Decode {
     const CODES: Codes;
     /// Vectors of codes in 64 bytes.
     const VECTORS: usize = if matches!(Self::CODES, Codes::Int8 | Codes::Int8Min) { 1 } else { 2 };
@@ -57,11 +67,11 @@ trait Decode {
     fn decode<L: Lanes>(lanes: L, bytes: &[u8; BYTES]) -> [L::B; 2];
 }
 
-struct Bytes;
-struct BytesMin;
-struct Nibbles;
-struct NibblesMin;
-struct Fp4;
+pub(super) struct Bytes;
+pub(super) struct BytesMin;
+pub(super) struct Nibbles;
+pub(super) struct NibblesMin;
+pub(super) struct Fp4;
 
 macro_rules! decode {
     ($name:ident, $codes:expr, |$lanes:ident, $v:ident| $decoded:expr) => {
@@ -94,7 +104,7 @@ impl QuantBlock<'_> {
             let left = self.rows.len() - first;
             first += if L::NUM_VECTORS >= 32 {
                 match left {
-                    1 => self.band::<L, D, 1, 2>(lanes, first),
+                    1 => self.band::<L, D, 1, 1>(lanes, first),
                     2 | 4 => self.band::<L, D, 2, 2>(lanes, first),
                     3 | 5 => self.band::<L, D, 3, 2>(lanes, first),
                     _ => self.band::<L, D, 6, 2>(lanes, first),

@@ -1,7 +1,7 @@
 //! Quantized weights: small codes in groups that share a scale, and the product of int8 activations with them.
 //!
 //! Map: `layout` is where everything lies in the packed bytes, `pack` writes and reads rows, `activations` quantizes input
-//! rows, `block` multiplies.
+//! rows, `block` multiplies on vectors, `tiles` many rows on matrix tiles.
 //!
 //! A product is exact in integers within a group; the groups of a row are added up in f32, first to last. So its bits
 //! depend neither on the other rows nor on the instruction set.
@@ -14,6 +14,8 @@ mod pack;
 mod reference;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 pub use pack::GroupRow;
 

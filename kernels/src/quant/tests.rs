@@ -210,3 +210,77 @@ fn what_is_no_number_stays_with_its_row() {
     let tiny = QuantizedRows::new(&[1e-44; 64], 64, 64);
     assert!(tiny.terms(0).iter().all(|terms| terms.scale.is_finite()));
 }
+
+/// The product on tiles, on every vector path beside them.
+#[cfg(target_arch = "x86_64")]
+fn tile_products<U: crate::amx::TileUnit>(unit: U, case: &TileCase<'_>) -> Vec<Vec<f32>> {
+    let TileCase { x, rows, weight, outs } = case;
+    let WeightFormat::Quantized(format) = weight.format() else { panic!("not quantized") };
+    let layout = Layout::new(format, weight.cols());
+    let on = |isa: Isa| {
+        let mut out = vec![f32::NAN; rows.len() * outs.len()];
+        let block = QuantBlock { x, rows, layout, weight: weight.as_bytes(), outs: outs.clone(), out: &mut out };
+        super::tiles::multiply_on(isa, block, unit);
+        out
+    };
+    Isa::available().into_iter().map(on).collect()
+}
+
+#[cfg(target_arch = "x86_64")]
+struct TileCase<'a> {
+    x: &'a QuantizedRows,
+    rows: &'a [u32],
+    weight: &'a PackedWeight,
+    outs: std::ops::Range<usize>,
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn tiles_give_the_bits_of_vectors() {
+    let mut numbers = Numbers::new(6);
+    let large_groups = [Codes::Int8, Codes::Fp4].map(|codes| QuantFormat { codes, group: 128 });
+    for format in QUANTIZED.into_iter().chain(large_groups).chain([QuantFormat::INT4]) {
+        for [rows, cols] in [[1, 1], [17, 63], [33, 75], [70, 300]] {
+            let weight = quantized(format, [rows, cols], &numbers.normal(rows * cols));
+            let mut x = numbers.with_outliers(120 * cols);
+            x[3 * cols] = f32::NAN;
+            let x = QuantizedRows::new(&x, cols, format.group());
+            // In order, two apart, backwards, and picked at random with some twice.
+            let picks: [Vec<u32>; 4] = [
+                (2..50).collect(),
+                (0..33).map(|row| 2 * row).collect(),
+                (0..17).rev().collect(),
+                (0..55).map(|_| numbers.below(120) as u32).collect(),
+            ];
+            for pick in &picks {
+                for num_rows in [1, 16, pick.len()] {
+                    let outs = numbers.below(rows)..rows;
+                    let case = TileCase { x: &x, rows: &pick[..num_rows], weight: &weight, outs: outs.clone() };
+                    let expected = product(Isa::available()[0], &x, case.rows, &weight, outs);
+                    for found in tile_products(crate::amx::Emulation, &case) {
+                        let same = found.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits());
+                        assert!(same && found.len() == expected.len(), "{format:?} [{rows}, {cols}], {num_rows} rows");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The instructions themselves: the processor's, or answered by the emulation.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+#[test]
+fn tile_instructions_give_the_bits_of_vectors() {
+    let mut numbers = Numbers::new(7);
+    for format in QUANTIZED {
+        let weight = quantized(format, [50, 200], &numbers.normal(50 * 200));
+        let x = QuantizedRows::new(&numbers.with_outliers(48 * 200), 200, format.group());
+        for rows in [(0..48).collect::<Vec<_>>(), (0..21).rev().collect()] {
+            let case = TileCase { x: &x, rows: &rows, weight: &weight, outs: 3..50 };
+            let expected = product(Isa::available()[0], &x, &rows, &weight, 3..50);
+            for found in tile_products(crate::amx::instructions(), &case) {
+                assert!(found.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits()), "{format:?}");
+            }
+        }
+    }
+}

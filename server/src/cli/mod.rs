@@ -19,7 +19,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Upcycle(args) => upcycle::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Chat(args) => chat::run(args),
-        Command::Bench(args) => bench::run(args),
+        Command::Bench(args) => bench::run(*args),
         Command::Openapi => print(&crate::routes::openapi_json()),
         Command::ConfigReference => print(&crate::config::reference()),
     }

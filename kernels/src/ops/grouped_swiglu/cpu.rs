@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::{Expert, ExpertActivation, ExpertWeights, GroupedSwiglu};
-use crate::matmul::{Activations, BLOCK_OUTS, BLOCK_ROWS, RowBlock, part};
+use crate::matmul::{Activations, BLOCK_OUTS, BLOCK_ROWS, RowBlock, part, with_blocks};
 use crate::memory::Disjoint;
 use crate::ops::glu;
 use crate::pool;
@@ -85,20 +85,22 @@ impl<'a> Plan<'a> {
             let outs = part(task_idx % outs_per_block, BLOCK_OUTS, intermediate);
             let weight = &expert.gate_up;
             let input = RowBlock::new(self.pairs[rows.clone()].iter().map(|pair| pair / self.op.topk.k));
-            let (mut gate, mut up) = ([0.0; BLOCK_ROWS * BLOCK_OUTS], [0.0; BLOCK_ROWS * BLOCK_OUTS]);
-            // A unit without a gate has its one matrix in the gate's place.
-            for (part, block) in [&mut gate, &mut up].into_iter().take(expert.activation.num_parts()).enumerate() {
-                let outs = part * intermediate + outs.start..part * intermediate + outs.end;
-                x.multiply(&input, weight, outs.clone(), block);
-                if let Some(biases) = &expert.biases {
-                    add_to_rows(&mut block[..rows.len() * outs.len()], &biases.gate_up[outs]);
+            with_blocks(|blocks| {
+                // A unit without a gate has its one matrix in the gate's place.
+                for (part, block) in blocks.iter_mut().take(expert.activation.num_parts()).enumerate() {
+                    let outs = part * intermediate + outs.start..part * intermediate + outs.end;
+                    x.multiply(&input, weight, outs.clone(), block);
+                    if let Some(biases) = &expert.biases {
+                        add_to_rows(&mut block[..rows.len() * outs.len()], &biases.gate_up[outs]);
+                    }
                 }
-            }
-            for ((row, gate), up) in rows.clone().zip(gate.chunks_exact(outs.len())).zip(up.chunks_exact(outs.len())) {
-                // SAFETY: each (row, out) belongs to exactly one task.
-                let out = unsafe { target.part(row * intermediate + outs.start, outs.len()) };
-                activate(expert.activation, (gate, up), out);
-            }
+                let [gate, up] = blocks.each_ref().map(|block| block.chunks_exact(outs.len()));
+                for ((row, gate), up) in rows.clone().zip(gate).zip(up) {
+                    // SAFETY: each (row, out) belongs to exactly one task.
+                    let out = unsafe { target.part(row * intermediate + outs.start, outs.len()) };
+                    activate(expert.activation, (gate, up), out);
+                }
+            });
         });
         activated
     }
@@ -115,15 +117,16 @@ impl<'a> Plan<'a> {
         pool::parallel_if(work, self.blocks.len() * outs_per_block, |task_idx| {
             let (expert, rows) = &self.blocks[task_idx / outs_per_block];
             let outs = part(task_idx % outs_per_block, BLOCK_OUTS, hidden_size);
-            let mut block = [0.0; BLOCK_ROWS * BLOCK_OUTS];
-            activations.multiply(&RowBlock::new(rows.clone()), &expert.down, outs.clone(), &mut block);
-            if let Some(biases) = &expert.biases {
-                add_to_rows(&mut block[..rows.len() * outs.len()], &biases.down[outs.clone()]);
-            }
-            for (row, values) in rows.clone().zip(block.chunks_exact(outs.len())) {
-                // SAFETY: each (row, out) belongs to exactly one task.
-                unsafe { target.part(row * hidden_size + outs.start, outs.len()) }.copy_from_slice(values);
-            }
+            with_blocks(|[block, _]| {
+                activations.multiply(&RowBlock::new(rows.clone()), &expert.down, outs.clone(), block);
+                if let Some(biases) = &expert.biases {
+                    add_to_rows(&mut block[..rows.len() * outs.len()], &biases.down[outs.clone()]);
+                }
+                for (row, values) in rows.clone().zip(block.chunks_exact(outs.len())) {
+                    // SAFETY: each (row, out) belongs to exactly one task.
+                    unsafe { target.part(row * hidden_size + outs.start, outs.len()) }.copy_from_slice(values);
+                }
+            });
         });
         y
     }

@@ -1,7 +1,7 @@
 //! `head_linear` in blocks of input rows and weight rows of one head, one task each.
 
 use super::HeadLinear;
-use crate::matmul::{Activations, BLOCK_OUTS, BLOCK_ROWS, RowBlock, part};
+use crate::matmul::{Activations, BLOCK_OUTS, BLOCK_ROWS, RowBlock, part, with_blocks};
 use crate::memory::Disjoint;
 use crate::pool;
 use crate::weight::PackedWeight;
@@ -18,13 +18,14 @@ pub(crate) fn head_linear(op: &HeadLinear<'_>, x: &[f32]) -> Vec<f32> {
         let rows = part(task_idx / out_blocks % row_blocks, BLOCK_ROWS, num_tokens);
         let outs = part(task_idx % out_blocks, BLOCK_OUTS, out_features);
         let input = RowBlock::new(rows.clone().map(|row| row * num_heads + head));
-        let mut block = [0.0; BLOCK_ROWS * BLOCK_OUTS];
-        activations.multiply(&input, &op.weights[head], outs.clone(), &mut block);
-        for (row, values) in rows.zip(block.chunks_exact(outs.len())) {
-            let start = (row * num_heads + head) * out_features + outs.start;
-            // SAFETY: each (row, head, out) belongs to exactly one task.
-            unsafe { target.part(start, outs.len()) }.copy_from_slice(values);
-        }
+        with_blocks(|[block, _]| {
+            activations.multiply(&input, &op.weights[head], outs.clone(), block);
+            for (row, values) in rows.zip(block.chunks_exact(outs.len())) {
+                let start = (row * num_heads + head) * out_features + outs.start;
+                // SAFETY: each (row, head, out) belongs to exactly one task.
+                unsafe { target.part(start, outs.len()) }.copy_from_slice(values);
+            }
+        });
     });
     out
 }

@@ -1,7 +1,7 @@
 //! `linear` in blocks of input rows and weight rows, one task each.
 
 use super::Linear;
-use crate::matmul::{Activations, BLOCK_OUTS, BLOCK_ROWS, RowBlock, part};
+use crate::matmul::{Activations, BLOCK_OUTS, BLOCK_ROWS, RowBlock, part, with_blocks};
 use crate::memory::Disjoint;
 use crate::pool;
 
@@ -17,16 +17,18 @@ pub(crate) fn linear(op: &Linear<'_>, x: &[f32], bias: Option<&[f32]>) -> Vec<f3
         // Tasks that follow each other share input rows, so that those stay in the cache.
         let rows = part(task_idx / out_blocks, BLOCK_ROWS, num_tokens);
         let outs = part(task_idx % out_blocks, BLOCK_OUTS, out_features);
-        let mut block = [0.0; BLOCK_ROWS * BLOCK_OUTS];
-        activations.multiply(&RowBlock::new(rows.clone()), weight, outs.clone(), &mut block);
-        for (row, values) in rows.zip(block.chunks_exact(outs.len())) {
-            // SAFETY: each (row, out) belongs to exactly one task.
-            let target = unsafe { target.part(row * out_features + outs.start, outs.len()) };
-            target.copy_from_slice(values);
-            if let Some(bias) = bias {
-                target.iter_mut().zip(&bias[outs.clone()]).for_each(|(y, bias)| *y += bias);
+        let row_block = RowBlock::new(rows.clone());
+        with_blocks(|[block, _]| {
+            activations.multiply(&row_block, weight, outs.clone(), block);
+            for (row, values) in rows.zip(block.chunks_exact(outs.len())) {
+                // SAFETY: each (row, out) belongs to exactly one task.
+                let target = unsafe { target.part(row * out_features + outs.start, outs.len()) };
+                target.copy_from_slice(values);
+                if let Some(bias) = bias {
+                    target.iter_mut().zip(&bias[outs.clone()]).for_each(|(y, bias)| *y += bias);
+                }
             }
-        }
+        });
     });
     out
 }

@@ -1,7 +1,9 @@
-//! `moesaic bench`: a load client for any server that speaks the OpenAI API.
+//! `moesaic bench`: a load client for any server that speaks the OpenAI API, and the speed of single ops.
 //!
-//! `prompts` draws them, `load` sends requests and times the answers, `report` turns times into figures.
+//! `prompts` draws them, `load` sends requests and times the answers, `report` turns times into figures; `kernels` is the
+//! subcommand that needs no server.
 
+mod kernels;
 mod load;
 mod prompts;
 mod report;
@@ -14,11 +16,12 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
-use clap::{Args, ValueEnum};
+use clap::{Args, Subcommand, ValueEnum};
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
 use serde::Serialize;
 
+use self::kernels::KernelsArgs;
 use self::load::{Load, RunPlan};
 use self::prompts::PromptSource;
 use self::report::{Machine, Report, RunReport};
@@ -29,7 +32,10 @@ const REQUESTS_PER_STREAM: u32 = 4;
 const MIN_REQUESTS: u32 = 16;
 
 #[derive(Args, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct BenchArgs {
+    #[command(subcommand)]
+    pub command: Option<BenchCommand>,
     #[command(flatten)]
     pub server: ServerArgs,
     /// Requests under way at a time; several, with commas between, for one run each
@@ -61,6 +67,12 @@ pub struct BenchArgs {
     pub json: Option<PathBuf>,
 }
 
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Time each op at layer shapes of published models, beside this machine's limits; needs no server
+    Kernels(KernelsArgs),
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum Endpoint {
@@ -89,6 +101,13 @@ pub enum Streaming {
 /// # Errors
 /// A server that cannot be used, a file that cannot be written, and, after the report, any request that failed.
 pub fn run(args: BenchArgs) -> anyhow::Result<()> {
+    match args.command {
+        Some(BenchCommand::Kernels(args)) => kernels::run(args),
+        None => run_load(args),
+    }
+}
+
+fn run_load(args: BenchArgs) -> anyhow::Result<()> {
     let to_stdout = args.json.as_deref().is_some_and(|path| path.as_os_str() == "-");
     let mut json_out: Option<Box<dyn Write>> = match &args.json {
         None => None,
