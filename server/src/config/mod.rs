@@ -151,7 +151,7 @@ settings! {
         log_level: String = "info".to_owned();
     }
     optional {
-        /// Hugging Face folder or hub id; the demo model where absent
+        /// Hugging Face folder, GGUF file or hub id; the demo model where absent
         #[arg(env = "MOESAIC_MODEL", value_name = "MODEL")]
         model: String;
         /// Branch, tag or commit of a hub model
