@@ -11,6 +11,7 @@
 #[cfg(target_endian = "big")]
 compile_error!("weights are little-endian bytes that are read in place");
 
+mod affinity;
 pub mod block_format;
 mod check;
 mod dispatch;
@@ -30,6 +31,7 @@ mod weight;
 pub use dispatch::isa;
 pub use error::{KernelError, Result};
 pub use mapped_file::MappedFile;
+pub use ops::argmax::argmax;
 pub use ops::embedding::embedding;
 pub use ops::gated_delta::{DeltaSpec, DeltaWeights, gated_delta};
 pub use ops::glu::{GluActivation, glu};
