@@ -1,19 +1,39 @@
-//! Speed of the hot ops on this machine, beside a plain read of memory: `cargo run --release --example bench_ops`.
+//! Speed of the hot ops on this machine, beside a plain read of memory:
+//! `cargo run --release -p moesaic-kernels --example bench_ops [linear|experts|attention|small|gated_delta]..`.
 
 use std::hint::black_box;
 use std::time::Instant;
 
 use candle_core::{Device, Tensor};
 use kernels::{
-    DeltaSpec, DeltaWeights, Expert, ExpertWeights, GqaSpec, KvFormat, LearnedScores, PackedWeight, PagedBatch,
-    PagedCache, Reach, StateCache, TopK, WeightFormat, gated_delta, grouped_swiglu, linear, paged_attention, pool,
+    DeltaSpec, DeltaWeights, Expert, ExpertWeights, GqaSpec, KvFormat, LearnedScores, MlaSpec, PackedWeight,
+    PagedBatch, PagedCache, Reach, RopeStyle, RopeTable, RouterSpec, Scoring, StateCache, TopK, WeightFormat,
+    gated_delta, grouped_swiglu, linear, mla_attention, paged_attention, pool, rms_norm_residual, rope, route,
 };
 
 type AnyResult<T> = Result<T, Box<dyn std::error::Error>>;
 
 fn main() -> AnyResult<()> {
+    let chosen: Vec<String> = std::env::args().skip(1).collect();
     println!("{} threads, {}", pool::init(None), kernels::isa());
     bench_read();
+    type Group = (&'static str, fn() -> AnyResult<()>);
+    let groups: [Group; 5] = [
+        ("linear", bench_linears),
+        ("experts", bench_all_experts),
+        ("attention", bench_attentions),
+        ("small", bench_small_ops),
+        ("gated_delta", bench_gated_deltas),
+    ];
+    for (name, bench) in groups {
+        if chosen.is_empty() || chosen.iter().any(|chosen| chosen == name) {
+            bench()?;
+        }
+    }
+    Ok(())
+}
+
+fn bench_linears() -> AnyResult<()> {
     for (rows, cols) in [(576, 576), (2048, 2048), (49152, 576), (8192, 4096)] {
         for num_tokens in [1, 4, 32, 256] {
             if num_tokens * rows * cols < 1 << 31 {
@@ -21,14 +41,19 @@ fn main() -> AnyResult<()> {
             }
         }
     }
+    Ok(())
+}
+
+fn bench_all_experts() -> AnyResult<()> {
     for shape in [[576, 1536, 8, 2], [1024, 512, 32, 8]] {
         for num_tokens in [1, 4, 32, 256] {
             bench_experts(num_tokens, shape)?;
         }
     }
-    for (rows, context_len) in [(1, 1024), (256, 1024)] {
-        bench_attention(rows, context_len)?;
-    }
+    Ok(())
+}
+
+fn bench_gated_deltas() -> AnyResult<()> {
     for (num_seqs, rows) in [(1, 1), (8, 1), (1, 64)] {
         bench_gated_delta(num_seqs, rows)?;
     }
@@ -51,7 +76,7 @@ fn best_time(mut run: impl FnMut() -> AnyResult<()>) -> AnyResult<f64> {
 
 fn report(name: &str, seconds: f64, bytes: usize, multiplications: usize) {
     let (gb, gflop) = (bytes as f64 / 1e9, 2.0 * multiplications as f64 / 1e9);
-    println!("{name:<48} {:>10.1} us {:>7.1} GB/s {:>8.1} GFLOP/s", seconds * 1e6, gb / seconds, gflop / seconds);
+    println!("{name:<48} {:>10.2} us {:>7.1} GB/s {:>8.1} GFLOP/s", seconds * 1e6, gb / seconds, gflop / seconds);
 }
 
 /// Sums 256 MiB, which no cache of a small machine holds.
@@ -128,29 +153,107 @@ fn bench_experts(num_tokens: usize, [hidden_size, intermediate, num_experts, k]:
     Ok(())
 }
 
-fn bench_attention(rows: usize, context_len: usize) -> AnyResult<()> {
-    let spec = GqaSpec { num_heads: 9, num_kv_heads: 3, head_dim: 64, scale: 0.125, reach: Reach::Full };
-    let width = 2 * spec.num_kv_heads * spec.head_dim;
-    let num_blocks = context_len / 16;
-    let mut cache = PagedCache::new(KvFormat::F32, 16, width, num_blocks)?;
+/// Prefill of 512 tokens and decode of 1 and 16 sequences: the heads of granite-1b and olmoe, and DeepSeek's latent.
+fn bench_attentions() -> AnyResult<()> {
+    let gqa =
+        |num_heads, num_kv_heads, head_dim| Heads { num_heads, num_kv_heads, key_dim: head_dim, is_latent: false };
+    let latent = Heads { num_heads: 16, num_kv_heads: 1, key_dim: LATENT + LATENT_ROPE, is_latent: true };
+    for heads in [gqa(16, 8, 64), gqa(16, 16, 128), latent] {
+        for format in [KvFormat::Bf16, KvFormat::F32] {
+            for (num_seqs, rows, context_len) in [(1, 64, 512), (1, 512, 512), (1, 1, 512), (1, 1, 8192), (16, 1, 2048)]
+            {
+                bench_attention(&heads, format, [num_seqs, rows, context_len])?;
+            }
+        }
+    }
+    Ok(())
+}
+
+const LATENT: usize = 512;
+const LATENT_ROPE: usize = 64;
+
+struct Heads {
+    num_heads: usize,
+    num_kv_heads: usize,
+    key_dim: usize,
+    /// Keys are a latent, whose values are its first part, and a rotary key.
+    is_latent: bool,
+}
+
+fn bench_attention(heads: &Heads, format: KvFormat, [num_seqs, rows, context_len]: [usize; 3]) -> AnyResult<()> {
+    let &Heads { num_heads, num_kv_heads, key_dim, is_latent } = heads;
+    let (width, value_dim) = if is_latent { (key_dim, LATENT) } else { (2 * num_kv_heads * key_dim, key_dim) };
+    let num_blocks = num_seqs * context_len / 16;
+    let mut cache = PagedCache::new(format, 16, width, num_blocks)?;
     cache.add_slab()?;
-    cache.write(&tensor(&[context_len, width])?, &(0..context_len as u32).collect::<Vec<_>>())?;
+    let num_slots = num_seqs * context_len;
+    cache.write(&tensor(&[num_slots, width])?, &(0..num_slots as u32).collect::<Vec<_>>())?;
     let batch = PagedBatch {
-        cu_seqlens: vec![0, rows as u32],
-        context_lens: vec![context_len as u32],
-        source_lens: vec![0],
+        cu_seqlens: (0..=num_seqs).map(|seq| (seq * rows) as u32).collect(),
+        context_lens: vec![context_len as u32; num_seqs],
+        source_lens: vec![0; num_seqs],
         state_slots: Vec::new(),
         block_tables: (0..num_blocks as u32).collect(),
-        block_offsets: vec![0, num_blocks as u32],
+        block_offsets: (0..=num_seqs).map(|seq| (seq * context_len / 16) as u32).collect(),
     };
-    let q = tensor(&[rows, spec.num_heads, spec.head_dim])?;
+    let num_rows = num_seqs * rows;
+    let (q, q_latent) = (tensor(&[num_rows, num_heads, key_dim])?, tensor(&[num_rows, num_heads, LATENT])?);
+    let q_rope = tensor(&[num_rows, num_heads, LATENT_ROPE])?;
+    let gqa = GqaSpec { num_heads, num_kv_heads, head_dim: key_dim, scale: 0.125, reach: Reach::Full };
+    let mla = MlaSpec { num_heads, latent_dim: LATENT, rope_dim: LATENT_ROPE, scale: 0.07 };
     let seconds = best_time(|| {
-        black_box(paged_attention(&q, &cache, &batch, &spec, LearnedScores::default())?);
+        black_box(match is_latent {
+            true => mla_attention(&q_latent, &q_rope, &cache, &batch, &mla)?,
+            false => paged_attention(&q, &cache, &batch, &gqa, LearnedScores::default())?,
+        });
         Ok(())
     })?;
-    let pairs = rows * context_len - rows * (rows - 1) / 2;
-    let name = format!("attention f32 rows={rows} context={context_len} 9/3x64");
-    report(&name, seconds, context_len * width * 4, pairs * spec.num_heads * 2 * spec.head_dim);
+    let pairs = num_seqs * (rows * context_len - rows * (rows - 1) / 2);
+    let name = format!(
+        "attention {} {num_heads}/{num_kv_heads}x{key_dim} seqs={num_seqs} rows={rows} context={context_len}",
+        format.name(),
+    );
+    report(&name, seconds, num_slots * width * format.element_bytes(), pairs * num_heads * (key_dim + value_dim));
+    Ok(())
+}
+
+/// Ops that only have to stay out of the way, with the sizes of granite-1b.
+fn bench_small_ops() -> AnyResult<()> {
+    let seconds = best_time(|| {
+        for _ in 0..1000 {
+            pool::parallel_for(pool::num_threads(), |task_idx| {
+                black_box(task_idx);
+            });
+        }
+        Ok(())
+    })?;
+    report("parallel_for of nothing", seconds / 1000.0, 0, 0);
+    let angles = numbers(4096 * 32);
+    let table = RopeTable::new(angles.clone(), angles, 64)?;
+    for rows in [1, 16, 512] {
+        let positions: Vec<u32> = (0..rows as u32).collect();
+        let (x, weight) = (tensor(&[rows, 1024])?, tensor(&[1024])?);
+        let q = tensor(&[rows, 16, 64])?;
+        let logits = tensor(&[rows, 32])?;
+        let spec = RouterSpec::new(Scoring::SoftmaxTopK, 8);
+        let measure = |name: &str, bytes: usize, op: &dyn Fn() -> AnyResult<()>| -> AnyResult<()> {
+            let seconds = best_time(|| (0..20).try_for_each(|_| op()))?;
+            report(&format!("{name} rows={rows}"), seconds / 20.0, bytes, 0);
+            Ok(())
+        };
+        measure("rope 16x64", 8 * rows * 1024, &|| {
+            black_box(rope(&q, &table, &positions, RopeStyle::Halves)?);
+            Ok(())
+        })?;
+        measure("rms_norm_residual 1024", 16 * rows * 1024, &|| {
+            black_box(rms_norm_residual(&x, &x, &weight, 1e-6)?);
+            Ok(())
+        })?;
+        measure("route 8 of 32", 4 * rows * 32, &|| {
+            black_box(route(&logits, &spec)?);
+            Ok(())
+        })?;
+    }
     Ok(())
 }
 
