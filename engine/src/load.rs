@@ -43,7 +43,10 @@ pub fn load(config: EngineConfig, progress: &mut dyn FnMut(LoadProgress)) -> Res
     let step_loop = StepLoop::new(scheduler, runner, shared.clone());
     let thread = std::thread::Builder::new()
         .name("step-loop".into())
-        .spawn(move || step_loop.run(&receiver))
+        .spawn(move || {
+            kernels::pool::pin_caller();
+            step_loop.run(&receiver);
+        })
         .map_err(EngineError::Thread)?;
     Ok(EngineHandle { front: Arc::new(Front::new(shared, commands, thread)) })
 }
