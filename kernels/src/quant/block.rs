@@ -182,6 +182,11 @@ impl QuantBlock<'_> {
             let out = &mut self.out[(first + m) * stride..(first + m + 1) * stride];
             for (p, &v) in tile_row.iter().enumerate() {
                 let start = (panel_idx + p) * PANEL_ROWS;
+                let whole = start.checked_sub(self.outs.start).and_then(|at| out.get_mut(at..)?.first_chunk_mut());
+                if let Some(whole) = whole {
+                    lanes.store(v, whole);
+                    continue;
+                }
                 let mut values = [0.0; WIDTH];
                 lanes.store(v, &mut values);
                 let wanted = start.max(self.outs.start)..(start + PANEL_ROWS).min(self.outs.end);
@@ -250,9 +255,7 @@ fn dot_group<L: Lanes, D: Decode, const M: usize, const P: usize>(
     for idx in 0..vectors {
         let mut w = [[lanes.load_bytes(&[0; BYTES]); 2]; P];
         for p in 0..P {
-            if M <= 2 {
-                lanes.prefetch(codes[p][idx].as_ptr().wrapping_add(PREFETCH_BYTES));
-            }
+            lanes.prefetch(codes[p][idx].as_ptr().wrapping_add(PREFETCH_BYTES));
             w[p] = D::decode(lanes, &codes[p][idx], table);
         }
         for half in 0..D::VECTORS {
