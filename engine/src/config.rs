@@ -78,6 +78,8 @@ pub struct EngineConfig {
     pub load_mtp: bool,
     /// Compute threads; `None` takes every core the process may run on.
     pub threads: Option<usize>,
+    /// Instruction set of the kernels, one of [`kernels::isas`]; `None` takes the fastest, or the one in use.
+    pub isa: Option<&'static str>,
 }
 
 impl EngineConfig {
@@ -98,6 +100,7 @@ impl EngineConfig {
             batch_timeout: Duration::ZERO,
             load_mtp: false,
             threads: None,
+            isa: None,
         }
     }
 }

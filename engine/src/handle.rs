@@ -119,6 +119,8 @@ pub struct ModelSummary {
     pub has_encoder: bool,
     pub kv_dtype: &'static str,
     pub threads: usize,
+    /// Instruction set of the kernels.
+    pub isa: &'static str,
     pub generation_defaults: GenerationDefaults,
 }
 

@@ -43,7 +43,10 @@ pub fn load(config: EngineConfig, progress: &mut dyn FnMut(LoadProgress)) -> Res
     let step_loop = StepLoop::new(scheduler, runner, shared.clone());
     let thread = std::thread::Builder::new()
         .name("step-loop".into())
-        .spawn(move || step_loop.run(&receiver))
+        .spawn(move || {
+            kernels::pool::pin_caller();
+            step_loop.run(&receiver);
+        })
         .map_err(EngineError::Thread)?;
     Ok(EngineHandle { front: Arc::new(Front::new(shared, commands, thread)) })
 }
@@ -63,6 +66,7 @@ fn load_files(
     files: &ModelFiles,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<LoadedModel, EngineError> {
+    config.isa.map_or(Ok(()), kernels::choose_isa)?;
     let threads = kernels::pool::init(config.threads);
     let inspection = inspect_files(files)?;
     let model_config = files.config()?;
@@ -122,6 +126,7 @@ fn load_files(
         has_encoder: shape.prefill != Prefill::Causal,
         kv_dtype: format.name(),
         threads,
+        isa: kernels::isa(),
         generation_defaults: files.generation_defaults(&model_config)?,
     };
     Ok(LoadedModel { summary, scheduler, runner: Runner::new(model, arena, config.block_size) })

@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-use candle_core::Tensor;
+use candle_core::{Storage, Tensor};
 use scheduler::{Batch, BlockId, Chunk, Phase, RequestId, Scheduler, Sequence, StateSlot};
 
 use crate::error::EngineError;
@@ -81,13 +81,22 @@ impl Runner {
         let mut outputs: Vec<ChunkOutput> = batch.chunks.iter().map(|_| ChunkOutput::default()).collect();
         for rows in wanted.chunks(LOGIT_ROWS) {
             let indices: Vec<u32> = rows.iter().map(|wanted| wanted.row).collect();
-            let logits = self.model.logits(&gather_rows(&hidden, &indices)?)?.to_vec2::<f32>()?;
+            let logits = self.model.logits(&gather_rows(&hidden, &indices)?)?.contiguous()?;
+            let vocab_size = logits.dim(1)?;
+            let (storage, layout) = logits.storage_and_layout();
+            let Storage::Cpu(storage) = &*storage else { unreachable!("models compute on the CPU") };
+            let logits = &storage.as_slice::<f32>()?[layout.start_offset()..];
             // Rows are read side by side: a draw over a large vocabulary costs as much as a layer.
             let reads: Vec<OnceLock<RowRead>> = rows.iter().map(|_| OnceLock::new()).collect();
             kernels::pool::parallel_for(rows.len(), |idx| {
                 let chunk_idx = rows[idx].chunk_idx;
                 let sequence = scheduler.sequence(batch.chunks[chunk_idx].id).expect("a scheduled sequence is known");
-                let read = read_row(&logits[idx], rows[idx].predicts, sequence, &requests[chunk_idx]);
+                let read = read_row(
+                    &logits[idx * vocab_size..(idx + 1) * vocab_size],
+                    rows[idx].predicts,
+                    sequence,
+                    &requests[chunk_idx],
+                );
                 assert!(reads[idx].set(read).is_ok(), "every row is read once");
             });
             for (wanted, read) in rows.iter().zip(reads) {

@@ -13,7 +13,7 @@ use std::path::Path;
 use cap::Cap;
 use engine::weights::checkpoint::Checkpoint;
 use engine::{EngineConfig, GgufFile, load_model};
-use moesaic::text::{EncodeOptions, Tokenizer};
+use moesaic::text::{EncodeOptions, Tokenizer, TokenizerFiles};
 use serde_json::Value;
 
 use scratch::Scratch;
@@ -96,7 +96,8 @@ pub fn config(data: &[u8]) -> bool {
     logits.is_ok() && model.runner.drafts_of(&[1, 2]).is_ok() && inspected.is_ok()
 }
 
-/// A GGUF file: its metadata, tensor table, and the values of its tensors.
+/// A GGUF file: its metadata, tensor table, and the values of its tensors; then the tokenizer and the model that it holds,
+/// down to two tokens.
 pub fn gguf(data: &[u8]) -> bool {
     let scratch = Scratch::new();
     scratch.write("model.gguf", data);
@@ -105,6 +106,17 @@ pub fn gguf(data: &[u8]) -> bool {
         if let Ok(values) = file.read_f32(name) {
             assert_eq!(values.len(), tensor.num_elements);
         }
+    }
+    drop(TokenizerFiles::from_gguf(&file).and_then(|files| Tokenizer::from_gguf(&files)));
+    let config = EngineConfig {
+        kv_cache_memory: Some(1 << 20),
+        threads: Some(1),
+        ..EngineConfig::new(scratch.path("model.gguf"))
+    };
+    let inspected = engine::inspect(&config.model_dir);
+    if let Ok(mut model) = load_model(&config, &mut |_| ()) {
+        assert!(inspected.is_ok());
+        drop(model.runner.logits_of(&[1, 2]));
     }
     file.opt_strings("tokenizer.ggml.tokens").is_ok()
 }
@@ -193,6 +205,17 @@ mod tests {
     #[test]
     fn configs_end_as_they_are_named() {
         check("config", config);
+    }
+
+    /// Models in GGUF files that do not load lead nowhere.
+    #[test]
+    fn gguf_models_to_start_from_load() {
+        for name in ["llama-experts", "deepseek2"] {
+            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("corpus/gguf/{name}.gguf"));
+            let config = EngineConfig { kv_cache_memory: Some(1 << 20), ..EngineConfig::new(&path) };
+            let mut model = load_model(&config, &mut |_| ()).expect(name);
+            model.runner.logits_of(&[1, 2]).expect(name);
+        }
     }
 
     /// A family that no seed leads to is hardly fuzzed at all.

@@ -12,6 +12,7 @@
 #[cfg(target_endian = "big")]
 compile_error!("weights are little-endian bytes that are read in place");
 
+mod affinity;
 #[cfg(target_arch = "x86_64")]
 mod amx;
 pub mod bench;
@@ -32,9 +33,10 @@ mod state_cache;
 mod testing;
 mod weight;
 
-pub use dispatch::isa;
+pub use dispatch::{choose_isa, isa, isas};
 pub use error::{KernelError, Result};
 pub use mapped_file::MappedFile;
+pub use ops::argmax::argmax;
 pub use ops::embedding::embedding;
 pub use ops::gated_delta::{DeltaSpec, DeltaWeights, gated_delta};
 pub use ops::glu::{GluActivation, glu};

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use crate::dispatch::{self, Kernel};
+use crate::dispatch::{self, ByWidth, Kernel};
 use crate::lanes::{Element, Lanes, dot_tile, dot_tile_streamed};
 use crate::quant::{self, QuantBlock, QuantizedRows};
 use crate::weight::{PackedWeight, WeightFormat, WeightView};
@@ -101,7 +101,7 @@ impl<'a> Activations<'a> {
         for (slot, &row) in input.iter_mut().zip(rows.rows()) {
             *slot = &self.x[row as usize * self.cols..(row as usize + 1) * self.cols];
         }
-        dispatch::run(Block { rows: &input[..rows.len], weight, out });
+        dispatch::run_by_width(Block { rows: &input[..rows.len], weight, out });
     }
 }
 
@@ -111,33 +111,51 @@ struct Block<'a, E> {
     out: &'a mut [f32],
 }
 
+/// The block for sets whose register file holds few vectors.
+struct NarrowBlock<'a, E>(Block<'a, E>);
+
+impl<'a, E: Element> ByWidth for Block<'a, E> {
+    type Narrow = NarrowBlock<'a, E>;
+
+    fn narrow(self) -> NarrowBlock<'a, E> {
+        NarrowBlock(self)
+    }
+}
+
 impl<E: Element> Kernel for Block<'_, E> {
     type Output = ();
 
     /// Bands of rows as equal as can be, in tiles that fill the register file.
     #[inline(always)]
     fn run<L: Lanes>(mut self, lanes: L) {
-        let max_rows = if L::NUM_VECTORS >= 32 { 6 } else { 2 };
         let mut first = 0;
         while first < self.rows.len() {
             let left = self.rows.len() - first;
-            let num_rows = left.div_ceil(left.div_ceil(max_rows));
-            if L::NUM_VECTORS >= 32 {
-                match num_rows {
-                    1 => self.band::<L, 1, 8>(lanes, first),
-                    2 => self.band::<L, 2, 8>(lanes, first),
-                    3 => self.band::<L, 3, 8>(lanes, first),
-                    4 => self.band::<L, 4, 4>(lanes, first),
-                    5 => self.band::<L, 5, 4>(lanes, first),
-                    _ => self.band::<L, 6, 4>(lanes, first),
-                }
-            } else {
-                match num_rows {
-                    1 => self.band::<L, 1, 4>(lanes, first),
-                    _ => self.band::<L, 2, 2>(lanes, first),
-                }
+            let num_rows = left.div_ceil(left.div_ceil(6));
+            match num_rows {
+                1 => self.band::<L, 1, 8>(lanes, first),
+                2 => self.band::<L, 2, 8>(lanes, first),
+                3 => self.band::<L, 3, 8>(lanes, first),
+                4 => self.band::<L, 4, 4>(lanes, first),
+                5 => self.band::<L, 5, 4>(lanes, first),
+                _ => self.band::<L, 6, 4>(lanes, first),
             }
             first += num_rows;
+        }
+    }
+}
+
+impl<E: Element> Kernel for NarrowBlock<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(mut self, lanes: L) {
+        let num_rows = self.0.rows.len();
+        for first in (0..num_rows).step_by(2) {
+            match num_rows - first {
+                1 => self.0.band::<L, 1, 4>(lanes, first),
+                _ => self.0.band::<L, 2, 2>(lanes, first),
+            }
         }
     }
 }

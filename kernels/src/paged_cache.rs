@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use candle_core::{Device, Storage, Tensor};
+use candle_core::{DType, Device, Layout, Storage, Tensor};
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 use memmap2::MmapMut;
@@ -103,23 +103,43 @@ impl PagedCache {
     /// last row. Fails before writing anything if a slot does not exist.
     pub fn write(&mut self, rows: &Tensor /* [num_tokens, width] */, slots: &[u32]) -> Result<()> {
         Input { op: OP, what: "rows", tensor: rows }.has_dims(&[slots.len(), self.width])?;
+        self.write_parts(&[rows], slots)
+    }
+
+    /// The same for rows whose parts lie apart, such as keys and values: part after part fills a row. The rows of a part may
+    /// lie apart in turn, as columns of a wider matrix do.
+    pub fn write_parts(&mut self, parts: &[&Tensor], slots: &[u32]) -> Result<()> {
         let num_slots = self.num_blocks() * self.block_size;
         for &slot in slots {
             check::below(OP, "slot", slot as usize, num_slots)?;
         }
-        let (storage, layout) = rows.storage_and_layout();
-        let Storage::Cpu(storage) = &*storage else {
-            return Err(KernelError::Device { op: OP, what: "rows" });
-        };
-        let rows = check::f32_slice(storage, layout)?;
-        for (row, &slot) in rows.chunks_exact(self.width).zip(slots) {
-            let (format, bytes) = (self.format, self.row_bytes_mut(slot as usize));
-            match format {
-                KvFormat::F32 => view_mut::<f32>(bytes).copy_from_slice(row),
-                KvFormat::Bf16 => view_mut::<bf16>(bytes).convert_from_f32_slice(row),
+        let mut width = 0;
+        for part in parts {
+            width += RowPart::check(part, slots.len())?;
+        }
+        check::length(OP, "width of the rows", width, self.width)?;
+        let mut first = 0;
+        for part in parts {
+            let (storage, layout) = part.storage_and_layout();
+            let Storage::Cpu(storage) = &*storage else {
+                return Err(KernelError::Device { op: OP, what: "rows" });
+            };
+            let part = RowPart { values: &storage.as_slice()?[layout.start_offset()..], layout };
+            for (row_idx, &slot) in slots.iter().enumerate() {
+                self.write_row(slot as usize, first, part.row(row_idx));
             }
+            first += layout.dims()[1];
         }
         Ok(())
+    }
+
+    fn write_row(&mut self, slot: usize, first: usize, values: &[f32]) {
+        let elements = first..first + values.len();
+        let (format, bytes) = (self.format, self.row_bytes_mut(slot));
+        match format {
+            KvFormat::F32 => view_mut::<f32>(bytes)[elements].copy_from_slice(values),
+            KvFormat::Bf16 => view_mut::<bf16>(bytes)[elements].convert_from_f32_slice(values),
+        }
     }
 
     /// The stored rows at these slots, widened. For tests and for moving blocks; fails if a slot does not exist.
@@ -254,6 +274,38 @@ fn check_offsets(op: &'static str, what: &'static str, offsets: &[u32], shape: (
     }
 }
 
+/// Columns of a matrix, row by row.
+struct RowPart<'a> {
+    values: &'a [f32],
+    layout: &'a Layout,
+}
+
+impl RowPart<'_> {
+    /// Refuses what is not f32 on the CPU in so many rows without gaps; returns their width.
+    fn check(part: &Tensor, num_rows: usize) -> Result<usize> {
+        let input = Input { op: OP, what: "rows", tensor: part };
+        let &[rows, width] = part.dims() else { return Err(input.shape_error("[num_tokens, part_width]".to_owned())) };
+        if rows != num_rows {
+            return Err(input.shape_error(format!("[{num_rows}, part_width]")));
+        }
+        if width > 1 && part.stride()[1] != 1 {
+            return Err(KernelError::NotContiguous { op: OP, what: "rows" });
+        }
+        if part.dtype() != DType::F32 {
+            return Err(KernelError::DType { op: OP, what: "rows", got: part.dtype(), expected: DType::F32 });
+        }
+        if !part.device().is_cpu() {
+            return Err(KernelError::Device { op: OP, what: "rows" });
+        }
+        Ok(width)
+    }
+
+    fn row(&self, row_idx: usize) -> &[f32] {
+        let start = row_idx * self.layout.stride()[0];
+        &self.values[start..start + self.layout.dims()[1]]
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -278,6 +330,27 @@ mod tests {
             }
             assert_eq!(cache.read(&slots).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap(), expected);
             assert_eq!(cache.read(&[3]).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap(), [0.0; 6]);
+        }
+    }
+
+    #[test]
+    fn rows_in_parts_are_the_rows() {
+        for format in [KvFormat::F32, KvFormat::Bf16] {
+            let mut caches = [(); 2].map(|()| PagedCache::new(format, 4, 6, 2).unwrap());
+            caches.iter_mut().for_each(|cache| cache.add_slab().unwrap());
+            let (wide, slots) = (rows(3, 11), [5, 0, 7]);
+            let columns = |first, len| wide.narrow(1, first, len).unwrap();
+            caches[0].write(&columns(3, 6).contiguous().unwrap(), &slots).unwrap();
+            caches[1].write_parts(&[&columns(3, 2), &columns(5, 1), &columns(6, 3)], &slots).unwrap();
+            let read =
+                |cache: &PagedCache| cache.read(&slots).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            assert_eq!(read(&caches[0]), read(&caches[1]));
+            let cache = &mut caches[1];
+            assert!(cache.write_parts(&[&columns(0, 5)], &slots).is_err());
+            assert!(cache.write_parts(&[&columns(0, 6)], &slots[..2]).is_err());
+            assert!(cache.write_parts(&[&columns(0, 6)], &[0, 1, 8]).is_err());
+            assert!(cache.write_parts(&[&rows(6, 3).t().unwrap()], &slots).is_err());
+            assert!(cache.write_parts(&[&columns(0, 6).to_dtype(DType::F64).unwrap()], &slots).is_err());
         }
     }
 

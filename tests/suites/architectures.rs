@@ -7,9 +7,12 @@ const SERVER: &str = env!("CARGO_BIN_EXE_moesaic-under-test");
 
 fn check(name: &str) {
     // References are computed with what integers and scales stand for, which bf16 rounds.
-    let args: &[&str] = if name.ends_with("-int4") { &["--dtype", "f32"] } else { &[] };
+    let is_quantized = name.ends_with("-int4") || name.ends_with(".gguf");
+    let args: &[&str] = if is_quantized { &["--dtype", "f32"] } else { &[] };
     let server = Server::start(SERVER, name, args);
-    let reference = golden::reference(name);
+    let golden = name.strip_suffix(".gguf").unwrap_or(name);
+    assert_eq!(server.get("/v1/models").json()["data"][0]["id"], golden);
+    let reference = golden::reference(golden);
     let prompts: Vec<&Value> = reference["prompts"].as_array().expect("a list").iter().collect();
     let request = |ids: Value| json!({"prompt": ids, "temperature": 0, "max_tokens": 32, "ignore_eos": true, "return_token_ids": true});
     let together =
@@ -51,6 +54,7 @@ served! {
     qwen3_moe: "qwen3_moe-base";
     olmoe: "olmoe-base";
     granitemoe: "granitemoe-base";
+    granitemoe_from_gguf: "granitemoeshared-base.gguf";
     deepseek_v2: "deepseek_v2-lite";
     deepseek_v3: "deepseek_v3-base";
     kimi_k2: "kimi_k2-base";
@@ -68,6 +72,7 @@ served! {
     minicpm_moe: "minicpm_moe-base";
     gpt_oss: "gpt_oss-mxfp4";
     gpt_oss_in_f16: "gpt_oss-alpha";
+    gpt_oss_from_gguf: "gpt_oss-mxfp4.gguf";
     phimoe: "phimoe-base";
     jetmoe: "jetmoe-base";
     llama4: "llama4-mm";

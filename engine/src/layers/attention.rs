@@ -197,7 +197,7 @@ impl Attention {
         let q_rows = qkv.dim(1)? - 2 * kv_width;
         let (mut q, gate) = self.split_gate(qkv.narrow(1, 0, q_rows)?)?;
         let mut k = qkv.narrow(1, q_rows, kv_width)?.contiguous()?;
-        let mut v = qkv.narrow(1, q_rows + kv_width, kv_width)?.contiguous()?;
+        let mut v = qkv.narrow(1, q_rows + kv_width, kv_width)?;
         if let Some((QkNorm::Whole { .. }, q_norm, k_norm)) = &self.norms {
             (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
         }
@@ -222,9 +222,8 @@ impl Attention {
             let factors: Vec<f32> = positions.iter().map(|&position| temperature.factor(position)).collect();
             q = q.broadcast_mul(&Tensor::from_vec(factors, (num_tokens, 1, 1), q.device())?)?;
         }
-        let rows = Tensor::cat(&[&k.reshape((num_tokens, kv_width))?, &v], 1)?;
         let cache = context.arena.paged_mut(self.site);
-        cache.write(&rows, &context.input.slot_mapping)?;
+        cache.write_parts(&[&k.reshape((num_tokens, kv_width))?, &v], &context.input.slot_mapping)?;
         let learned = LearnedScores { sinks: self.sinks.as_deref(), position_bias: None };
         let attended = kernels::paged_attention(&q, cache, &context.input.paged, &self.spec, learned)?;
         match gate {

@@ -123,9 +123,8 @@ impl MlaAttention {
         let latent = self.kv_a_norm.forward(&kv.narrow(1, 0, latent_dim)?.contiguous()?)?;
         let k_rope = kv.narrow(1, latent_dim, rope_dim)?.contiguous()?.reshape((num_tokens, 1, rope_dim))?;
         let k_rope = kernels::rope(&k_rope, &self.config.rope, positions, self.config.rope_style)?;
-        let rows = Tensor::cat(&[&latent, &k_rope.reshape((num_tokens, rope_dim))?], 1)?;
         let cache = context.arena.paged_mut(self.site);
-        cache.write(&rows, &context.input.slot_mapping)?;
+        cache.write_parts(&[&latent, &k_rope.reshape((num_tokens, rope_dim))?], &context.input.slot_mapping)?;
 
         let attended = kernels::mla_attention(&q_latent, &q_rope, cache, &context.input.paged, &self.spec)?;
         let values = kernels::head_linear(&attended, &self.from_latent)?;

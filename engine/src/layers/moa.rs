@@ -96,8 +96,7 @@ impl MoaAttention {
         let k = kv.narrow(1, 0, width)?.contiguous()?.reshape((num_tokens, num_kv_heads, head_dim))?;
         let k = kernels::rope(&k, rope, positions, RopeStyle::Halves)?.reshape((num_tokens, width))?;
         let cache = context.arena.paged_mut(self.place.site);
-        cache
-            .write(&Tensor::cat(&[&k, &kv.narrow(1, width, width)?.contiguous()?], 1)?, &context.input.slot_mapping)?;
+        cache.write_parts(&[&k, &kv.narrow(1, width, width)?], &context.input.slot_mapping)?;
 
         // Experts make heads in the order [slot, kv head]; the op wants those of one kv head together.
         let q = swap(&q, [num_tokens, topk.k, num_kv_heads, head_dim])?;

@@ -21,7 +21,7 @@ pub(crate) struct SampleRow<'a> {
 
 /// Draws the next token; `None` if the row holds no usable number.
 pub(crate) fn sample(row: &SampleRow) -> Option<SampledToken> {
-    if row.logits.iter().any(|&logit| logit.is_nan() || logit == f32::INFINITY) {
+    if !is_sound(row.logits) {
         return None;
     }
     let token = match row.adjusted_logits() {
@@ -64,23 +64,18 @@ impl SampleRow<'_> {
 }
 
 fn choose(logits: &[f32], row: &SampleRow) -> Option<u32> {
-    let best = argmax(logits)?;
+    let best = kernels::argmax(logits)?;
     if row.params.temperature == 0.0 {
-        return Some(best);
+        return Some(best as u32);
     }
     let uniform = rng::uniform(row.params.seed, row.params.choice, row.tokens.len() as u64);
-    Some(draw(&candidates(logits, logits[best as usize], row.params), uniform))
+    Some(draw(&candidates(logits, logits[best], row.params), uniform))
 }
 
-/// The largest value's index, the first among equals; `None` if none is above minus infinity.
-fn argmax(logits: &[f32]) -> Option<u32> {
-    let mut best = (f32::NEG_INFINITY, None);
-    for (idx, &logit) in logits.iter().enumerate() {
-        if logit > best.0 {
-            best = (logit, Some(idx as u32));
-        }
-    }
-    best.1
+/// Whether no logit is NaN or infinity, which no sampling can be made of. A few at a time without a branch between them:
+/// the greedy path is little more than this and the search for the maximum.
+fn is_sound(logits: &[f32]) -> bool {
+    logits.chunks(64).all(|chunk| chunk.iter().fold(true, |sound, &logit| sound & (logit < f32::INFINITY)))
 }
 
 /// A token that may be drawn and its unnormalised probability (the best one's is 1).

@@ -90,6 +90,11 @@ impl GgufFile {
         })
     }
 
+    /// An array of numbers; absent is `None`.
+    pub fn opt_f64s(&self, key: &str) -> Result<Option<Vec<f64>>, EngineError> {
+        self.typed(key, "an array of numbers", |value| value.as_array()?.iter().map(GgufValue::as_f64).collect())
+    }
+
     fn typed<'a, T>(
         &'a self,
         key: &str,

@@ -10,7 +10,7 @@ impl TempDir {
     pub(crate) fn new(name: &str) -> Self {
         let dir = std::env::temp_dir().join(format!("moesaic-engine-{name}-{}", std::process::id()));
         let _ = std::fs::remove_dir_all(&dir);
-        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::create_dir_all(&dir).expect("a temporary folder");
         Self(dir)
     }
 
@@ -20,7 +20,7 @@ impl TempDir {
 
     pub(crate) fn write(&self, name: &str, bytes: &[u8]) -> PathBuf {
         let path = self.0.join(name);
-        std::fs::write(&path, bytes).unwrap();
+        std::fs::write(&path, bytes).expect("a temporary file");
         path
     }
 }

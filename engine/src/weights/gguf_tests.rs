@@ -65,7 +65,7 @@ fn every_metadata_type_is_read() {
 }
 
 #[test]
-fn all_six_tensor_types_are_widened() {
+fn plain_and_block_types_are_widened() {
     let plain: Vec<f32> = (0..64).map(|i| i as f32 / 4.0 - 8.0).collect();
     let half16 = |v: &f32| f16::from_f32(*v).to_le_bytes();
     let half = |v: f32| f16::from_f32(v).to_le_bytes();
@@ -81,6 +81,7 @@ fn all_six_tensor_types_are_widened() {
         .tensor("q4_1", &[1, 32], 3, q4_1)
         .tensor("q8_0", &[1, 32], 8, q8_0)
         .tensor("q4_k", &[1, 256], 12, vec![0; 144])
+        .tensor("q2_k", &[1, 256], 10, vec![0; 84])
         .build();
     let gguf = open(&bytes, "tensors").unwrap();
     assert_eq!(gguf.tensor("f32").unwrap().shape, [2, 32]);
@@ -91,8 +92,9 @@ fn all_six_tensor_types_are_widened() {
     assert_eq!(gguf.read_f32("q4_0").unwrap(), halves(-14.0, -12.0));
     assert_eq!(gguf.read_f32("q4_1").unwrap(), halves(1.0, 3.0));
     assert_eq!(gguf.read_f32("q8_0").unwrap(), vec![-2.0; 32]);
-    let error = gguf.read_f32("q4_k").unwrap_err().to_string();
-    assert!(error.starts_with("tensor `q4_k` is stored as Q4_K, which is not supported, in "), "{error}");
+    assert_eq!(gguf.read_f32("q4_k").unwrap(), vec![0.0; 256]);
+    let error = gguf.read_f32("q2_k").unwrap_err().to_string();
+    assert!(error.starts_with("tensor `q2_k` is stored as Q2_K, which is not supported, in "), "{error}");
     assert!(matches!(gguf.read_f32("none"), Err(EngineError::MissingTensor { .. })));
 }
 

@@ -4,10 +4,12 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::{Device, Tensor};
+use kernels::block_format::BlockFormat;
 use kernels::{KernelError, PackedWeight, WeightFormat};
 use safetensors::Dtype;
 
 use super::checkpoint::{Checkpoint, StoredDtype, TensorEntry};
+use super::gguf_model::blocks::BlockMatrix;
 use super::packed_folder::PackedIndex;
 use super::quantization::Quantization;
 use super::storage::Role;
@@ -133,17 +135,33 @@ impl<'a> Loader<'a> {
         if let Some(packed) = self.packed_weight(&key, [rows, cols])? {
             return Ok(packed);
         }
-        let parts = parts.iter().map(|(name, rows)| self.borrow_weight(name, [*rows, cols]));
+        let formats = self.block_formats(parts);
+        let parts = parts.iter().map(|(name, rows)| self.borrow_beside(name, [*rows, cols], &formats));
         self.keep(&key, role, parts)
     }
 
     /// A matrix as it is stored, for those that change on their way in.
     pub fn borrow_weight(&self, name: &str, shape: [usize; 2]) -> Result<PackedWeight, EngineError> {
+        self.borrow_beside(name, shape, &self.block_formats(&[(name.to_owned(), shape[0])]))
+    }
+
+    /// A matrix as it is stored; one in blocks in the format that it shares with the others it stands beside.
+    fn borrow_beside(
+        &self,
+        name: &str,
+        shape: [usize; 2],
+        formats: &[BlockFormat],
+    ) -> Result<PackedWeight, EngineError> {
         match name.strip_suffix(".weight") {
             Some(stem) if !self.contains(name) && self.is_packed(stem) => self.expand_packed(stem, shape),
             _ => {
                 let entry = self.take(name, &shape)?;
-                self.stored(name, entry, 0, shape)
+                match entry.dtype {
+                    StoredDtype::Block(format) => {
+                        self.block_weight(BlockMatrix { name, entry, format, offset: 0, shape }, formats)
+                    }
+                    StoredDtype::Plain(_) => self.stored(name, entry, 0, shape),
+                }
             }
         }
     }
@@ -353,6 +371,17 @@ impl<'a> Loader<'a> {
         }
     }
 
+    /// Of those parts that are stored in blocks.
+    fn block_formats(&self, parts: &[(String, usize)]) -> Vec<BlockFormat> {
+        let entries = parts.iter().filter_map(|(name, _)| self.find(name).ok());
+        entries
+            .filter_map(|entry| match entry.dtype {
+                StoredDtype::Block(format) => Some(format),
+                StoredDtype::Plain(_) => None,
+            })
+            .collect()
+    }
+
     /// The matrix as the file has it, borrowed where its format is one of ours.
     fn stored(
         &self,
@@ -363,7 +392,9 @@ impl<'a> Loader<'a> {
     ) -> Result<PackedWeight, EngineError> {
         match entry.dtype {
             StoredDtype::Plain(Dtype::F8_E4M3 | Dtype::I8) => self.expand_scaled(name, entry, shape),
-            StoredDtype::Block(format) => self.expand_blocks(name, entry, (format, offset), shape),
+            StoredDtype::Block(format) => {
+                self.block_weight(BlockMatrix { name, entry, format, offset, shape }, &[format])
+            }
             _ => self.checkpoint.matrix(entry, offset, self.weight_format(name, entry)?, shape),
         }
     }

@@ -3,10 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use kernels::WeightFormat;
+use kernels::block_format::BlockFormat;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
 use super::checkpoint::{Checkpoint, StoredDtype, TensorEntry};
+use super::gguf_model::blocks;
 use super::mxfp4::FORMAT;
 use super::quantization::{Quantization, TransposedKind};
 
@@ -209,7 +211,8 @@ fn size_of_tensor(
         return TensorSize { num_parameters, memory_bytes: [bytes, num_parameters.saturating_mul(4)] };
     }
     let (num_parameters, element_bytes) = match entry.dtype {
-        StoredDtype::Plain(Dtype::F8_E4M3 | Dtype::I8) | StoredDtype::Block(_) => (stored, 2),
+        StoredDtype::Plain(Dtype::F8_E4M3 | Dtype::I8) => (stored, 2),
+        StoredDtype::Block(format) => return size_of_blocks(format, &entry.shape, stored),
         // Norms, biases and the like are kept in f32.
         _ if entry.shape.len() < 2 || IN_F32.iter().any(|part| name.ends_with(part)) => (stored, 4),
         _ => (stored, entry.num_bytes as u64 / stored.max(1)),
@@ -218,6 +221,18 @@ fn size_of_tensor(
         num_parameters,
         memory_bytes: [num_parameters.saturating_mul(element_bytes), num_parameters.saturating_mul(4)],
     }
+}
+
+/// Blocks stay quantized, in panels of rows.
+fn size_of_blocks(format: BlockFormat, shape: &[usize], num_parameters: u64) -> TensorSize {
+    let (count, rows, cols) = match *shape {
+        [count, rows, cols] => (count, rows, cols),
+        [rows, cols] => (1, rows, cols),
+        _ => return TensorSize { num_parameters, memory_bytes: [num_parameters.saturating_mul(4); 2] },
+    };
+    let packed = blocks::joint_format(&[format]).map_or(WeightFormat::Bf16, WeightFormat::Quantized);
+    let packed_bytes = (count as u64).saturating_mul(packed.bytes_for(rows, cols) as u64);
+    TensorSize { num_parameters, memory_bytes: [packed_bytes, num_parameters.saturating_mul(4)] }
 }
 
 /// Packed rows may end in padding: how long they are is in `weight_shape`, which is believed where it can be true.

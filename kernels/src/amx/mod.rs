@@ -3,6 +3,10 @@
 //! `hardware` runs the instructions, `emulated` computes to the bit what they do, so that kernels over [`Tiles`] are tested
 //! on machines without AMX too; `trap` (tests) gives the instructions themselves to the emulation where the machine has
 //! none.
+//!
+//! Quantized weights use them (`quant/tiles`). Weights of bf16 do not, though a f32 row as a sum of two bf16 would keep 16
+//! bits in two products: a row's bits may not depend on how many rows there are, so one row would have to go the same way;
+//! tiles want weights in pairs of columns, and those lie in rows here, mapped from checkpoints as they are.
 
 #[cfg(test)]
 mod emulated;

@@ -108,7 +108,7 @@ fn measure_gqa(session: &mut Session<'_>, model: &Model, format: KvFormat) -> Re
             shape: format!("{heads}, context {}", step.context_len),
             format: format.name(),
             num_tokens: step.num_rows(),
-            bytes: kv_bytes + 4 * 2 * step.num_rows() * num_heads * head_dim,
+            bytes: kv_bytes,
             multiplications: step.num_pairs() * num_heads * 2 * head_dim,
             units: &[],
         };
@@ -138,7 +138,7 @@ fn measure_mla(session: &mut Session<'_>, model: &LatentModel, format: KvFormat)
             shape: format!("{heads}, context {}", step.context_len),
             format: format.name(),
             num_tokens: step.num_rows(),
-            bytes: kv_bytes + 4 * step.num_rows() * num_heads * (width + latent_dim),
+            bytes: kv_bytes,
             multiplications: step.num_pairs() * num_heads * (width + latent_dim),
             units: &[],
         };

@@ -59,7 +59,7 @@ fn measure_norm(session: &mut Session<'_>, inputs: &Inputs, model: &Model, num_t
         shape: format!("{} {size}", model.name),
         format: FORMAT,
         num_tokens,
-        bytes: 4 * 2 * num_tokens * size,
+        bytes: 4 * num_tokens * size,
         multiplications: num_tokens * 3 * size,
         units: &[],
     };
@@ -80,7 +80,7 @@ fn measure_rope(session: &mut Session<'_>, inputs: &Inputs, model: &Model, num_t
         shape: format!("{} {num_heads}x{head_dim}", model.name),
         format: FORMAT,
         num_tokens,
-        bytes: 4 * num_tokens * (2 * size + head_dim),
+        bytes: 4 * num_tokens * size,
         multiplications: num_tokens * 2 * size,
         units: &[],
     };
@@ -100,7 +100,7 @@ fn measure_route(session: &mut Session<'_>, inputs: &Inputs, model: &Model, num_
         shape: format!("{} {top_k} of {num_experts}", model.name),
         format: FORMAT,
         num_tokens,
-        bytes: 4 * num_tokens * (num_experts + 2 * top_k),
+        bytes: 4 * num_tokens * num_experts,
         multiplications: 0,
         units: &[],
     };

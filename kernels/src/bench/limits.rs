@@ -39,6 +39,9 @@ impl Limits {
     }
 }
 
+/// What all threads read between two looks at the clock: about as long as a process runs uninterrupted.
+const SLICE_BYTES: usize = 32 << 20;
+
 /// Measures again and again, and keeps the best: neighbours on a shared machine come and go.
 pub(super) struct LimitProbe {
     memory: MmapMut,
@@ -89,13 +92,19 @@ impl LimitProbe {
         &self.best
     }
 
+    /// The fastest of all slices of the memory: one that no other process interrupted, on a machine that is shared.
     fn read(&self, threads: usize) -> f64 {
         let part = self.memory.len() / threads;
-        per_second(threads, |thread_idx| {
-            let values = view::<f32>(&self.memory[thread_idx * part..(thread_idx + 1) * part]);
-            dispatch::run(Read { blocks: values.as_chunks().0 });
-            part as f64
-        })
+        let slice = (SLICE_BYTES / threads).next_multiple_of(BLOCK_BYTES).min(part);
+        let read = |first: usize| {
+            per_second(threads, |thread_idx| {
+                let start = thread_idx * part + first;
+                let values = view::<f32>(&self.memory[start..start + slice]);
+                dispatch::run(Read { blocks: values.as_chunks().0 });
+                slice as f64
+            })
+        };
+        (0..=part - slice).step_by(slice).map(read).fold(0.0, f64::max)
     }
 }
 

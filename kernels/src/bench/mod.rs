@@ -68,7 +68,7 @@ pub struct BenchReport {
 /// What limits an op.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Bound {
-    /// Bytes read and written, at the measured read bandwidth.
+    /// Bytes read, at the measured read bandwidth.
     Memory,
     /// Floating-point or integer operations, at the measured peak of the fastest unit that could do them.
     Compute,
@@ -85,7 +85,8 @@ pub struct OpRow {
     pub num_tokens: usize,
     /// Median of one call.
     pub seconds: f64,
-    /// Weights, inputs, keys and values read, and outputs written, each counted once.
+    /// What comes from memory in each call: weights, keys and values, states, or the rows of an op that has none of these.
+    /// What a call writes, or reads again in the next one, is in a cache and not counted.
     pub bytes: f64,
     /// Multiplications and additions.
     pub operations: f64,

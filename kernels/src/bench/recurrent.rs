@@ -44,7 +44,7 @@ pub(super) fn measure(session: &mut Session<'_>) -> Result<()> {
             shape: format!("qwen3-next {heads}x{}x{}", SPEC.key_dim, SPEC.value_dim),
             format: "f32",
             num_tokens,
-            bytes: num_seqs * 2 * state_bytes + 4 * num_tokens * (channels + heads * (2 + SPEC.value_dim)),
+            bytes: num_seqs * state_bytes,
             // Each row decays and reads a state, then corrects and reads it again.
             multiplications: num_tokens * head_state * 4,
             units: &[],

@@ -24,6 +24,7 @@ pub(super) struct Work {
     pub(super) shape: String,
     pub(super) format: &'static str,
     pub(super) num_tokens: usize,
+    /// Read from memory.
     pub(super) bytes: usize,
     /// Multiplications, each with its addition.
     pub(super) multiplications: usize,

@@ -95,7 +95,7 @@ impl Linear {
                 shape: shape.clone(),
                 format: format.name(),
                 num_tokens,
-                bytes: weight_bytes + 4 * num_tokens * (rows + cols),
+                bytes: weight_bytes,
                 multiplications: num_tokens * rows * cols,
                 units: units(format),
             };
@@ -125,7 +125,7 @@ fn measure_heads(session: &mut Session<'_>, format: WeightFormat) -> Result<()> 
             shape: shape.clone(),
             format: format.name(),
             num_tokens,
-            bytes: layer_bytes + 4 * num_tokens * heads * (rows + cols),
+            bytes: layer_bytes,
             multiplications: num_tokens * heads * rows * cols,
             units: units(format),
         };
@@ -164,7 +164,7 @@ fn measure_experts(session: &mut Session<'_>, model: &Model, format: WeightForma
             shape: shape.clone(),
             format: format.name(),
             num_tokens,
-            bytes: in_use * expert_bytes + 4 * num_tokens * 2 * hidden_size,
+            bytes: in_use * expert_bytes,
             multiplications: num_tokens * top_k * 3 * hidden_size * intermediate,
             units: units(format),
         };
@@ -203,7 +203,7 @@ fn measure_embedding(session: &mut Session<'_>, format: WeightFormat) -> Result<
             shape: shape.clone(),
             format: format.name(),
             num_tokens,
-            bytes: num_tokens * (format.bytes_for(1, cols) + 4 * cols),
+            bytes: num_tokens * format.bytes_for(rows, cols) / rows,
             multiplications: 0,
             units: &[],
         };

@@ -1,5 +1,6 @@
 //! One folder per op: contract and checks in `mod.rs`, the oracle in `reference.rs`, the fast path in `cpu.rs`.
 
+pub(crate) mod argmax;
 pub(crate) mod attention;
 pub(crate) mod embedding;
 pub(crate) mod gated_delta;

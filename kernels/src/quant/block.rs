@@ -2,14 +2,12 @@
 
 use std::ops::Range;
 
+use super::QuantFormat;
 use super::activations::{QuantizedRows, Terms};
 use super::layout::{Layout, PANEL_ROWS, Panel};
 #[cfg(target_arch = "x86_64")]
 use super::tiles;
-use super::{Codes, FP4_TABLE};
-#[cfg(target_arch = "x86_64")]
-use crate::amx::Amx;
-use crate::dispatch::{self, Kernel};
+use crate::dispatch::{self, ByWidth, Kernel};
 use crate::lanes::{BYTES, Lanes, WIDTH};
 
 /// How far ahead of its use a weight is asked for, in bytes: what arrives from memory during about a microsecond.
@@ -34,106 +32,131 @@ pub(crate) fn multiply(block: QuantBlock<'_>) {
     debug_assert_eq!(block.x.num_groups, block.layout.num_groups);
     #[cfg(target_arch = "x86_64")]
     if block.rows.len() >= tiles::MIN_ROWS
-        && let Some(unit) = Amx::detect()
+        && let Some(unit) = dispatch::tiles()
     {
         return tiles::multiply(block, unit);
     }
-    dispatch::run(block);
+    dispatch::run_by_width(WideBlock(block));
 }
 
-impl Kernel for QuantBlock<'_> {
+/// A block on vectors of which the register file holds 32: tiles of up to 6 rows and 2 panels.
+pub(super) struct WideBlock<'a>(pub(super) QuantBlock<'a>);
+
+/// A block on vectors of which it holds 8.
+pub(super) struct NarrowBlock<'a>(QuantBlock<'a>);
+
+impl<'a> ByWidth for WideBlock<'a> {
+    type Narrow = NarrowBlock<'a>;
+
+    fn narrow(self) -> NarrowBlock<'a> {
+        NarrowBlock(self.0)
+    }
+}
+
+impl Kernel for WideBlock<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
-        match self.layout.format.codes {
-            Codes::Int8 => self.bands::<L, Bytes>(lanes),
-            Codes::Int8Min => self.bands::<L, BytesMin>(lanes),
-            Codes::Int4 => self.bands::<L, Nibbles>(lanes),
-            Codes::Int4Min => self.bands::<L, NibblesMin>(lanes),
-            Codes::Fp4 => self.bands::<L, Fp4>(lanes),
+        if self.0.layout.format.codes.are_nibbles() {
+            self.bands::<L, Nibbles>(lanes);
+        } else {
+            self.bands::<L, Bytes>(lanes);
+        }
+    }
+}
+
+impl Kernel for NarrowBlock<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, lanes: L) {
+        if self.0.layout.format.codes.are_nibbles() {
+            self.bands::<L, Nibbles>(lanes);
+        } else {
+            self.bands::<L, Bytes>(lanes);
         }
     }
 }
 
 /// How 64 bytes of codes become factors of a product.
 pub(super) trait Decode {
-    const CODES: Codes;
     /// Vectors of codes in 64 bytes.
-    const VECTORS: usize = if matches!(Self::CODES, Codes::Int8 | Codes::Int8Min) { 1 } else { 2 };
-    const HAS_MIN: bool = matches!(Self::CODES, Codes::Int8Min | Codes::Int4Min);
+    const VECTORS: usize;
 
     /// The first `VECTORS` are used.
-    fn decode<L: Lanes>(lanes: L, bytes: &[u8; BYTES]) -> [L::B; 2];
+    fn decode<L: Lanes>(lanes: L, bytes: &[u8; BYTES], table: &[u8; 16]) -> [L::B; 2];
 }
 
 pub(super) struct Bytes;
-pub(super) struct BytesMin;
-pub(super) struct Nibbles;
-pub(super) struct NibblesMin;
-pub(super) struct Fp4;
 
-macro_rules! decode {
-    ($name:ident, $codes:expr, |$lanes:ident, $v:ident| $decoded:expr) => {
-        impl Decode for $name {
-            const CODES: Codes = $codes;
+impl Decode for Bytes {
+    const VECTORS: usize = 1;
 
-            #[inline(always)]
-            fn decode<L: Lanes>($lanes: L, bytes: &[u8; BYTES]) -> [L::B; 2] {
-                let $v = $lanes.load_bytes(bytes);
-                $decoded
-            }
-        }
-    };
+    #[inline(always)]
+    fn decode<L: Lanes>(lanes: L, bytes: &[u8; BYTES], _table: &[u8; 16]) -> [L::B; 2] {
+        [lanes.load_bytes(bytes); 2]
+    }
 }
 
-decode!(Bytes, Codes::Int8, |lanes, v| [v, v]);
-decode!(BytesMin, Codes::Int8Min, |lanes, v| [v, v]);
-decode!(Nibbles, Codes::Int4, |lanes, v| [lanes.low_nibbles(v), lanes.high_nibbles(v)]);
-decode!(NibblesMin, Codes::Int4Min, |lanes, v| [lanes.low_nibbles(v), lanes.high_nibbles(v)]);
-decode!(Fp4, Codes::Fp4, |lanes, v| {
-    [lanes.look_up(&FP4_TABLE, lanes.low_nibbles(v)), lanes.look_up(&FP4_TABLE, lanes.high_nibbles(v))]
-});
+pub(super) struct Nibbles;
 
-impl QuantBlock<'_> {
-    /// Bands of rows in tiles that fill the register file.
+impl Decode for Nibbles {
+    const VECTORS: usize = 2;
+
+    /// The table is there for `Fp4`; where it changes nothing it costs less than code of its own.
+    #[inline(always)]
+    fn decode<L: Lanes>(lanes: L, bytes: &[u8; BYTES], table: &[u8; 16]) -> [L::B; 2] {
+        let v = lanes.load_bytes(bytes);
+        [lanes.look_up(table, lanes.low_nibbles(v)), lanes.look_up(table, lanes.high_nibbles(v))]
+    }
+}
+
+impl WideBlock<'_> {
     #[inline(always)]
     fn bands<L: Lanes, D: Decode>(mut self, lanes: L) {
         let mut first = 0;
-        while first < self.rows.len() {
-            let left = self.rows.len() - first;
-            first += if L::NUM_VECTORS >= 32 {
-                match left {
-                    1 => self.band::<L, D, 1, 1>(lanes, first),
-                    2 | 4 => self.band::<L, D, 2, 2>(lanes, first),
-                    3 | 5 => self.band::<L, D, 3, 2>(lanes, first),
-                    _ => self.band::<L, D, 6, 2>(lanes, first),
-                }
-            } else {
-                match left {
-                    1 => self.band::<L, D, 1, 1>(lanes, first),
-                    _ => self.band::<L, D, 2, 1>(lanes, first),
-                }
-            }
+        while first < self.0.rows.len() {
+            first += match self.0.rows.len() - first {
+                1 => self.0.band::<L, D, 1, 1>(lanes, first),
+                2 | 4 => self.0.band::<L, D, 2, 2>(lanes, first),
+                3 | 5 => self.0.band::<L, D, 3, 2>(lanes, first),
+                _ => self.0.band::<L, D, 6, 2>(lanes, first),
+            };
         }
     }
+}
 
+impl NarrowBlock<'_> {
+    #[inline(always)]
+    fn bands<L: Lanes, D: Decode>(mut self, lanes: L) {
+        let mut first = 0;
+        while first < self.0.rows.len() {
+            first += match self.0.rows.len() - first {
+                1 => self.0.band::<L, D, 1, 1>(lanes, first),
+                _ => self.0.band::<L, D, 2, 1>(lanes, first),
+            };
+        }
+    }
+}
+
+impl QuantBlock<'_> {
     /// `M` input rows against all panels, `P` at a time, and those left over one by one; gives `M`.
     #[inline(always)]
     fn band<L: Lanes, D: Decode, const M: usize, const P: usize>(&mut self, lanes: L, first: usize) -> usize {
         let rows: [usize; M] = std::array::from_fn(|m| self.rows[first + m] as usize);
         let (x, terms) = (rows.map(|row| self.x.codes(row)), rows.map(|row| self.x.terms(row)));
-        let group = self.layout.format.group();
+        let format = self.layout.format;
         let panels = self.outs.start / PANEL_ROWS..self.outs.end.div_ceil(PANEL_ROWS);
         let mut panel_idx = panels.start;
         while panel_idx + P <= panels.end {
-            let tile = tile::<L, D, M, P>(lanes, (x, terms), self.panels(panel_idx), group);
+            let tile = tile::<L, D, M, P>(lanes, (x, terms), self.panels(panel_idx), format);
             self.store(lanes, first, panel_idx, &tile);
             panel_idx += P;
         }
         for panel_idx in panel_idx..panels.end {
             for m in 0..M {
-                let tile = tile::<L, D, 1, 1>(lanes, ([x[m]], [terms[m]]), self.panels(panel_idx), group);
+                let tile = tile::<L, D, 1, 1>(lanes, ([x[m]], [terms[m]]), self.panels(panel_idx), format);
                 self.store(lanes, first + m, panel_idx, &tile);
             }
         }
@@ -175,8 +198,9 @@ fn tile<L: Lanes, D: Decode, const M: usize, const P: usize>(
     lanes: L,
     (x, terms): ([&[[i8; 4]]; M], [&[Terms]; M]),
     panels: [Panel<'_>; P],
-    group: usize,
+    format: QuantFormat,
 ) -> [[L::V; P]; M] {
+    let (group, has_min, offset) = (format.group(), format.codes.have_min(), format.codes.offset());
     let num_groups = terms[0].len();
     let terms = terms.map(|terms| &terms[..num_groups]);
     let vectors = group / 4 / D::VECTORS;
@@ -184,15 +208,16 @@ fn tile<L: Lanes, D: Decode, const M: usize, const P: usize>(
     for idx in 0..num_groups {
         let codes: [&[[u8; BYTES]]; P] = std::array::from_fn(|p| &panels[p].codes[idx * vectors..(idx + 1) * vectors]);
         let x: [&[[i8; 4]]; M] = std::array::from_fn(|m| &x[m][idx * group / 4..(idx + 1) * group / 4]);
-        let sums = dot_group::<L, D, M, P>(lanes, x, codes, std::array::from_fn(|m| terms[m][idx].sum));
+        let starts = std::array::from_fn(|m| -offset * terms[m][idx].sum);
+        let sums = dot_group::<L, D, M, P>(lanes, x, (codes, format.codes.table()), starts);
         for p in 0..P {
-            let scale_idx = if D::HAS_MIN { 2 * idx } else { idx };
+            let scale_idx = if has_min { 2 * idx } else { idx };
             let scale = lanes.load_f16(&panels[p].scales[scale_idx]);
             for m in 0..M {
                 let x_scale = lanes.splat(terms[m][idx].scale);
                 acc[m][p] = lanes.fma(lanes.int_to_float(sums[m][p]), lanes.mul(scale, x_scale), acc[m][p]);
             }
-            if D::HAS_MIN {
+            if has_min {
                 let min = lanes.load_f16(&panels[p].scales[scale_idx + 1]);
                 for m in 0..M {
                     let x_sum = lanes.splat(terms[m][idx].scale * terms[m][idx].sum as f32);
@@ -210,15 +235,15 @@ fn tile<L: Lanes, D: Decode, const M: usize, const P: usize>(
     acc
 }
 
-/// The integer products of one group.
+/// The integer products of one group, added to `starts`.
 #[inline(always)]
 fn dot_group<L: Lanes, D: Decode, const M: usize, const P: usize>(
     lanes: L,
     x: [&[[i8; 4]]; M],
-    codes: [&[[u8; BYTES]]; P],
-    x_sums: [i32; M],
+    (codes, table): ([&[[u8; BYTES]]; P], &[u8; 16]),
+    starts: [i32; M],
 ) -> [[L::I; P]; M] {
-    let mut acc: [[L::I; P]; M] = std::array::from_fn(|m| [lanes.splat_int(-D::CODES.offset() * x_sums[m]); P]);
+    let mut acc: [[L::I; P]; M] = std::array::from_fn(|m| [lanes.splat_int(starts[m]); P]);
     let vectors = codes[0].len();
     let x = x.map(|x| &x[..vectors * D::VECTORS]);
     let codes = codes.map(|codes| &codes[..vectors]);
@@ -228,7 +253,7 @@ fn dot_group<L: Lanes, D: Decode, const M: usize, const P: usize>(
             if M <= 2 {
                 lanes.prefetch(codes[p][idx].as_ptr().wrapping_add(PREFETCH_BYTES));
             }
-            w[p] = D::decode(lanes, &codes[p][idx]);
+            w[p] = D::decode(lanes, &codes[p][idx], table);
         }
         for half in 0..D::VECTORS {
             for m in 0..M {

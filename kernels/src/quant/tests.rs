@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::activations::QuantizedRows;
-use super::block::QuantBlock;
+use super::block::{QuantBlock, WideBlock};
 use super::{Codes, GroupRow, Layout, QuantFormat, reference};
 use crate::dispatch::Isa;
 use crate::mapped_file::MappedFile;
@@ -142,7 +142,8 @@ fn product(isa: Isa, x: &QuantizedRows, rows: &[u32], weight: &PackedWeight, out
     let WeightFormat::Quantized(format) = weight.format() else { panic!("not quantized") };
     let mut out = vec![0.0; rows.len() * outs.len()];
     let layout = Layout::new(format, weight.cols());
-    isa.run(QuantBlock { x, rows, layout, weight: weight.as_bytes(), outs, out: &mut out });
+    let block = QuantBlock { x, rows, layout, weight: weight.as_bytes(), outs, out: &mut out };
+    isa.run_by_width(WideBlock(block));
     out
 }
 

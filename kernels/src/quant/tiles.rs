@@ -5,7 +5,7 @@ use std::cell::RefCell;
 
 use super::Codes;
 use super::activations::QuantizedRows;
-use super::block::{Bytes, BytesMin, Decode, Fp4, Nibbles, NibblesMin, PREFETCH_BYTES, QuantBlock};
+use super::block::{Bytes, Decode, Nibbles, PREFETCH_BYTES, QuantBlock};
 use super::layout::{PANEL_ROWS, Panel};
 use crate::amx::{MAX_ROW_BYTES, MAX_ROWS, TileConfig, TileUnit, Tiles};
 use crate::dispatch::{self, Kernel};
@@ -48,7 +48,7 @@ thread_local! {
 
 /// Computes a block on tiles, and on the widest vectors of this machine.
 pub(super) fn multiply<U: TileUnit>(block: QuantBlock<'_>, unit: U) {
-    SCRATCH.with_borrow_mut(|scratch| dispatch::run(TileBlock { block, unit, scratch }));
+    SCRATCH.with_borrow_mut(|scratch| dispatch::run_beside_tiles(TileBlock { block, unit, scratch }));
 }
 
 /// [`multiply`] on one instruction set.
@@ -68,12 +68,10 @@ impl<U: TileUnit> Kernel for TileBlock<'_, U> {
 
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
-        match self.block.layout.format.codes {
-            Codes::Int8 => self.bands::<L, Bytes>(lanes),
-            Codes::Int8Min => self.bands::<L, BytesMin>(lanes),
-            Codes::Int4 => self.bands::<L, Nibbles>(lanes),
-            Codes::Int4Min => self.bands::<L, NibblesMin>(lanes),
-            Codes::Fp4 => self.bands::<L, Fp4>(lanes),
+        if self.block.layout.format.codes.are_nibbles() {
+            self.bands::<L, Nibbles>(lanes);
+        } else {
+            self.bands::<L, Bytes>(lanes);
         }
     }
 }
@@ -102,10 +100,11 @@ impl<U: TileUnit> TileBlock<'_, U> {
                 };
                 let context = (&mut tiles, &mut *scratch);
                 if first + 1 < panels.end {
-                    let band = Band { x, rows, panels: [panel(first), panel(first + 1)], inner };
+                    let band =
+                        Band { x, codes: layout.format.codes, rows, panels: [panel(first), panel(first + 1)], inner };
                     band.compute::<L, D, U::Tiles>(lanes, context, &mut store);
                 } else {
-                    let band = Band { x, rows, panels: [panel(first)], inner };
+                    let band = Band { x, codes: layout.format.codes, rows, panels: [panel(first)], inner };
                     band.compute::<L, D, U::Tiles>(lanes, context, &mut store);
                 }
             }
@@ -116,6 +115,7 @@ impl<U: TileUnit> TileBlock<'_, U> {
 /// Up to [`BAND_ROWS`] input rows against `P` panels.
 struct Band<'a, const P: usize> {
     x: &'a QuantizedRows,
+    codes: Codes,
     rows: &'a [u32],
     panels: [Panel<'a>; P],
     /// Columns of a tile of input rows.
@@ -158,7 +158,7 @@ impl<const P: usize> Band<'_, P> {
                 }
             }
             if group_idx > 0 {
-                self.scale::<L, D>(lanes, group_idx - 1, ready, &mut acc);
+                self.scale(lanes, group_idx - 1, ready, &mut acc);
             }
             std::mem::swap(&mut ready, &mut next);
         }
@@ -190,7 +190,7 @@ impl<const P: usize> Band<'_, P> {
                 codes.as_flattened()
             } else {
                 for (codes, expanded) in codes.iter().zip(expanded.as_chunks_mut::<2>().0) {
-                    let decoded = D::decode(lanes, codes);
+                    let decoded = D::decode(lanes, codes, self.codes.table());
                     lanes.store_bytes(decoded[0], &mut expanded[0]);
                     lanes.store_bytes(decoded[1], &mut expanded[1]);
                 }
@@ -259,26 +259,21 @@ impl<const P: usize> Band<'_, P> {
 
     /// What `block` does with the sums of a group.
     #[inline(always)]
-    fn scale<L: Lanes, D: Decode>(
-        &self,
-        lanes: L,
-        group_idx: usize,
-        sums: &Sums,
-        acc: &mut [[[f32; WIDTH]; PANELS]; BAND_ROWS],
-    ) {
-        let scale_idx = if D::HAS_MIN { 2 * group_idx } else { group_idx };
+    fn scale<L: Lanes>(&self, lanes: L, group_idx: usize, sums: &Sums, acc: &mut [[[f32; WIDTH]; PANELS]; BAND_ROWS]) {
+        let has_min = self.codes.have_min();
+        let scale_idx = if has_min { 2 * group_idx } else { group_idx };
         let scales = self.panels.map(|panel| lanes.load_f16(&panel.scales[scale_idx]));
         // Read, but not used, where there is no minimum.
-        let mins = self.panels.map(|panel| lanes.load_f16(&panel.scales[scale_idx + usize::from(D::HAS_MIN)]));
+        let mins = self.panels.map(|panel| lanes.load_f16(&panel.scales[scale_idx + usize::from(has_min)]));
         for (m, (&row, acc)) in self.rows.iter().zip(acc).enumerate() {
             let terms = self.x.terms(row as usize)[group_idx];
-            let (x_scale, offset) = (lanes.splat(terms.scale), lanes.splat_int(-D::CODES.offset() * terms.sum));
+            let (x_scale, offset) = (lanes.splat(terms.scale), lanes.splat_int(-self.codes.offset() * terms.sum));
             let x_sum = lanes.splat(terms.scale * terms.sum as f32);
             for p in 0..P {
                 let sum = lanes.add_int(lanes.load_int(&sums[m / MAX_ROWS][p][m % MAX_ROWS]), offset);
                 let mut v = lanes.load(&acc[p]);
                 v = lanes.fma(lanes.int_to_float(sum), lanes.mul(scales[p], x_scale), v);
-                if D::HAS_MIN {
+                if has_min {
                     v = lanes.fma(mins[p], x_sum, v);
                 }
                 lanes.store(v, &mut acc[p]);

@@ -12,7 +12,7 @@ use crate::hub::{self, HubOptions};
 /// Print architecture, parameters, experts and memory of a model
 #[derive(clap::Args, Debug)]
 pub struct InspectArgs {
-    /// Hugging Face folder or hub id
+    /// Hugging Face folder, GGUF file or hub id
     pub model: String,
     /// Branch, tag or commit of a hub id
     #[arg(long)]

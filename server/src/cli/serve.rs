@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
-use engine::{EngineConfig, LoadProgress};
+use engine::{EngineConfig, GgufFile, LoadProgress};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use tokio::sync::oneshot;
 
@@ -16,7 +16,7 @@ use crate::args::ServeArgs;
 use crate::config::{Config, check_environment};
 use crate::demo::{self, DemoOptions};
 use crate::hub::{self, HubOptions};
-use crate::text::{ChatTemplate, Tokenizer};
+use crate::text::{ChatTemplate, Tokenizer, TokenizerFiles};
 use crate::{listen, shutdown, telemetry, validate};
 
 /// Threads of the async runtime: the edge is light, and the compute pool wants the cores.
@@ -90,6 +90,7 @@ fn start_loading(app: Arc<App>) -> anyhow::Result<oneshot::Receiver<anyhow::Resu
             tracing::info!(
                 model = %app.model_names[0],
                 threads = summary.threads,
+                isa = summary.isa,
                 weights = summary.weight_formats.join("+"),
                 weight_bytes = summary.weight_bytes,
                 max_model_len = summary.max_model_len,
@@ -109,12 +110,7 @@ fn start_loading(app: Arc<App>) -> anyhow::Result<oneshot::Receiver<anyhow::Resu
 fn load(app: &App) -> anyhow::Result<Model> {
     let config = &app.config;
     let model_dir = find_model(config)?;
-    if !model_dir.join("config.json").is_file() {
-        let folder = model_dir.display();
-        bail!("{folder} is not a model folder, it has no config.json; hint: give a Hugging Face folder or a hub id");
-    }
-    let tokenizer = Tokenizer::load(&model_dir)?;
-    let template = ChatTemplate::load(&model_dir, config.chat_template.as_deref())?;
+    let (tokenizer, template) = load_text(&model_dir, config.chat_template.as_deref())?;
     if template.is_none() {
         tracing::warn!("the model has no chat template: /v1/chat/completions is not available");
     }
@@ -122,11 +118,28 @@ fn load(app: &App) -> anyhow::Result<Model> {
     let engine =
         engine::load(engine_config(config, model_dir, available_memory()?), &mut |progress| bar.show(&progress))?;
     bar.done();
-    validate::model_defaults(&engine.model().generation_defaults).context("generation_config.json")?;
+    validate::model_defaults(&engine.model().generation_defaults)
+        .context("generation_config.json, or general.sampling.* of a GGUF file")?;
     Ok(Model::new(engine, tokenizer, template, app))
 }
 
-/// The folder of the model: given, in the hub's cache, or the demo's; downloaded first where it must be.
+/// Tokenizer and chat template of a folder or of a GGUF file.
+fn load_text(model_dir: &Path, override_file: Option<&Path>) -> anyhow::Result<(Tokenizer, Option<ChatTemplate>)> {
+    if let Some(path) = engine::find_gguf(model_dir)? {
+        let files = TokenizerFiles::from_gguf(&GgufFile::open(&path)?)?;
+        return Ok((Tokenizer::from_gguf(&files)?, ChatTemplate::from_gguf(&files, override_file)?));
+    }
+    if !model_dir.join("config.json").is_file() {
+        let folder = model_dir.display();
+        bail!(
+            "{folder} is not a model folder, it has no config.json; hint: give a Hugging Face folder, a GGUF file or a \
+             hub id"
+        );
+    }
+    Ok((Tokenizer::load(model_dir)?, ChatTemplate::load(model_dir, override_file)?))
+}
+
+/// The folder or the GGUF file of the model: given, in the hub's cache, or the demo's; downloaded first where it must be.
 fn find_model(config: &Config) -> anyhow::Result<PathBuf> {
     match &config.model {
         Some(model) => {
@@ -152,6 +165,7 @@ fn engine_config(config: &Config, model_dir: PathBuf, available_memory: u64) -> 
         batch_timeout: Duration::from_millis(config.batch_timeout_ms),
         load_mtp: config.load_mtp,
         threads: config.threads,
+        isa: config.isa.name(),
         ..EngineConfig::new(model_dir)
     }
 }
@@ -164,7 +178,8 @@ pub(super) fn available_memory() -> anyhow::Result<u64> {
     Ok(system.available_memory().min(container))
 }
 
-/// The names that requests may use: configured, else the last part of a folder's path, else the hub id.
+/// The names that requests may use: configured, else the last part of a folder's path, a file's name without `.gguf`, or
+/// the hub id.
 fn model_names(config: &Config) -> Vec<String> {
     if !config.served_model_name.is_empty() {
         return config.served_model_name.clone();
@@ -172,8 +187,11 @@ fn model_names(config: &Config) -> Vec<String> {
     let name = match &config.model {
         None => "moesaic-demo".to_owned(),
         Some(model) => {
-            let folder = Path::new(model).is_dir().then(|| Path::new(model).canonicalize().ok()).flatten();
-            let name = folder.and_then(|folder| Some(folder.file_name()?.to_string_lossy().into_owned()));
+            let path = Path::new(model).canonicalize().ok().filter(|path| path.is_dir() || path.is_file());
+            let name = path.and_then(|path| match path.is_file() {
+                true => Some(path.file_stem()?.to_string_lossy().into_owned()),
+                false => Some(path.file_name()?.to_string_lossy().into_owned()),
+            });
             name.unwrap_or_else(|| model.clone())
         }
     };
@@ -230,7 +248,7 @@ struct LoadBar {
 
 impl LoadBar {
     fn new(model_dir: &Path) -> Self {
-        tracing::info!(folder = %model_dir.display(), "loading the model");
+        tracing::info!(path = %model_dir.display(), "loading the model");
         let style = "loading {bar:40} {bytes}/{total_bytes} {bytes_per_sec}";
         let bar = std::io::stderr().is_terminal().then(|| {
             let style = ProgressStyle::with_template(style).expect("the template is constant and valid");

@@ -17,7 +17,7 @@ use thiserror::Error;
 
 use reference::SettingsCommand;
 pub use reference::reference;
-pub use values::{ByteSize, KvType, LogFormat, QuantType, Seconds, Secret, WeightType};
+pub use values::{ByteSize, IsaType, KvType, LogFormat, QuantType, Seconds, Secret, WeightType};
 
 /// Why the configuration cannot be used.
 #[derive(Debug, Error)]
@@ -104,6 +104,9 @@ settings! {
         /// Storage type of keys and values in the KV cache; auto is f32 for f32 weights, else bf16
         #[arg(long, env = "MOESAIC_KV_CACHE_DTYPE")]
         kv_cache_dtype: KvType = KvType::Auto;
+        /// Instruction set of the kernels; auto is the fastest that the machine has
+        #[arg(long, env = "MOESAIC_ISA")]
+        isa: IsaType = IsaType::Auto;
         /// Load the multi-token-prediction layers too, with room for their keys and values; an error where the model has none
         #[arg(long, env = "MOESAIC_LOAD_MTP", num_args = 0..=1, require_equals = true, hide_possible_values = true, default_missing_value = "true", value_parser = BoolishValueParser::new())]
         load_mtp: bool = false;
@@ -148,7 +151,7 @@ settings! {
         log_level: String = "info".to_owned();
     }
     optional {
-        /// Hugging Face folder or hub id; the demo model where absent
+        /// Hugging Face folder, GGUF file or hub id; the demo model where absent
         #[arg(env = "MOESAIC_MODEL", value_name = "MODEL")]
         model: String;
         /// Branch, tag or commit of a hub model

@@ -67,6 +67,30 @@ impl From<KvType> for KvDtype {
     }
 }
 
+/// `--isa`.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum IsaType {
+    Auto,
+    Amx,
+    Avx512,
+    Avx2,
+    Portable,
+}
+
+impl IsaType {
+    /// The name that the kernels know the set by; `None` leaves the choice to them.
+    pub fn name(self) -> Option<&'static str> {
+        match self {
+            Self::Auto => None,
+            Self::Amx => Some("amx"),
+            Self::Avx512 => Some("avx512"),
+            Self::Avx2 => Some("avx2"),
+            Self::Portable => Some("portable"),
+        }
+    }
+}
+
 /// `--log-format`.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]

@@ -9,11 +9,11 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 pub enum HubError {
     #[error(
-        "`{model}` is neither a folder nor a hub id of the form `org/name`; hint: check the path, it is relative to \
+        "`{model}` is neither a folder, a GGUF file nor a hub id of the form `org/name`; hint: check the path, it is relative to \
          the current folder"
     )]
     NotAModel { model: String },
-    #[error("{path} is a file, expected a model folder", path = path.display())]
+    #[error("{path} is a file, expected a model folder or a .gguf file", path = path.display())]
     NotAFolder { path: PathBuf },
     #[error("`{revision}` is not a branch, tag or commit")]
     InvalidRevision { revision: String },
@@ -35,7 +35,9 @@ pub enum HubError {
     Denied { endpoint: String, repo: String, status: u16, hint: &'static str },
     #[error("{endpoint} has no {what}; hint: check the spelling; a private model also needs a token in HF_TOKEN")]
     NotFound { endpoint: String, what: String },
-    #[error("{repo} has no {what}, so it cannot be served; hint: only models in safetensors format can")]
+    #[error(
+        "{repo} has no {what}, so it cannot be served; hint: only models in safetensors format can; of GGUF files, download one and give its path"
+    )]
     NotServable { repo: String, what: &'static str },
     #[error("{url} answered HTTP {status}")]
     Status { url: String, status: u16 },

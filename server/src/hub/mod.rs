@@ -1,4 +1,4 @@
-//! From what the user typed to a model folder: a local path, or a download into the ordinary Hugging Face cache.
+//! From what the user typed to a model folder or GGUF file: a local path, or a download into the ordinary Hugging Face cache.
 //!
 //! `client` speaks HTTP, `selection` chooses files, `download` fetches one, `cache` knows the layout on disk.
 
@@ -78,7 +78,7 @@ pub(crate) fn user_cache_dir(var: &impl Fn(&str) -> Option<String>) -> Option<Pa
     xdg.or_else(|| Some(PathBuf::from(var("HOME")?).join(".cache")))
 }
 
-/// The folder of `model`: itself if it is one, else the snapshot of that hub id, downloaded where it is not cached.
+/// The folder or GGUF file of `model`: itself if it is one, else the snapshot of that hub id, downloaded where it is not cached.
 ///
 /// Blocks. Each download shows a bar in `progress`.
 ///
@@ -86,7 +86,7 @@ pub(crate) fn user_cache_dir(var: &impl Fn(&str) -> Option<String>) -> Option<Pa
 /// See [`HubError`]. What was downloaded so far is kept and continued next time.
 pub fn resolve(model: &str, options: &HubOptions, progress: &MultiProgress) -> Result<PathBuf, HubError> {
     let path = Path::new(model);
-    if path.is_dir() {
+    if path.is_dir() || path.is_file() && path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("gguf")) {
         return Ok(path.to_owned());
     }
     if path.is_file() {

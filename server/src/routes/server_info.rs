@@ -50,6 +50,8 @@ pub struct ModelInfo {
     /// An encoder reads the prompt.
     has_encoder: bool,
     threads: usize,
+    /// Instruction set of the kernels.
+    isa: &'static str,
     has_chat_template: bool,
 }
 
@@ -86,6 +88,7 @@ fn describe(app: &App, model: &Model) -> ModelInfo {
         num_state_slots: summary.num_state_slots,
         has_encoder: summary.has_encoder,
         threads: summary.threads,
+        isa: summary.isa,
         has_chat_template: model.template.is_some(),
     }
 }

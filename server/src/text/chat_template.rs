@@ -10,7 +10,7 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind, Value, syntax::Syntax
 use serde_json::{Map, Value as Json};
 
 use super::{
-    TextError, python_json, python_time,
+    TextError, TokenizerFiles, python_json, python_time,
     tokenizer_config::{MAX_SETTINGS_BYTES, SpecialTokens, TokenizerConfig, read_optional, read_text},
 };
 
@@ -66,7 +66,25 @@ impl ChatTemplate {
     /// Errors: a file cannot be read, a template does not compile, or a list of templates has no `default`.
     pub fn load(model_dir: &Path, override_file: Option<&Path>) -> Result<Option<Self>, TextError> {
         let config = TokenizerConfig::load(model_dir)?;
-        let Some((path, sources)) = find_sources(model_dir, override_file, &config)? else { return Ok(None) };
+        match find_sources(model_dir, override_file, &config)? {
+            None => Ok(None),
+            Some(sources) => Self::new(sources, config).map(Some),
+        }
+    }
+
+    /// The template of `override_file`, else of a GGUF file.
+    ///
+    /// Errors: as [`Self::load`].
+    pub fn from_gguf(files: &TokenizerFiles, override_file: Option<&Path>) -> Result<Option<Self>, TextError> {
+        let config = TokenizerConfig::of_gguf(files)?;
+        let sources = match override_file {
+            Some(path) => Some(own_source(path)?),
+            None => config_sources(&config)?,
+        };
+        sources.map(|sources| Self::new(sources, config)).transpose()
+    }
+
+    fn new((path, sources): Sources, config: TokenizerConfig) -> Result<Self, TextError> {
         let mut environment = environment();
         for (name, source) in &sources {
             environment
@@ -78,12 +96,12 @@ impl ChatTemplate {
             let names = sources.into_iter().map(|(name, _)| name).collect();
             return Err(TextError::NoDefaultTemplate { path, names });
         }
-        Ok(Some(Self {
+        Ok(Self {
             environment,
             has_tool_template: has(TOOL_USE),
             sorts_tools: config.tokenizer_class() == "TikTokenTokenizer",
             special_tokens: config.special_tokens,
-        }))
+        })
     }
 
     /// The prompt of a conversation.
@@ -165,13 +183,23 @@ fn find_sources(
     config: &TokenizerConfig,
 ) -> Result<Option<Sources>, TextError> {
     if let Some(path) = override_file {
-        let source = read_text(path, MAX_SETTINGS_BYTES)?;
-        return Ok(Some((path.to_owned(), vec![(DEFAULT.to_owned(), source)])));
+        return own_source(path).map(Some);
     }
     let path = model_dir.join("chat_template.jinja");
     if let Some(source) = read_optional(&path, MAX_SETTINGS_BYTES)? {
         return Ok(Some((path, vec![(DEFAULT.to_owned(), source)])));
     }
+    config_sources(config)
+}
+
+/// The template that somebody chose.
+fn own_source(path: &Path) -> Result<Sources, TextError> {
+    let source = read_text(path, MAX_SETTINGS_BYTES)?;
+    Ok((path.to_owned(), vec![(DEFAULT.to_owned(), source)]))
+}
+
+/// What `tokenizer_config.json`, or a GGUF file, holds.
+fn config_sources(config: &TokenizerConfig) -> Result<Option<Sources>, TextError> {
     let path = &config.path;
     let invalid = || TextError::invalid(path, "chat_template is neither a string nor a list of {name, template}");
     let sources = match config.chat_template() {

@@ -1,23 +1,17 @@
-//! `tokenizer.json` and `tokenizer_config.json` from the metadata of a GGUF file, for byte-level BPE vocabularies.
-//!
-//! GGUF names how texts are split before merging (`tokenizer.ggml.pre`) without spelling it out; the patterns here are
-//! those of the checkpoints' own `tokenizer.json` files.
+//! `tokenizer.json` and `tokenizer_config.json` from the metadata of a GGUF file, for byte-level BPE vocabularies and
+//! SentencePiece's.
 
 use std::collections::HashSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use engine::{EngineError, GgufFile};
 use serde_json::{Map, Value, json};
 
-use super::{TextError, tokenizer::parse_tokenizer_json};
-
-/// GPT-2's contractions, words, numbers, punctuation and spaces, as Hugging Face's `ByteLevel` has it built in.
-const GPT2_PATTERN: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
-const LLAMA3_PATTERN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const QWEN2_PATTERN: &str =
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+use super::gguf_splitting::{Splitting, splitting};
+use super::{TextError, gguf_sentencepiece, tokenizer::parse_tokenizer_json};
 
 /// `tokenizer.ggml.token_type`: how a token came into the vocabulary.
+const TOKEN_NORMAL: u64 = 1;
 const TOKEN_UNKNOWN: u64 = 2;
 const TOKEN_CONTROL: u64 = 3;
 const TOKEN_USER_DEFINED: u64 = 4;
@@ -26,17 +20,18 @@ const TOKEN_UNUSED: u64 = 5;
 /// The two files, as text.
 #[derive(Clone, Debug)]
 pub struct TokenizerFiles {
+    /// The GGUF file that they come from.
+    pub source: PathBuf,
     pub tokenizer_json: String,
     pub tokenizer_config_json: String,
 }
 
-/// How texts are split before merging, and what goes with it.
-struct Splitting {
-    pre_tokenizer: Value,
-    normalizer: Value,
-    /// Whole words that are tokens are taken as they are.
-    ignore_merges: bool,
-    add_bos_by_default: bool,
+/// What a vocabulary is made of.
+enum Kind {
+    /// `gpt2`: characters stand for bytes, and merges are listed.
+    ByteLevel(Splitting),
+    /// `llama`: pieces with scores. Texts begin with a space, or not.
+    SentencePiece { begins_with_space: bool },
 }
 
 /// The tokenizer part of the metadata.
@@ -45,7 +40,7 @@ struct Vocabulary<'a> {
     tokens: Vec<&'a str>,
     /// As long as `tokens`.
     token_types: Vec<u64>,
-    merges: Vec<&'a str>,
+    kind: Kind,
 }
 
 impl TokenizerFiles {
@@ -56,14 +51,12 @@ impl TokenizerFiles {
     pub fn from_gguf(gguf: &GgufFile) -> Result<Self, TextError> {
         let fail = |reason: String| TextError::invalid(gguf.path(), reason);
         let vocabulary = Vocabulary::read(gguf)?;
-        let pre = vocabulary.text("tokenizer.ggml.pre")?.unwrap_or("default");
-        let splitting = splitting(pre).map_err(fail)?;
-        let tokenizer_json = vocabulary.tokenizer_json(&splitting)?.to_string();
+        let tokenizer_json = vocabulary.tokenizer_json()?.to_string();
         parse_tokenizer_json(&tokenizer_json)
             .map_err(|error| fail(format!("its vocabulary does not make a tokenizer: {error}")))?;
-        let config = serde_json::to_string_pretty(&vocabulary.tokenizer_config(&splitting)?)
-            .expect("a JSON value is always JSON");
-        Ok(Self { tokenizer_json, tokenizer_config_json: config })
+        let config =
+            serde_json::to_string_pretty(&vocabulary.tokenizer_config()?).expect("a JSON value is always JSON");
+        Ok(Self { source: gguf.path().to_owned(), tokenizer_json, tokenizer_config_json: config })
     }
 
     /// Writes `tokenizer.json` and `tokenizer_config.json` into `dir`.
@@ -77,20 +70,25 @@ impl<'a> Vocabulary<'a> {
     fn read(gguf: &'a GgufFile) -> Result<Self, TextError> {
         let fail = |reason: String| TextError::invalid(gguf.path(), reason);
         let metadata = |error: EngineError| fail(error.to_string());
-        match gguf.opt_str("tokenizer.ggml.model").map_err(metadata)? {
-            Some("gpt2") => {}
+        let kind = match gguf.opt_str("tokenizer.ggml.model").map_err(metadata)? {
+            Some("gpt2") => {
+                let pre = gguf.opt_str("tokenizer.ggml.pre").map_err(metadata)?.unwrap_or("default");
+                Kind::ByteLevel(splitting(pre).map_err(fail)?)
+            }
+            Some("llama") => {
+                let begins = gguf.opt_bool("tokenizer.ggml.add_space_prefix").map_err(metadata)?;
+                Kind::SentencePiece { begins_with_space: begins.unwrap_or(true) }
+            }
             found => {
                 let found = found.unwrap_or("(none)");
                 return Err(fail(format!(
-                    "its tokenizer is of the kind `{found}`, supported is `gpt2` (byte-level BPE)"
+                    "its tokenizer is of the kind `{found}` (tokenizer.ggml.model), supported are `gpt2` (byte-level \
+                     BPE) and `llama` (SentencePiece)"
                 )));
             }
-        }
-        let strings = |key: &str| {
-            gguf.opt_strings(key).map_err(metadata)?.ok_or_else(|| fail(format!("metadata `{key}` is missing")))
         };
-        let tokens = strings("tokenizer.ggml.tokens")?;
-        let merges = strings("tokenizer.ggml.merges")?;
+        let tokens = gguf.opt_strings("tokenizer.ggml.tokens").map_err(metadata)?;
+        let tokens = tokens.ok_or_else(|| fail("metadata `tokenizer.ggml.tokens` is missing".into()))?;
         let token_types = gguf.opt_u64s("tokenizer.ggml.token_type").map_err(metadata)?;
         let token_types = token_types.unwrap_or_else(|| vec![1; tokens.len()]);
         if token_types.len() != tokens.len() {
@@ -99,7 +97,7 @@ impl<'a> Vocabulary<'a> {
         let mut seen = HashSet::new();
         match tokens.iter().find(|token| !seen.insert(**token)) {
             Some(token) => Err(fail(format!("token {token:?} is in the vocabulary twice"))),
-            None => Ok(Self { gguf, tokens, token_types, merges }),
+            None => Ok(Self { gguf, tokens, token_types, kind }),
         }
     }
 
@@ -125,8 +123,12 @@ impl<'a> Vocabulary<'a> {
             .ok_or_else(|| self.fail(format!("`{key}` is {id}, outside the vocabulary")))
     }
 
-    fn adds_bos(&self, splitting: &Splitting) -> Result<bool, TextError> {
-        Ok(self.flag("tokenizer.ggml.add_bos_token")?.unwrap_or(splitting.add_bos_by_default))
+    fn adds_bos(&self) -> Result<bool, TextError> {
+        let by_default = match &self.kind {
+            Kind::ByteLevel(splitting) => splitting.add_bos_by_default,
+            Kind::SentencePiece { .. } => true,
+        };
+        Ok(self.flag("tokenizer.ggml.add_bos_token")?.unwrap_or(by_default))
     }
 
     fn adds_eos(&self) -> Result<bool, TextError> {
@@ -142,35 +144,66 @@ impl<'a> Vocabulary<'a> {
         })
     }
 
-    fn tokenizer_json(&self, splitting: &Splitting) -> Result<Value, TextError> {
+    fn tokenizer_json(&self) -> Result<Value, TextError> {
         let used =
             self.tokens.iter().zip(&self.token_types).enumerate().filter(|(_, (_, kind))| **kind != TOKEN_UNUSED);
         let vocab: Map<String, Value> = used.map(|(id, (token, _))| ((*token).to_owned(), id.into())).collect();
-        let merges = self.merge_pairs(&vocab)?;
         let added: Vec<Value> =
             self.added_tokens().map(|(id, token, special)| added_token(Some(id), token, special)).collect();
+        let mut model = json!({
+            "type": "BPE",
+            "dropout": null,
+            "unk_token": null,
+            "continuing_subword_prefix": null,
+            "end_of_word_suffix": null,
+            "fuse_unk": false,
+            "byte_fallback": false,
+            "ignore_merges": false,
+        });
+        let (normalizer, pre_tokenizer, decoder) = match &self.kind {
+            Kind::ByteLevel(splitting) => {
+                model["ignore_merges"] = splitting.ignore_merges.into();
+                model["merges"] = json!(self.merge_pairs(&vocab)?);
+                let decoder =
+                    json!({ "type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true });
+                (splitting.normalizer.clone(), splitting.pre_tokenizer.clone(), decoder)
+            }
+            &Kind::SentencePiece { begins_with_space } => {
+                model["unk_token"] = self.role("unknown")?.map(|(_, token)| token).into();
+                model["fuse_unk"] = true.into();
+                model["byte_fallback"] = true.into();
+                model["merges"] = json!(gguf_sentencepiece::merges(&self.scored_pieces()?));
+                let normalizer = gguf_sentencepiece::normalizer(begins_with_space);
+                (normalizer, Value::Null, gguf_sentencepiece::decoder(begins_with_space))
+            }
+        };
+        model["vocab"] = vocab.into();
         Ok(json!({
             "version": "1.0",
             "truncation": null,
             "padding": null,
             "added_tokens": added,
-            "normalizer": splitting.normalizer,
-            "pre_tokenizer": splitting.pre_tokenizer,
-            "post_processor": self.post_processor(splitting)?,
-            "decoder": { "type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true },
-            "model": {
-                "type": "BPE",
-                "dropout": null,
-                "unk_token": null,
-                "continuing_subword_prefix": null,
-                "end_of_word_suffix": null,
-                "fuse_unk": false,
-                "byte_fallback": false,
-                "ignore_merges": splitting.ignore_merges,
-                "vocab": vocab,
-                "merges": merges,
-            },
+            "normalizer": normalizer,
+            "pre_tokenizer": pre_tokenizer,
+            "post_processor": self.post_processor()?,
+            "decoder": decoder,
+            "model": model,
         }))
+    }
+
+    /// Pieces that texts are made of, with their ids and scores.
+    fn scored_pieces(&self) -> Result<Vec<(usize, &'a str, f64)>, TextError> {
+        let key = "tokenizer.ggml.scores";
+        let scores = self.gguf.opt_f64s(key).map_err(|error| self.fail(error))?;
+        let scores = scores.ok_or_else(|| self.fail(format!("metadata `{key}` is missing")))?;
+        if scores.len() != self.tokens.len() {
+            return Err(self.fail(format!("it has {} tokens but {} scores", self.tokens.len(), scores.len())));
+        }
+        let pieces = self.tokens.iter().zip(&self.token_types).zip(scores).enumerate();
+        Ok(pieces
+            .filter(|(_, ((_, kind), _))| **kind == TOKEN_NORMAL)
+            .map(|(id, ((piece, _), score))| (id, *piece, score))
+            .collect())
     }
 
     /// Each merge as its two tokens. All are looked up here, because the tokenizer library panics on some unknown ones.
@@ -180,8 +213,11 @@ impl<'a> Vocabulary<'a> {
             let is_known = |token: &str| vocab.contains_key(token);
             (is_known(left) && is_known(right) && is_known(&format!("{left}{right}"))).then_some([left, right])
         };
-        self.merges
-            .iter()
+        let key = "tokenizer.ggml.merges";
+        let merges = self.gguf.opt_strings(key).map_err(|error| self.fail(error))?;
+        merges
+            .ok_or_else(|| self.fail(format!("metadata `{key}` is missing")))?
+            .into_iter()
             .map(|merge| {
                 pair(merge).ok_or_else(|| self.fail(format!("merge {merge:?} is not two tokens that make a token")))
             })
@@ -189,8 +225,8 @@ impl<'a> Vocabulary<'a> {
     }
 
     /// Puts the beginning and the end of a text around it, where the model was trained with them.
-    fn post_processor(&self, splitting: &Splitting) -> Result<Value, TextError> {
-        let bos = if self.adds_bos(splitting)? { self.role("bos")? } else { None };
+    fn post_processor(&self) -> Result<Value, TextError> {
+        let bos = if self.adds_bos()? { self.role("bos")? } else { None };
         let eos = if self.adds_eos()? { self.role("eos")? } else { None };
         if bos.is_none() && eos.is_none() {
             return Ok(Value::Null);
@@ -217,9 +253,9 @@ impl<'a> Vocabulary<'a> {
         }))
     }
 
-    fn tokenizer_config(&self, splitting: &Splitting) -> Result<Value, TextError> {
+    fn tokenizer_config(&self) -> Result<Value, TextError> {
         let mut config = Map::new();
-        config.insert("add_bos_token".into(), self.adds_bos(splitting)?.into());
+        config.insert("add_bos_token".into(), self.adds_bos()?.into());
         config.insert("add_eos_token".into(), self.adds_eos()?.into());
         let added: Map<String, Value> = self
             .added_tokens()
@@ -233,12 +269,25 @@ impl<'a> Vocabulary<'a> {
                 config.insert(key.into(), token.into());
             }
         }
-        if let Some(template) = self.text("tokenizer.chat_template")? {
-            config.insert("chat_template".into(), template.into());
+        if let Some(templates) = self.chat_templates()? {
+            config.insert("chat_template".into(), templates);
         }
         config.insert("clean_up_tokenization_spaces".into(), false.into());
         config.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
         Ok(config.into())
+    }
+
+    /// The template, or a list where there are others beside it, as in `tokenizer_config.json`.
+    fn chat_templates(&self) -> Result<Option<Value>, TextError> {
+        let Some(default) = self.text("tokenizer.chat_template")? else { return Ok(None) };
+        let names = self.gguf.opt_strings("tokenizer.chat_templates").map_err(|error| self.fail(error))?;
+        let mut templates = vec![json!({ "name": "default", "template": default })];
+        for name in names.unwrap_or_default() {
+            if let Some(template) = self.text(&format!("tokenizer.chat_template.{name}"))? {
+                templates.push(json!({ "name": name, "template": template }));
+            }
+        }
+        Ok(Some(if templates.len() == 1 { default.into() } else { templates.into() }))
     }
 }
 
@@ -255,45 +304,6 @@ fn added_token(id: Option<usize>, content: &str, special: bool) -> Value {
         token["id"] = id.into();
     }
     token
-}
-
-/// How a vocabulary of the kind `pre` splits texts.
-fn splitting(pre: &str) -> Result<Splitting, String> {
-    let byte_level = |use_regex: bool| json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex });
-    let split = |pattern: &str| json!({ "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated", "invert": false });
-    let sequence = |steps: Vec<Value>| json!({ "type": "Sequence", "pretokenizers": steps });
-    let plain = |pre_tokenizer: Value| Splitting {
-        pre_tokenizer,
-        normalizer: Value::Null,
-        ignore_merges: false,
-        add_bos_by_default: false,
-    };
-    Ok(match pre {
-        "gpt-2" => plain(byte_level(true)),
-        "smollm" => plain(sequence(vec![json!({ "type": "Digits", "individual_digits": true }), byte_level(true)])),
-        "default" => plain(sequence(vec![
-            split(r"[\p{P}\$\+<=>\^~\|]+"),
-            split(GPT2_PATTERN),
-            split(r"\p{N}+"),
-            split("[0-9][0-9][0-9]"),
-            byte_level(false),
-        ])),
-        "llama-bpe" | "llama3" | "llama-v3" => Splitting {
-            ignore_merges: true,
-            add_bos_by_default: true,
-            ..plain(sequence(vec![split(LLAMA3_PATTERN), byte_level(false)]))
-        },
-        "qwen2" => Splitting {
-            normalizer: json!({ "type": "NFC" }),
-            ..plain(sequence(vec![split(QWEN2_PATTERN), byte_level(false)]))
-        },
-        other => {
-            return Err(format!(
-                "its tokenizer splits texts the `{other}` way (tokenizer.ggml.pre), supported are default, gpt-2, \
-                 llama-bpe, qwen2, smollm"
-            ));
-        }
-    })
 }
 
 #[cfg(test)]

@@ -93,6 +93,85 @@ fn each_way_of_splitting_is_its_own() {
     check_pieces("qwen2", "123", &["1", "2", "3"]);
     check_pieces("default", "1231", &["123", "1"]);
     check_pieces("gpt-2", "é", &["Ã", "©"]);
+    check_pieces("olmo", "123hello", &["123", "hello"]);
+    check_pieces("refact", "hello 123", &["hello", "Ġ", "1", "2", "3"]);
+    check_pieces("starcoder", "a hello1", &["a", "Ġhello", "1"]);
+    check_pieces("dbrx", "1231", &["123", "1"]);
+    check_pieces("gpt-4o", "1231 hello", &["123", "1", "Ġhello"]);
+    check_pieces("kimi-k2", "1231 hello", &["123", "1", "Ġhello"]);
+    check_pieces("deepseek-llm", "a hello 12\n", &["a", "Ġhello", "Ġ", "1", "2", "Ċ"]);
+    check_pieces("deepseek-coder", "a hello 12\n", &["a", "Ġhello", "Ġ", "1", "2", "Ċ"]);
+    check_pieces("deepseek-v3", "a hello 1231\n", &["a", "Ġhello", "Ġ", "123", "1", "Ċ"]);
+}
+
+/// What SentencePiece (0.2.3, BPE with bytes) made of a few lines, best first, after three special pieces and all bytes.
+const PIECES: &str = "▁t er ▁a ▁th en ▁to ▁the ot ▁e ▁r ken ▁token ts xp oth ▁an erts ▁exp ▁experts ch ds es of or os ou \
+    ▁n ▁w out ▁of ▁and ▁oth ▁wor outer ▁other ▁router ▁tokens ad at ce do et ew ie in is re rn sw ▁c ▁ e \
+    t o r s h n a d c k p w f i u x , g m";
+
+/// That vocabulary, with its scores or without.
+fn sentence_pieces(has_scores: bool) -> MetadataFile {
+    let bytes = (0..=255u8).map(|byte| format!("<0x{byte:02X}>"));
+    let tokens: Vec<String> = ["<unk>", "<s>", "</s>"].map(str::to_owned).into_iter().chain(bytes).collect();
+    let tokens: Vec<String> = tokens.into_iter().chain(PIECES.split(' ').map(str::to_owned)).collect();
+    let first = 259;
+    let types = (0..tokens.len()).map(|id| match id {
+        0 => 2u32,
+        1 | 2 => 3,
+        3..259 => 6,
+        _ => 1,
+    });
+    let scores = (0..tokens.len()).map(|id| first as f32 - id.max(first) as f32);
+    let file = MetadataFile::new()
+        .text("tokenizer.ggml.model", "llama")
+        .array("tokenizer.ggml.tokens", 8, &tokens.iter().map(|token| string_bytes(token)).collect::<Vec<_>>())
+        .array("tokenizer.ggml.token_type", 5, &types.map(|kind| kind.to_le_bytes().to_vec()).collect::<Vec<_>>())
+        .raw("tokenizer.ggml.unknown_token_id", 4, &0u32.to_le_bytes())
+        .raw("tokenizer.ggml.bos_token_id", 4, &1u32.to_le_bytes());
+    match has_scores {
+        true => file.array(
+            "tokenizer.ggml.scores",
+            6,
+            &scores.map(|score| score.to_le_bytes().to_vec()).collect::<Vec<_>>(),
+        ),
+        false => file,
+    }
+}
+
+/// A token that is no piece is spelled in bytes, and a text begins with a space.
+#[test]
+fn pieces_are_those_of_sentencepiece() {
+    let tokenizer = tokenizer(&sentence_pieces(true).open("sentencepiece"));
+    for (text, ids) in [
+        ("the experts return to the router", &[265, 277, 268, 300, 325, 306, 264, 265, 294]),
+        ("  others, then tokens", &[309, 309, 293, 314, 327, 262, 263, 295]),
+        ("naïve\ttokens\n", &[285, 317, 198, 178, 121, 310, 12, 311, 312, 269, 314, 13]),
+        ("answer", &[274, 307, 260]),
+        ("x 1 Zz", &[309, 326, 309, 52, 309, 93, 125]),
+        ("", &[]),
+    ] as [(&str, &[u32]); 6]
+    {
+        let encoding = tokenizer.encode(text, false).unwrap();
+        assert_eq!(encoding.get_ids(), ids, "{text:?}");
+        assert_eq!(tokenizer.decode(ids, false).unwrap(), text);
+    }
+    assert_eq!(tokenizer.encode("answer", true).unwrap().get_ids(), [1, 274, 307, 260]);
+    let unspaced = sentence_pieces(true).raw("tokenizer.ggml.add_space_prefix", 7, &[0]).open("unspaced");
+    let unspaced = super::super::Tokenizer::from_gguf(&TokenizerFiles::from_gguf(&unspaced).unwrap()).unwrap();
+    let ids = unspaced.encode("x the", super::super::EncodeOptions::default()).unwrap();
+    assert_eq!(ids, [326, 265]);
+    assert_eq!(unspaced.decode(&ids, false).unwrap(), "x the");
+}
+
+#[test]
+fn named_templates_are_found() {
+    let files = vocabulary("smollm")
+        .array("tokenizer.chat_templates", 8, &[string_bytes("tool_use")])
+        .text("tokenizer.chat_template.tool_use", "tools");
+    let files = TokenizerFiles::from_gguf(&files.open("templates")).unwrap();
+    let config: Value = serde_json::from_str(&files.tokenizer_config_json).unwrap();
+    assert_eq!(config["chat_template"][1], json!({ "name": "tool_use", "template": "tools" }));
+    assert!(super::super::ChatTemplate::from_gguf(&files, None).unwrap().is_some());
 }
 
 #[test]
@@ -134,7 +213,10 @@ fn what_is_unknown_or_broken_is_refused() {
         assert!(error.contains(expected), "`{error}` does not contain `{expected}`");
     };
     check(vocabulary("tekken"), "pre", "the `tekken` way");
-    check(MetadataFile::new().text("tokenizer.ggml.model", "llama"), "kind", "kind `llama`");
+    check(MetadataFile::new().text("tokenizer.ggml.model", "bert"), "kind", "kind `bert`");
+    check(MetadataFile::new().text("tokenizer.ggml.model", "llama"), "pieces", "`tokenizer.ggml.tokens` is missing");
+    let unscored = sentence_pieces(false);
+    check(unscored, "scores", "metadata `tokenizer.ggml.scores` is missing");
     check(MetadataFile::new().text("tokenizer.ggml.model", "gpt2"), "tokens", "`tokenizer.ggml.tokens` is missing");
     let out_of_range = vocabulary("gpt-2").raw("tokenizer.ggml.padding_token_id", 4, &9999u32.to_le_bytes());
     check(out_of_range, "range", "9999, outside the vocabulary");

@@ -6,6 +6,7 @@
 //! | `tokenizer_config` | what `tokenizer_config.json` and `special_tokens_map.json` say |
 //! | `tiktoken` | a tokenizer from `tiktoken.model` |
 //! | `gguf_tokenizer` | [`TokenizerFiles`]: tokenizer files from GGUF metadata |
+//! | `gguf_splitting`, `gguf_sentencepiece` | what such files leave unsaid, by the kind of vocabulary |
 //! | `token_bytes` | which bytes a token stands for, and their assembly into UTF-8 |
 //! | `detokenizer` | [`Detokenizer`]: token ids to text, one at a time |
 //! | `stop` | [`StopMatcher`]: stop strings over streamed text |
@@ -15,6 +16,8 @@
 mod chat_template;
 mod detokenizer;
 mod error;
+mod gguf_sentencepiece;
+mod gguf_splitting;
 mod gguf_tokenizer;
 mod python_json;
 mod python_time;

@@ -20,7 +20,7 @@ use super::{
 };
 
 /// How Kimi-K2 splits a text before merging, from its `tokenization_kimi.py`.
-const KIMI_PATTERN: &str = concat!(
+pub(super) const KIMI_PATTERN: &str = concat!(
     r"[\p{Han}]+",
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",

@@ -5,7 +5,7 @@ use std::{collections::HashMap, path::Path};
 use tokenizers::{AddedToken, processors::template::TemplateProcessing};
 
 use super::{
-    TextError, tiktoken,
+    TextError, TokenizerFiles, tiktoken,
     token_bytes::{TextAssembler, TokenForm},
     tokenizer_config::{MAX_VOCABULARY_BYTES, SpecialTokens, TokenizerConfig, read_optional},
 };
@@ -42,6 +42,15 @@ impl Tokenizer {
         } else {
             return Err(TextError::NoTokenizer { dir: model_dir.to_owned() });
         };
+        Ok(Self::new(inner, config.special_tokens))
+    }
+
+    /// The tokenizer of a GGUF file.
+    ///
+    /// Errors: what the file says makes no tokenizer.
+    pub fn from_gguf(files: &TokenizerFiles) -> Result<Self, TextError> {
+        let config = TokenizerConfig::of_gguf(files)?;
+        let inner = finish(&files.source, &files.tokenizer_json, &config)?;
         Ok(Self::new(inner, config.special_tokens))
     }
 
@@ -144,8 +153,13 @@ pub(super) fn parse_tokenizer_json(text: &str) -> Result<tokenizers::Tokenizer, 
 fn load_tokenizer_json(model_dir: &Path, config: &TokenizerConfig) -> Result<Option<tokenizers::Tokenizer>, TextError> {
     let path = model_dir.join("tokenizer.json");
     let Some(text) = read_optional(&path, MAX_VOCABULARY_BYTES)? else { return Ok(None) };
-    let invalid = |error: tokenizers::Error| TextError::invalid(&path, error);
-    let mut tokenizer = parse_tokenizer_json(&text).map_err(invalid)?;
+    finish(&path, &text, config).map(Some)
+}
+
+/// The tokenizer of a `tokenizer.json` that was read from `path`, with what `config` changes.
+fn finish(path: &Path, text: &str, config: &TokenizerConfig) -> Result<tokenizers::Tokenizer, TextError> {
+    let invalid = |error: tokenizers::Error| TextError::invalid(path, error);
+    let mut tokenizer = parse_tokenizer_json(text).map_err(invalid)?;
     // Both belong to the training run that saved the file; Hugging Face clears them before each call, too.
     tokenizer.with_truncation(None).map_err(invalid)?;
     tokenizer.with_padding(None);
@@ -155,7 +169,7 @@ fn load_tokenizer_json(model_dir: &Path, config: &TokenizerConfig) -> Result<Opt
     if let Some(processor) = llama_post_processor(&tokenizer, config)? {
         tokenizer.with_post_processor(Some(processor));
     }
-    Ok(Some(tokenizer))
+    Ok(tokenizer)
 }
 
 /// Hugging Face's Llama tokenizer classes ignore the post-processor of `tokenizer.json` in favour of `add_bos_token` and

@@ -10,7 +10,7 @@ use engine::weights::read_bounded;
 use serde_json::Value;
 use tokenizers::AddedToken;
 
-use super::TextError;
+use super::{TextError, TokenizerFiles};
 
 /// Of a JSON file of settings, or a chat template.
 pub(super) const MAX_SETTINGS_BYTES: u64 = 8 << 20;
@@ -45,7 +45,19 @@ impl TokenizerConfig {
         let path = model_dir.join("tokenizer_config.json");
         let raw = read_json(&path)?.unwrap_or_default();
         let map = read_json(&model_dir.join("special_tokens_map.json"))?.unwrap_or_default();
-        let special_tokens = SpecialTokens::merge(&raw, &map);
+        Self::new(path, raw, &map)
+    }
+
+    /// The same of what a GGUF file says.
+    pub(super) fn of_gguf(files: &TokenizerFiles) -> Result<Self, TextError> {
+        let path = files.source.clone();
+        let raw =
+            serde_json::from_str(&files.tokenizer_config_json).map_err(|error| TextError::invalid(&path, error))?;
+        Self::new(path, raw, &Value::Null)
+    }
+
+    fn new(path: PathBuf, raw: Value, map: &Value) -> Result<Self, TextError> {
+        let special_tokens = SpecialTokens::merge(&raw, map);
         let added_tokens = added_tokens(&raw).map_err(|reason| TextError::invalid(&path, reason))?;
         Ok(Self { path, raw, special_tokens, added_tokens })
     }

@@ -10,7 +10,7 @@
 //! | `blocks` | block-quantized matrices to weights |
 
 mod arch;
-mod blocks;
+pub(super) mod blocks;
 mod config;
 mod metadata;
 mod names;
@@ -32,6 +32,9 @@ use crate::handle::GenerationDefaults;
 
 /// Files that a model may be split into.
 const MAX_SHARDS: u64 = 1 << 10;
+
+/// Of all experts together; published models have up to a hundred thousand. Many may lie in the same bytes of a small file.
+const MAX_TENSORS: usize = 1 << 20;
 
 /// A model in one or more GGUF files.
 #[derive(Debug)]
@@ -87,6 +90,11 @@ impl GgufModel {
                     if tensors.insert(hf_name, entry).is_some() {
                         return Err(shard.invalid(format!("tensor `{name}` is there twice")));
                     }
+                }
+                if tensors.len() > MAX_TENSORS {
+                    return Err(
+                        shard.invalid(format!("it holds more than {MAX_TENSORS} tensors, experts counted one by one"))
+                    );
                 }
             }
         }

@@ -85,7 +85,7 @@ impl Layout {
     /// What the tensor `name` is to the models; under its own name, if it is nothing they know.
     ///
     /// # Errors
-    /// A type that is not supported.
+    /// A type that is not supported, or a tensor without elements.
     pub(super) fn entries(
         &self,
         gguf: &GgufFile,
@@ -102,6 +102,10 @@ impl Layout {
                 return Err(EngineError::TensorDtype { name: name.into(), dtype, path: gguf.path().to_owned() });
             }
         };
+        // What follows divides by sizes and multiplies them.
+        if tensor.num_elements == 0 || tensor.shape.is_empty() {
+            return Err(gguf.invalid(format!("tensor `{name}` has shape {:?}, which is empty", tensor.shape)));
+        }
         let source = Source { tensor, dtype, file_idx };
         if let Some((_, hf_name)) = ENDS.iter().find(|(known, _)| *known == name) {
             return Ok(hf_name.iter().map(|hf_name| source.whole((*hf_name).to_owned())).collect());
@@ -228,10 +232,10 @@ impl Source<'_> {
         (name, self.entry(shape, rows.start * row_bytes..rows.end * row_bytes))
     }
 
-    /// Rows of each expert's matrix in a tensor `[num_experts, rows, cols]` that is not empty.
+    /// Rows of each expert's matrix in a tensor `[num_experts, rows, cols]`.
     fn expert_rows(&self, num_experts: usize) -> Option<usize> {
         match self.tensor.shape.as_slice() {
-            &[experts, rows, _] if experts == num_experts && self.tensor.num_elements > 0 => Some(rows),
+            &[experts, rows, _] if experts == num_experts => Some(rows),
             _ => None,
         }
     }

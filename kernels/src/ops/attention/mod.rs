@@ -1,10 +1,14 @@
 //! The attention that grouped and latent heads share: scores, softmax and weighted sum over one cache row per position.
 
+mod band;
 mod cpu;
 #[cfg(test)]
 mod reference;
+mod scratch;
 #[cfg(test)]
 mod tests;
+mod tile;
+mod transpose;
 
 use std::ops::Range;
 
@@ -59,6 +63,28 @@ impl Attention<'_> {
             target.copy_from_slice(&part[start..start + dim]);
             out = rest;
         }
+    }
+
+    /// Position of the row of a pair, see [`tile::Task`].
+    fn position(&self, seq_idx: usize, pair: usize) -> usize {
+        let num_rows = self.batch.seq_rows(seq_idx).len();
+        self.batch.context_lens[seq_idx] as usize - num_rows + pair / self.heads.group_size
+    }
+
+    /// The query head of a pair.
+    fn head(&self, kv_head: usize, pair: usize) -> usize {
+        kv_head * self.heads.group_size + pair % self.heads.group_size
+    }
+
+    /// The learned score that takes part in the softmax of a pair.
+    fn sink(&self, kv_head: usize, pair: usize) -> Option<f32> {
+        self.learned.sinks.map(|sinks| sinks[self.head(kv_head, pair)])
+    }
+
+    /// Where the output of a pair begins.
+    fn out_start(&self, seq_idx: usize, kv_head: usize, pair: usize) -> usize {
+        let row = self.batch.seq_rows(seq_idx).start + pair / self.heads.group_size;
+        (row * self.heads.num_heads + self.head(kv_head, pair)) * self.heads.value_dim
     }
 
     /// Positions that the row at `position` of a sequence sees, as a half-open range.

@@ -2,7 +2,10 @@
 
 use candle_core::Tensor;
 
+use super::cpu::forward_with;
+use super::tile::{SEGMENT, TILE};
 use super::{Attention, HeadLayout, reference};
+use crate::dispatch::Isa;
 use crate::ops::mla_attention::{MlaSpec, mla_attention};
 use crate::ops::paged_attention::{GqaSpec, LearnedScores, PositionBias, Reach, paged_attention};
 use crate::paged_cache::{KvFormat, PagedBatch, PagedCache};
@@ -268,6 +271,50 @@ fn sources_are_seen_whole_or_not_at_all() {
         let cut: Vec<f32> =
             (47..70).flat_map(|first| attend(spec.reach, Chunk { seq: 2, first, end: first + 1 }, 41)).collect();
         assert_eq!(cut, attend(spec.reach, decoder, 41), "a decoder's rows are the same one by one");
+    }
+}
+
+/// Contexts of several segments: parity, and the same bits in few tasks, in many, in chunks and on every instruction set.
+#[test]
+fn long_contexts_agree_however_they_are_cut() {
+    let mut numbers = Numbers::new(9);
+    let len = 2 * SEGMENT + 3 * TILE + 5;
+    for (heads, reach) in [
+        ([6, 2, 16], Reach::Full),
+        ([2, 2, 40], Reach::Window(SEGMENT + 9)),
+        ([4, 1, 16], Reach::Chunk(SEGMENT - 1)),
+        ([4, 2, 24], Reach::Source),
+    ] {
+        let [num_heads, num_kv_heads, head_dim] = heads;
+        let rows = [numbers.tensor(&[len, 2 * num_kv_heads * head_dim])];
+        let q = [numbers.tensor(&[len, num_heads, head_dim])];
+        let sinks = numbers.normal(num_heads);
+        let learned = LearnedScores { sinks: Some(&sinks), position_bias: None };
+        let world = World::new(KvFormat::Bf16, 16, &rows);
+        let attend = |chunk: Chunk, isa: Option<Isa>, num_tasks: usize| {
+            let source_lens = vec![if reach == Reach::Source { len as u32 - 7 } else { 0 }];
+            let batch = PagedBatch { source_lens, ..world.batch(&[chunk]) };
+            let q = values(&gather(&q, &[chunk]));
+            let (parts, group_size) = ([(q.as_slice(), head_dim)], num_heads / num_kv_heads);
+            let value_start = num_kv_heads * head_dim;
+            let (key_start, key_dim, value_dim) = (0, head_dim, head_dim);
+            let heads = HeadLayout { num_heads, group_size, key_start, key_dim, value_start, value_dim };
+            let op = Attention { q: &parts, cache: &world.cache, batch: &batch, heads, scale: 0.3, reach, learned };
+            (forward_with(&op, isa, num_tasks), reference::forward(&op))
+        };
+        let chunk = Chunk { seq: 0, first: len - 40, end: len };
+        let (whole, expected) = attend(chunk, None, 1);
+        assert_close(&whole, &expected, 2e-6);
+        for isa in Isa::available() {
+            assert!(attend(chunk, Some(isa), 1000).0 == whole, "{reach:?} in one task per segment");
+        }
+        for num_rows in [1, 3] {
+            let alone = (chunk.first..len).step_by(num_rows).flat_map(|first| {
+                let end = len.min(first + num_rows);
+                attend(Chunk { first, end, ..chunk }, None, if first % 2 == 0 { 1 } else { 1000 }).0
+            });
+            assert!(alone.eq(whole.iter().copied()), "{reach:?}, {num_rows} rows at a time");
+        }
     }
 }
 

@@ -2,10 +2,11 @@
 
 use std::{fs, path::Path, sync::Arc};
 
+use engine::GgufFile;
 use serde_json::{Map, Value};
 
 use super::golden_dir;
-use crate::text::{ChatInput, ChatTemplate, DetokenizeOptions, Detokenizer, EncodeOptions, Tokenizer};
+use crate::text::{ChatInput, ChatTemplate, DetokenizeOptions, Detokenizer, EncodeOptions, Tokenizer, TokenizerFiles};
 
 const PLAIN: EncodeOptions = EncodeOptions { add_special_tokens: false };
 const WITH_SPECIAL: EncodeOptions = EncodeOptions { add_special_tokens: true };
@@ -15,8 +16,13 @@ fn ids(value: &Value) -> Vec<u32> {
 }
 
 fn check(dir: &Path, reference: &Value) {
-    let name = dir.display();
-    let tokenizer = Arc::new(Tokenizer::load(dir).expect("a golden tokenizer"));
+    let tokenizer = Tokenizer::load(dir).expect("a golden tokenizer");
+    let template = ChatTemplate::load(dir, None).expect("a golden template").expect("every folder has one");
+    check_text(&dir.display().to_string(), (tokenizer, template), reference);
+}
+
+fn check_text(name: &str, (tokenizer, template): (Tokenizer, ChatTemplate), reference: &Value) {
+    let tokenizer = Arc::new(tokenizer);
     for sample in reference["tokenizer"]["samples"].as_array().expect("samples") {
         let text = sample["text"].as_str().expect("text");
         let expected = ids(&sample["ids"]);
@@ -29,7 +35,6 @@ fn check(dir: &Path, reference: &Value) {
     }
 
     let chat = &reference["tokenizer"]["chat"];
-    let template = ChatTemplate::load(dir, None).expect("a golden template").expect("every folder has one");
     let input = ChatInput {
         messages: &chat["messages"],
         tools: None,
@@ -57,6 +62,20 @@ fn check_stream(tokenizer: &Arc<Tokenizer>, ids: &[u32]) {
         let mut text: String = ids.iter().map(|&id| detokenizer.push(id).expect("text")).collect();
         text.push_str(&detokenizer.finish());
         assert_eq!(text, tokenizer.decode(ids, skip_special_tokens).expect("text"), "{ids:?}");
+    }
+}
+
+/// llama.cpp's converter keeps of a tokenizer what it needs, which must be enough for the same ids.
+#[test]
+fn converted_checkpoints_have_the_same_text_side() {
+    for name in ["granitemoeshared-base", "gpt_oss-mxfp4"] {
+        let gguf = GgufFile::open(&golden_dir().join(format!("{name}.gguf"))).expect("a golden file");
+        let files = TokenizerFiles::from_gguf(&gguf).expect("a tokenizer");
+        let tokenizer = Tokenizer::from_gguf(&files).expect("a tokenizer");
+        let template = ChatTemplate::from_gguf(&files, None).expect("a template").expect("every file has one");
+        let reference = fs::read_to_string(golden_dir().join(name).join("reference.json")).expect("a reference");
+        let reference = serde_json::from_str(&reference).expect("reference.json is JSON");
+        check_text(&format!("{name}.gguf"), (tokenizer, template), &reference);
     }
 }
 
