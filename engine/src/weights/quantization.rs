@@ -122,7 +122,8 @@ impl Quantization {
             }
             (None, None) => return None,
         };
-        grouped_format(num_bits, has_zeros, group.filter(|&group| (group as u64) < cols))
+        let cols = usize::try_from(cols).ok()?;
+        grouped_format(num_bits, has_zeros, (group.unwrap_or(cols), cols))
     }
 
     /// Reads `quantization_config`; absent is unquantized.
