@@ -1,7 +1,7 @@
 //! What stands around the layers of a decoder: embedding, last norm, output projection.
 
 use candle_core::Tensor;
-use kernels::{GluActivation, PackedWeight, Pointwise};
+use kernels::{GluActivation, PackedWeight, Pointwise, WeightFormat};
 
 use super::mtp::MtpLayout;
 use super::norm::{Norm, NormKind};
@@ -168,13 +168,14 @@ pub fn scaled(x: Tensor, factor: f64) -> Result<Tensor, EngineError> {
 fn load_normalized(loader: &Loader, name: &str, shape: [usize; 2]) -> Result<PackedWeight, EngineError> {
     let key = format!("{name}/normalized");
     let open = || loader.borrow_weight(name, shape);
-    let mut made =
-        loader.made((&key, Role::Table), std::iter::once(shape), open, |stored, _| normalize_columns(stored))?;
+    let mut made = loader.made((&key, Role::Table), std::iter::once(shape), open, |stored, _| {
+        normalize_columns(stored, loader.making_format(Role::Table, stored.format()))
+    })?;
     Ok(made.remove(0))
 }
 
 /// `w / (‖w‖ + 1e-7)` with the length taken over the vocabulary, for each column of `[vocab_size, hidden_size]`.
-fn normalize_columns(weight: &PackedWeight) -> Result<PackedWeight, EngineError> {
+fn normalize_columns(weight: &PackedWeight, format: WeightFormat) -> Result<PackedWeight, EngineError> {
     let (rows, cols) = (weight.rows(), weight.cols());
     let mut values = weight.to_f32();
     let mut squares = vec![0f64; cols];
@@ -185,5 +186,5 @@ fn normalize_columns(weight: &PackedWeight) -> Result<PackedWeight, EngineError>
     for row in values.chunks_exact_mut(cols) {
         row.iter_mut().zip(&factors).for_each(|(value, factor)| *value *= factor);
     }
-    Ok(PackedWeight::from_f32(weight.format(), rows, cols, &values)?)
+    Ok(PackedWeight::from_f32(format, rows, cols, &values)?)
 }

@@ -102,16 +102,18 @@ pub struct GroupedInts<'a> {
     pub zeros: Option<Vec<u8>>,
 }
 
-/// The format of ours that holds integers whose `group` columns (or whole rows) share a scale: scales as they are, and where
+/// The format of ours that holds integers whose `group` of `cols` columns share a scale: scales as they are, and where
 /// there are zero points, minimums rounded to the eleven bits of f16. None where the groups are not whole ones of ours.
-pub fn grouped_format(num_bits: usize, has_zeros: bool, group: Option<usize>) -> Option<QuantFormat> {
+pub fn grouped_format(num_bits: usize, has_zeros: bool, (group, cols): (usize, usize)) -> Option<QuantFormat> {
     let codes = match (num_bits, has_zeros) {
         (4, false) => Codes::Int4,
         (4, true) => Codes::Int4Min,
         (_, false) => Codes::Int8,
         (_, true) => Codes::Int8Min,
     };
-    let fits = |ours: &u16| group.is_none_or(|group| group.is_multiple_of((*ours).into()));
+    // A scale of a whole row may be repeated as often as the filling is least.
+    let group = if group < cols { group } else { cols.next_multiple_of(16) };
+    let fits = |ours: &u16| group.is_multiple_of((*ours).into());
     Some(QuantFormat { codes, group: [128, 64, 32, 16].into_iter().find(fits)? })
 }
 
@@ -119,8 +121,7 @@ impl GroupedInts<'_> {
     /// See [`grouped_format`].
     pub fn format(&self) -> Option<QuantFormat> {
         let [_, tile_cols] = self.tile;
-        let group = (tile_cols < self.codes.shape[1]).then_some(tile_cols);
-        grouped_format(self.codes.num_bits, self.zeros.is_some(), group)
+        grouped_format(self.codes.num_bits, self.zeros.is_some(), (tile_cols, self.codes.shape[1]))
     }
 
     /// One row in that format.

@@ -44,7 +44,7 @@ pub struct Inspection {
     pub min_active_parameters: u64,
     /// Bytes of all tensors as stored.
     pub weight_bytes: u64,
-    /// Bytes of the served weights in memory with `--dtype auto`, where quantized ones are expanded to bf16.
+    /// Bytes of the served weights in memory with `--dtype auto`, where FP8 is expanded to bf16.
     pub memory_bytes: u64,
     /// The same with `--dtype f32`.
     pub memory_bytes_f32: u64,

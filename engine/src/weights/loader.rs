@@ -230,6 +230,12 @@ impl<'a> Loader<'a> {
         }
     }
 
+    /// The format to make a matrix in that is not merely rearranged: f32 where [`Self::made`] converts it, so that it is
+    /// rounded once.
+    pub fn making_format(&self, role: Role, stored: WeightFormat) -> WeightFormat {
+        role.target(self.storage, stored).map_or(stored, |_| WeightFormat::F32)
+    }
+
     /// A vector in f32: norm weights, biases.
     pub fn vector(&self, name: &str, len: usize) -> Result<Tensor, EngineError> {
         Ok(Tensor::from_vec(self.floats(name, &[len])?, len, &Device::Cpu)?)

@@ -54,6 +54,8 @@ pub struct TransposedInt4 {
     /// Columns that share a scale; `None`: all of a row.
     pub group: Option<usize>,
     pub has_zero_points: bool,
+    /// Those are all the middle of the range.
+    pub is_symmetric: bool,
     /// Columns may be in groups by an order that is stored (`desc_act`).
     pub is_reordered: bool,
 }
@@ -110,7 +112,7 @@ impl Quantization {
     /// The format in memory of packed integers with `cols` columns; none where they are expanded.
     pub fn packed_format(&self, cols: u64) -> Option<QuantFormat> {
         let (num_bits, has_zeros, group) = match (self.transposed, self.packing) {
-            (Some(TransposedInt4 { group, has_zero_points, .. }), _) => (4, has_zero_points, group),
+            (Some(TransposedInt4 { group, is_symmetric, .. }), _) => (4, !is_symmetric, group),
             (None, Some(Packing { num_bits, has_zero_points })) => {
                 let group = match self.scales {
                     Some(ScaleLayout::Tiles([_, cols])) => Some(cols),
@@ -120,7 +122,8 @@ impl Quantization {
             }
             (None, None) => return None,
         };
-        grouped_format(num_bits, has_zeros, group.filter(|&group| (group as u64) < cols))
+        let cols = usize::try_from(cols).ok()?;
+        grouped_format(num_bits, has_zeros, (group.unwrap_or(cols), cols))
     }
 
     /// Reads `quantization_config`; absent is unquantized.
@@ -161,6 +164,7 @@ fn awq(section: &ModelConfig) -> Result<Quantization, EngineError> {
         kind: TransposedKind::Awq,
         group: four_bit_group(section, key)?,
         has_zero_points: section.flag_or("zero_point", true)?,
+        is_symmetric: !section.flag_or("zero_point", true)?,
         is_reordered: false,
     };
     Ok(Quantization { transposed: Some(transposed), ..Quantization::default() })
@@ -174,6 +178,7 @@ fn gptq(section: &ModelConfig) -> Result<Quantization, EngineError> {
         group: four_bit_group(section, ["bits", "group_size"])?,
         // Symmetric checkpoints have them, too.
         has_zero_points: true,
+        is_symmetric: section.flag_or("sym", false)?,
         is_reordered: section.flag_or("desc_act", false)?,
     };
     Ok(Quantization { transposed: Some(transposed), ..Quantization::default() })
@@ -331,7 +336,8 @@ mod tests {
         let found = |section: Value| parse(section).unwrap().transposed.unwrap();
         let awq = json!({ "quant_method": "awq", "w_bit": 4, "q_group_size": 64, "version": "gemm" });
         let kind = TransposedKind::Awq;
-        let expected = TransposedInt4 { kind, group: Some(64), has_zero_points: true, is_reordered: false };
+        let expected =
+            TransposedInt4 { kind, group: Some(64), has_zero_points: true, is_symmetric: false, is_reordered: false };
         assert_eq!(found(awq), expected);
         for (format, zeros_minus_one) in [("gptq", true), ("gptq_v2", false)] {
             let gptq = json!({ "quant_method": "gptq", "bits": 4, "group_size": -1, "checkpoint_format": format });
@@ -340,7 +346,8 @@ mod tests {
         }
         let old = json!({ "quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": true, "sym": true });
         let kind = TransposedKind::Gptq { zeros_minus_one: true };
-        assert_eq!(found(old), TransposedInt4 { kind, group: Some(128), is_reordered: true, ..expected });
+        let expected = TransposedInt4 { kind, group: Some(128), is_symmetric: true, is_reordered: true, ..expected };
+        assert_eq!(found(old), expected);
     }
 
     #[test]

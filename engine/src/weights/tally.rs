@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::checkpoint::{Checkpoint, StoredDtype, TensorEntry};
 use super::gguf_model::blocks;
-use super::mxfp4::{BLOCK, FORMAT};
+use super::mxfp4::FORMAT;
 use super::quantization::{Quantization, TransposedKind};
 
 /// The tensors of one class together.
@@ -184,7 +184,11 @@ fn size_of_tensor(
     let stored: u64 = entry.shape.iter().map(|&size| size as u64).product();
     let shape = match entry.dtype {
         // Two values in a byte.
-        StoredDtype::Plain(Dtype::U8) if name.ends_with("_blocks") => Some([2 * stored / BLOCK as u64, BLOCK as u64]),
+        StoredDtype::Plain(Dtype::U8) if name.ends_with("_blocks") => {
+            // `[experts, rows, blocks of a row, bytes of a block]`
+            let cols = entry.shape.iter().rev().take(2).product::<usize>() as u64 * 2;
+            Some([(2 * stored).checked_div(cols).unwrap_or(0), cols])
+        }
         StoredDtype::Plain(Dtype::I32) if name.ends_with(".weight_packed") => {
             packed_shape(checkpoint, quantization, name, entry)
         }
@@ -193,10 +197,14 @@ fn size_of_tensor(
     };
     if let Some(shape) = shape {
         let num_parameters = shape[0].saturating_mul(shape[1]);
-        let format = if name.ends_with("_blocks") { Some(FORMAT) } else { quantization.packed_format(shape[1]) };
-        let bytes = match (format, shape.map(usize::try_from)) {
+        // Stacked matrices are packed each by itself.
+        let (format, count) = match name.ends_with("_blocks") {
+            true => (Some(FORMAT), entry.shape.first().map_or(1, |&count| count.max(1) as u64)),
+            false => (quantization.packed_format(shape[1]), 1),
+        };
+        let bytes = match (format, [shape[0] / count, shape[1]].map(usize::try_from)) {
             (Some(format), [Ok(rows), Ok(cols)]) if num_parameters < 1 << 48 => {
-                WeightFormat::Quantized(format).bytes_for(rows, cols) as u64
+                count * WeightFormat::Quantized(format).bytes_for(rows, cols) as u64
             }
             _ => num_parameters.saturating_mul(2),
         };

@@ -93,13 +93,16 @@ fn a_scale_may_stand_for_a_whole_row() {
     assert_eq!(whole.logits(), grouped.logits());
 }
 
+/// A change to a folder with what is said of it.
+type Refusal = (fn(&mut Edit), &'static str);
+
 #[test]
 fn broken_tensors_are_refused_by_name() {
     const STEM: &str = "model.layers.1.block_sparse_moe.experts.2.w2";
     fn tensor<'a>(edit: &'a mut Edit, part: &str) -> &'a mut Stored {
         edit.tensors.get_mut(&format!("{STEM}.{part}")).expect("a tensor of that name")
     }
-    let refusals: [(fn(&mut Edit), &str); 9] = [
+    let refusals: [Refusal; 9] = [
         (|edit| drop(edit.remove(&format!("{STEM}.scales"))), "experts.2.w2.scales` is missing"),
         (|edit| drop(edit.remove(&format!("{STEM}.qzeros"))), "experts.2.w2.qzeros` is missing"),
         (

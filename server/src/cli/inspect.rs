@@ -95,7 +95,7 @@ fn active(inspection: &Inspection) -> String {
     format!("{} to {}", count(least), count(most))
 }
 
-/// What the weights take once they are loaded: quantized ones are expanded.
+/// What the weights take once they are loaded.
 fn memory(inspection: &Inspection) -> String {
     let [stored, f32] =
         [inspection.memory_bytes, inspection.memory_bytes_f32].map(|bytes| HumanBytes(bytes).to_string());
