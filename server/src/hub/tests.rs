@@ -435,8 +435,12 @@ fn local_paths_come_first_and_nonsense_is_refused() {
     std::fs::create_dir_all(&cache.0).unwrap();
     let folder = cache.0.to_str().unwrap();
     assert_eq!(resolve_quietly(folder, &options).unwrap(), cache.0);
-    let file = cache.0.join("model.gguf");
-    std::fs::write(&file, "").unwrap();
+    let gguf = cache.0.join("model.gguf");
+    let file = cache.0.join("model.safetensors");
+    for path in [&gguf, &file] {
+        std::fs::write(path, "").unwrap();
+    }
+    assert_eq!(resolve_quietly(gguf.to_str().unwrap(), &options).unwrap(), gguf);
     assert!(matches!(resolve_quietly(file.to_str().unwrap(), &options), Err(HubError::NotAFolder { .. })));
     for model in ["./missing", "/missing", "~/missing", "a/b/c", "", "org/", "org/na me", "../x", "a--b/c", "org/..x"] {
         assert!(matches!(resolve_quietly(model, &options), Err(HubError::NotAModel { .. })), "{model}");
