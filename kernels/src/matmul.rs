@@ -35,7 +35,7 @@ pub(crate) fn with_blocks(work: impl FnOnce(&mut [BlockOut; 2])) {
 pub(crate) struct Activations<'a> {
     x: &'a [f32],
     cols: usize,
-    /// At most one for each group size.
+    /// At most one of each form.
     quantized: Vec<QuantizedRows>,
 }
 
@@ -67,9 +67,9 @@ impl<'a> Activations<'a> {
         let mut quantized: Vec<QuantizedRows> = Vec::new();
         for format in formats {
             if let WeightFormat::Quantized(format) = format
-                && quantized.iter().all(|rows| rows.group != format.group())
+                && quantized.iter().all(|rows| rows.form != format.row_form())
             {
-                quantized.push(QuantizedRows::new(x, cols, format.group()));
+                quantized.push(QuantizedRows::new(x, cols, format.row_form()));
             }
         }
         Self { x, cols, quantized }
@@ -89,7 +89,7 @@ impl<'a> Activations<'a> {
             WeightView::F16(values) => self.multiply_floats(rows, &values[elements], out),
             WeightView::Bf16(values) => self.multiply_floats(rows, &values[elements], out),
             WeightView::Quantized(layout, weight) => {
-                let x = self.quantized.iter().find(|x| x.group == layout.format.group());
+                let x = self.quantized.iter().find(|x| x.form == layout.format.row_form());
                 let x = x.expect("activations were quantized for every format of the op");
                 quant::multiply(QuantBlock { x, rows: rows.rows(), layout, weight, outs, out });
             }

@@ -5,7 +5,9 @@ use candle_core::{Device, Tensor};
 use crate::quant::{Codes, QuantFormat};
 
 /// Every code, in groups of every size.
-pub(crate) const QUANTIZED: [QuantFormat; 6] = [
+pub(crate) const QUANTIZED: [QuantFormat; 8] = [
+    QuantFormat::INT8,
+    QuantFormat::INT4,
     QuantFormat { codes: Codes::Int8, group: 64 },
     QuantFormat { codes: Codes::Int8, group: 16 },
     QuantFormat { codes: Codes::Int8Min, group: 32 },

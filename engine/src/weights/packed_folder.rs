@@ -114,11 +114,13 @@ fn wrong_version(path: std::path::PathBuf, version: u64) -> EngineError {
     EngineError::Invalid { path, reason }
 }
 
-const CODES: [(Codes, &str); 5] = [
+const CODES: [(Codes, &str); 7] = [
     (Codes::Int8, "int8"),
     (Codes::Int8Min, "int8min"),
+    (Codes::Int8Rotated, "int8rotated"),
     (Codes::Int4, "int4"),
     (Codes::Int4Min, "int4min"),
+    (Codes::Int4Double, "int4double"),
     (Codes::Fp4, "fp4"),
 ];
 

@@ -40,8 +40,8 @@ impl Role {
 /// Of a code.
 fn num_bits(format: QuantFormat) -> u32 {
     match format.codes {
-        Codes::Int8 | Codes::Int8Min => 8,
-        Codes::Int4 | Codes::Int4Min | Codes::Fp4 => 4,
+        Codes::Int8 | Codes::Int8Min | Codes::Int8Rotated => 8,
+        Codes::Int4 | Codes::Int4Min | Codes::Int4Double | Codes::Fp4 => 4,
     }
 }
 

@@ -185,6 +185,25 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    fn swap<const DISTANCE: usize>(self, v: Self::V) -> Self::V {
+        match DISTANCE {
+            1 => (op!(_mm256_permute_ps::<0b10_11_00_01>(v.0)), op!(_mm256_permute_ps::<0b10_11_00_01>(v.1))),
+            2 => (op!(_mm256_permute_ps::<0b01_00_11_10>(v.0)), op!(_mm256_permute_ps::<0b01_00_11_10>(v.1))),
+            4 => (op!(_mm256_permute2f128_ps::<1>(v.0, v.0)), op!(_mm256_permute2f128_ps::<1>(v.1, v.1))),
+            _ => (v.1, v.0),
+        }
+    }
+
+    #[inline(always)]
+    fn load_u8(self, from: &[u8; WIDTH]) -> Self::V {
+        let bytes = op!(_mm_loadu_si128(from.as_ptr().cast()));
+        let low = op!(_mm256_cvtepu8_epi32(bytes));
+        let high = op!(_mm_srli_si128::<8>(bytes));
+        let high = op!(_mm256_cvtepu8_epi32(high));
+        (op!(_mm256_cvtepi32_ps(low)), op!(_mm256_cvtepi32_ps(high)))
+    }
+
+    #[inline(always)]
     fn splat_int(self, value: i32) -> Self::I {
         let v = op!(_mm256_set1_epi32(value));
         (v, v)

@@ -135,6 +135,23 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    fn swap<const DISTANCE: usize>(self, v: __m512) -> __m512 {
+        match DISTANCE {
+            1 => op!(_mm512_permute_ps::<0b10_11_00_01>(v)),
+            2 => op!(_mm512_permute_ps::<0b01_00_11_10>(v)),
+            4 => op!(_mm512_shuffle_f32x4::<0b10_11_00_01>(v, v)),
+            _ => op!(_mm512_shuffle_f32x4::<0b01_00_11_10>(v, v)),
+        }
+    }
+
+    #[inline(always)]
+    fn load_u8(self, from: &[u8; WIDTH]) -> __m512 {
+        let bytes = op!(_mm_loadu_si128(from.as_ptr().cast()));
+        let words = op!(_mm512_cvtepu8_epi32(bytes));
+        op!(_mm512_cvtepi32_ps(words))
+    }
+
+    #[inline(always)]
     fn splat_int(self, value: i32) -> __m512i {
         op!(_mm512_set1_epi32(value))
     }

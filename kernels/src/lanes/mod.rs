@@ -62,6 +62,10 @@ pub(crate) trait Lanes: Copy {
     /// Adds lanes 8 apart, then 4, 2 and 1 apart.
     fn sum(self, v: Self::V) -> f32;
 
+    /// The vector with lanes this far apart in each other's place: 1, 2, 4 or 8.
+    fn swap<const DISTANCE: usize>(self, v: Self::V) -> Self::V;
+    fn load_u8(self, from: &[u8; WIDTH]) -> Self::V;
+
     fn splat_int(self, value: i32) -> Self::I;
     fn load_int(self, from: &[i32; WIDTH]) -> Self::I;
     fn add_int(self, a: Self::I, b: Self::I) -> Self::I;

@@ -105,6 +105,16 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    fn swap<const DISTANCE: usize>(self, v: Self::V) -> Self::V {
+        std::array::from_fn(|lane| v[lane ^ DISTANCE])
+    }
+
+    #[inline(always)]
+    fn load_u8(self, from: &[u8; WIDTH]) -> Self::V {
+        from.map(f32::from)
+    }
+
+    #[inline(always)]
     fn splat_int(self, value: i32) -> Self::I {
         [value; WIDTH]
     }

@@ -1,5 +1,6 @@
 //! Input rows as int8 under a scale for each group.
 
+use super::rotation::rotate;
 use crate::dispatch::{self, Kernel};
 use crate::lanes::{Lanes, WIDTH, load_tail};
 use crate::memory::{Disjoint, unsigned};
@@ -10,12 +11,14 @@ const TASK_ROWS: usize = 4;
 /// A row's element costs about as much as so many multiplications.
 const ELEMENT_WORK: usize = 4;
 
+/// Columns of the largest group.
+const MAX_GROUP: usize = 128;
 /// Quads of codes in a cache line.
 const LINE_QUADS: usize = 16;
 
 /// Rows of activations, quantized: `x = scale * code`, codes -127 to 127.
 pub(crate) struct QuantizedRows {
-    pub(crate) group: usize,
+    pub(crate) form: RowForm,
     pub(crate) num_groups: usize,
     /// `[rows, num_groups * group / 4]`, zeros behind the columns.
     codes: Vec<[i8; 4]>,
@@ -23,6 +26,15 @@ pub(crate) struct QuantizedRows {
     first: usize,
     /// `[rows, num_groups]`
     terms: Vec<Terms>,
+}
+
+/// How rows are quantized.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RowForm {
+    /// Columns that share a scale.
+    pub(crate) group: usize,
+    /// Whether blocks of columns are turned first; they fill groups.
+    pub(crate) is_rotated: bool,
 }
 
 /// What the product needs to know of a group of a row.
@@ -35,7 +47,8 @@ pub(crate) struct Terms {
 
 impl QuantizedRows {
     /// Quantizes the rows of `x`, each `cols` long. A group that holds something that is no number gets a NaN as scale.
-    pub(crate) fn new(x: &[f32], cols: usize, group: usize) -> Self {
+    pub(crate) fn new(x: &[f32], cols: usize, form: RowForm) -> Self {
+        let group = form.group;
         let num_rows = x.len().checked_div(cols).unwrap_or(0);
         let num_groups = cols.div_ceil(group);
         let quads = num_groups * group / 4;
@@ -49,20 +62,20 @@ impl QuantizedRows {
                 let codes = unsafe { code_parts.part(row * quads, quads) };
                 // SAFETY: as above.
                 let terms = unsafe { term_parts.part(row * num_groups, num_groups) };
-                dispatch::run(Quantize { x: &x[row * cols..(row + 1) * cols], group, codes, terms });
+                dispatch::run(Quantize { x: &x[row * cols..(row + 1) * cols], form, codes, terms });
             }
         });
-        Self { group, num_groups, codes, first, terms }
+        Self { form, num_groups, codes, first, terms }
     }
 
     pub(crate) fn codes(&self, row: usize) -> &[[i8; 4]] {
-        let quads = self.num_groups * self.group / 4;
+        let quads = self.num_groups * self.form.group / 4;
         &self.codes[self.first + row * quads..self.first + (row + 1) * quads]
     }
 
     /// The codes of a row and of all behind it, and the bytes from row to row.
     pub(super) fn bytes_from(&self, row: usize) -> (&[u8], usize) {
-        let quads = self.num_groups * self.group / 4;
+        let quads = self.num_groups * self.form.group / 4;
         (unsigned(self.codes[self.first + row * quads..].as_flattened()), 4 * quads)
     }
 
@@ -74,7 +87,7 @@ impl QuantizedRows {
 /// One row.
 struct Quantize<'a> {
     x: &'a [f32],
-    group: usize,
+    form: RowForm,
     codes: &'a mut [[i8; 4]],
     terms: &'a mut [Terms],
 }
@@ -84,8 +97,18 @@ impl Kernel for Quantize<'_> {
 
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
-        let codes = self.codes.chunks_exact_mut(self.group / 4);
-        for ((x, codes), terms) in self.x.chunks(self.group).zip(codes).zip(self.terms) {
+        let RowForm { group, is_rotated } = self.form;
+        let codes = self.codes.chunks_exact_mut(group / 4);
+        let mut rotated = [0.0; MAX_GROUP];
+        for ((x, codes), terms) in self.x.chunks(group).zip(codes).zip(self.terms) {
+            let mut x = x;
+            if is_rotated {
+                rotated[..x.len()].copy_from_slice(x);
+                rotated[x.len()..].fill(0.0);
+                let blocks = rotated[..group].as_chunks_mut().0;
+                blocks.iter_mut().for_each(|block| rotate(lanes, block));
+                x = &rotated[..group];
+            }
             let (mut largest, mut poison) = (lanes.splat(0.0), lanes.splat(0.0));
             let zero = lanes.splat(0.0);
             for x in x.chunks(WIDTH) {

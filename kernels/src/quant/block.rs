@@ -28,7 +28,7 @@ pub(crate) struct QuantBlock<'a> {
 
 /// Computes a block on the instruction set of this machine.
 pub(crate) fn multiply(block: QuantBlock<'_>) {
-    debug_assert_eq!(block.x.group, block.layout.format.group());
+    debug_assert_eq!(block.x.form, block.layout.format.row_form());
     debug_assert_eq!(block.x.num_groups, block.layout.num_groups);
     #[cfg(target_arch = "x86_64")]
     if block.rows.len() >= tiles::MIN_ROWS
@@ -216,14 +216,12 @@ fn tile<L: Lanes, D: Decode, const M: usize, const P: usize>(
         let starts = std::array::from_fn(|m| -offset * terms[m][idx].sum);
         let sums = dot_group::<L, D, M, P>(lanes, x, (codes, format.codes.table()), starts);
         for p in 0..P {
-            let scale_idx = if has_min { 2 * idx } else { idx };
-            let scale = lanes.load_f16(&panels[p].scales[scale_idx]);
+            let (scale, min) = panels[p].scales(lanes, idx);
             for m in 0..M {
                 let x_scale = lanes.splat(terms[m][idx].scale);
                 acc[m][p] = lanes.fma(lanes.int_to_float(sums[m][p]), lanes.mul(scale, x_scale), acc[m][p]);
             }
             if has_min {
-                let min = lanes.load_f16(&panels[p].scales[scale_idx + 1]);
                 for m in 0..M {
                     let x_sum = lanes.splat(terms[m][idx].scale * terms[m][idx].sum as f32);
                     acc[m][p] = lanes.fma(min, x_sum, acc[m][p]);

@@ -2,8 +2,10 @@
 
 use half::f16;
 
-use super::layout::{Layout, PANEL_ROWS};
+use super::layout::{Layout, MIN_CENTER, PANEL_ROWS};
+use super::rotation::Rotate;
 use super::{Codes, QuantFormat};
+use crate::dispatch;
 use crate::error::{KernelError, Result};
 use crate::memory::Disjoint;
 use crate::pool;
@@ -29,7 +31,9 @@ pub struct GroupRow {
 impl GroupRow {
     fn new(layout: &Layout) -> Self {
         let groups = vec![0.0; layout.num_groups];
-        Self { codes: vec![0; layout.cols], scales: groups.clone(), mins: groups }
+        // Turned blocks have no filling: what stands there is part of them.
+        let codes = if layout.format.codes.are_rotated() { layout.padded_cols() } else { layout.cols };
+        Self { codes: vec![0; codes], scales: groups.clone(), mins: groups }
     }
 }
 
@@ -70,12 +74,34 @@ pub(crate) fn quantize(layout: &Layout, rows: usize, values: &[f32], out: &mut [
 
 impl GroupRow {
     fn quantize(&mut self, format: QuantFormat, values: &[f32]) {
+        if format.codes.are_rotated() {
+            let mut rotated = values.to_vec();
+            rotated.resize(self.codes.len(), 0.0);
+            dispatch::run(Rotate(rotated.as_chunks_mut().0));
+            return self.quantize_groups(format, &rotated);
+        }
+        self.quantize_groups(format, values);
+        let is_finite = self.scales.iter().all(|scale| scale.is_finite());
+        if format.codes == Codes::Int4Double && is_finite {
+            let factors = DoubleFactors::of(self);
+            let groups = values.chunks(format.group()).zip(self.codes.chunks_mut(format.group()));
+            for (idx, (values, codes)) in groups.enumerate() {
+                let (scale, min) = factors.round(self.scales[idx], self.mins[idx]);
+                (self.scales[idx], self.mins[idx]) = (f32::from(scale) * factors.scale, f32::from(min) * factors.min);
+                encode(values, (self.scales[idx], self.mins[idx]), format.codes, codes);
+            }
+        }
+    }
+
+    fn quantize_groups(&mut self, format: QuantFormat, values: &[f32]) {
         let group = format.group();
         for (idx, (values, codes)) in values.chunks(group).zip(self.codes.chunks_mut(group)).enumerate() {
             (self.scales[idx], self.mins[idx]) = match format.codes {
                 _ if values.iter().any(|value| !value.is_finite()) => (f32::NAN, 0.0),
-                Codes::Int8 | Codes::Int4 => (quantize_symmetric(format.codes, values, codes), 0.0),
-                Codes::Int8Min | Codes::Int4Min => quantize_range(format.codes, values, codes),
+                Codes::Int8 | Codes::Int8Rotated | Codes::Int4 => {
+                    (quantize_symmetric(format.codes, values, codes), 0.0)
+                }
+                Codes::Int8Min | Codes::Int4Min | Codes::Int4Double => quantize_range(format.codes, values, codes),
                 Codes::Fp4 => (quantize_fp4(values, codes), 0.0),
             };
         }
@@ -85,16 +111,20 @@ impl GroupRow {
     fn write(&self, layout: &Layout, row: usize, panel: &mut [u8]) -> Option<()> {
         let QuantFormat { codes, .. } = layout.format;
         let mins = if codes.have_min() { self.mins.as_slice() } else { &[] };
-        let scale_factor = codes.scale_factor();
-        let largest = self.scales.iter().chain(mins).fold(0f32, |largest, value| largest.max(value.abs()));
         let is_finite = self.scales.iter().chain(mins).all(|value| value.is_finite());
-        let factor = if largest > 0.0 && is_finite { power_below(largest, TOP_EXPONENT) } else { 1.0 };
-        panel[Layout::factor_at(row)..][..4].copy_from_slice(&factor.to_le_bytes());
-        for (is_min, values) in [self.scales.as_slice(), mins].into_iter().enumerate() {
-            let scale_factor = if is_min == 0 { scale_factor } else { 1.0 };
-            for (group, value) in values.iter().enumerate() {
-                let half = f16::from_f32(value * scale_factor / factor);
-                panel[layout.scale_at(row, group, is_min)..][..2].copy_from_slice(&half.to_le_bytes());
+        if codes == Codes::Int4Double {
+            self.write_double(layout, row, panel);
+        } else {
+            let largest = self.scales.iter().chain(mins).fold(0f32, |largest, value| largest.max(value.abs()));
+            let factor = if largest > 0.0 && is_finite { power_below(largest, TOP_EXPONENT) } else { 1.0 };
+            layout.factors_at(row).for_each(|at| panel[at..at + 4].copy_from_slice(&factor.to_le_bytes()));
+            for (is_min, values) in [self.scales.as_slice(), mins].into_iter().enumerate() {
+                let scale_factor = if is_min == 0 { codes.scale_factor() } else { 1.0 };
+                for (group, value) in values.iter().enumerate() {
+                    let half = f16::from_f32(value * scale_factor / factor);
+                    let (at, len) = layout.scale_at(row, group, is_min);
+                    panel[at..at + len].copy_from_slice(&half.to_le_bytes());
+                }
             }
         }
         for col in 0..layout.padded_cols() {
@@ -103,6 +133,42 @@ impl GroupRow {
             panel[at] |= self.codes.get(col).map_or(0, |code| code & codes.largest()) << shift;
         }
         is_finite.then_some(())
+    }
+
+    fn write_double(&self, layout: &Layout, row: usize, panel: &mut [u8]) {
+        let factors = DoubleFactors::of(self);
+        for (at, factor) in layout.factors_at(row).zip([factors.scale, factors.min / factors.scale]) {
+            panel[at..at + 4].copy_from_slice(&factor.to_le_bytes());
+        }
+        for (group, (&scale, &min)) in self.scales.iter().zip(&self.mins).enumerate() {
+            let (scale, min) = factors.round(scale, min);
+            panel[layout.scale_at(row, group, 0).0] = scale;
+            panel[layout.scale_at(row, group, 1).0] = min.cast_unsigned() ^ MIN_CENTER;
+        }
+    }
+}
+
+/// What the 8 bits of a row's scales and minima are multiplied with.
+struct DoubleFactors {
+    scale: f32,
+    min: f32,
+}
+
+impl DoubleFactors {
+    fn of(row: &GroupRow) -> Self {
+        let largest = |values: &[f32]| values.iter().fold(0f32, |largest, value| largest.max(value.abs()));
+        let (scale, min) = (largest(&row.scales) / 255.0, largest(&row.mins) / 127.0);
+        // A row that is constant in each group has no scale, and minima are stored by their share of it.
+        let scale = if scale > 0.0 { scale } else { 1.0 };
+        Self { scale, min }
+    }
+
+    /// A scale that is not zero does not become it.
+    fn round(&self, scale: f32, min: f32) -> (u8, i8) {
+        let rounded = (scale / self.scale).round_ties_even() as u8;
+        let scale = if scale > 0.0 { rounded.max(1) } else { 0 };
+        let min = if self.min > 0.0 { (min / self.min).round_ties_even() as i8 } else { 0 };
+        (scale, min)
     }
 }
 
@@ -125,7 +191,7 @@ fn to_half_precision(value: f32) -> f32 {
 fn quantize_symmetric(kind: Codes, values: &[f32], codes: &mut [u8]) -> f32 {
     let offset = kind.offset() as f32;
     let extreme = values.iter().fold(0f32, |extreme, &value| if value.abs() > extreme.abs() { value } else { extreme });
-    let scale = to_half_precision(if kind == Codes::Int8 { extreme.abs() / 127.0 } else { extreme / -offset });
+    let scale = to_half_precision(if kind.offset() == 128 { extreme.abs() / 127.0 } else { extreme / -offset });
     let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
     for (code, value) in codes.iter_mut().zip(values) {
         *code = ((value * inverse).round_ties_even().clamp(-offset, offset - 1.0) + offset) as u8;
@@ -153,10 +219,16 @@ fn quantize_range(kind: Codes, values: &[f32], codes: &mut [u8]) -> (f32, f32) {
         }
     }
     let (scale, min) = (to_half_precision(best.1), to_half_precision(best.2));
-    for (code, value) in codes.iter_mut().zip(values) {
-        *code = code_of(*value, (1.0 / scale, min), largest) as u8;
-    }
+    encode(values, (scale, min), kind, codes);
     (scale, min)
+}
+
+/// The codes nearest to the values; zeros where there is no scale.
+fn encode(values: &[f32], (scale, min): (f32, f32), kind: Codes, codes: &mut [u8]) {
+    let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+    for (code, value) in codes.iter_mut().zip(values) {
+        *code = code_of(*value, (inverse, min), f32::from(kind.largest())) as u8;
+    }
 }
 
 fn code_of(value: f32, (inverse, min): (f32, f32), largest: f32) -> f32 {
@@ -205,14 +277,22 @@ pub(crate) fn read_row(layout: &Layout, bytes: &[u8], row_idx: usize, out: &mut 
     let bytes = &bytes[row_idx / PANEL_ROWS * layout.panel_bytes..];
     let panel = layout.panel(bytes);
     let (codes, group) = (layout.format.codes, layout.format.group());
-    let vectors_per_group = 1 + usize::from(codes.have_min());
-    for (idx, out) in out.chunks_mut(group).enumerate() {
-        let scale = panel.scales[idx * vectors_per_group][row].to_f32() * panel.factors[row];
-        let min = if codes.have_min() { panel.scales[2 * idx + 1][row].to_f32() * panel.factors[row] } else { 0.0 };
-        for (col, out) in (idx * group..).zip(out) {
-            let (at, shift) = layout.code_at(row, col);
-            *out = scale * codes.number((bytes[at] >> shift) & codes.largest()) as f32 + min;
+    let read = |out: &mut [f32]| {
+        for (idx, out) in out.chunks_mut(group).enumerate() {
+            let (scale, min) = panel.scale_of(row, idx);
+            for (col, out) in (idx * group..).zip(out) {
+                let (at, shift) = layout.code_at(row, col);
+                *out = scale * codes.number((bytes[at] >> shift) & codes.largest()) as f32 + min;
+            }
         }
+    };
+    if codes.are_rotated() {
+        let mut rotated = vec![0.0; layout.padded_cols()];
+        read(&mut rotated);
+        dispatch::run(Rotate(rotated.as_chunks_mut().0));
+        out.copy_from_slice(&rotated[..out.len()]);
+    } else {
+        read(out);
     }
 }
 
@@ -236,10 +316,12 @@ fn copy_row(layout: &Layout, (from, from_row): (&[u8], usize), (to, to_row): (&m
     let to = &mut to[to_row / PANEL_ROWS * layout.panel_bytes..][..layout.panel_bytes];
     let (from_row, to_row) = (from_row % PANEL_ROWS, to_row % PANEL_ROWS);
     let mut copy = |from_at: usize, to_at: usize, len| to[to_at..][..len].copy_from_slice(&from[from_at..][..len]);
-    copy(Layout::factor_at(from_row), Layout::factor_at(to_row), 4);
+    layout.factors_at(from_row).zip(layout.factors_at(to_row)).for_each(|(from_at, to_at)| copy(from_at, to_at, 4));
     for group in 0..layout.num_groups {
         for is_min in 0..=usize::from(layout.format.codes.have_min()) {
-            copy(layout.scale_at(from_row, group, is_min), layout.scale_at(to_row, group, is_min), 2);
+            let ((from_at, len), (to_at, _)) =
+                (layout.scale_at(from_row, group, is_min), layout.scale_at(to_row, group, is_min));
+            copy(from_at, to_at, len);
         }
     }
     let step = if layout.format.codes.are_nibbles() { 8 } else { 4 };

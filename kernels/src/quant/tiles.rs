@@ -179,7 +179,7 @@ impl<const P: usize> Band<'_, P> {
         group_idx: usize,
         expanded: &'b mut [[[u8; BYTES]; MAX_GROUP / 4]; PANELS],
     ) -> [&'b [u8]; PANELS] {
-        let vectors = self.x.group / 4 / D::VECTORS;
+        let vectors = self.x.form.group / 4 / D::VECTORS;
         let mut weights: [&[u8]; PANELS] = [&[]; PANELS];
         for (p, expanded) in expanded.iter_mut().enumerate().take(P) {
             let codes = &self.panels[p].codes[group_idx * vectors..(group_idx + 1) * vectors];
@@ -209,7 +209,7 @@ impl<const P: usize> Band<'_, P> {
         gathered: &mut [[u8; MAX_ROW_BYTES]; MAX_ROWS],
         sums: &mut [[[i32; WIDTH]; MAX_ROWS]; PANELS],
     ) {
-        let group = self.x.group;
+        let group = self.x.form.group;
         tiles.zero::<C0>();
         if P == 2 {
             tiles.zero::<C1>();
@@ -261,10 +261,7 @@ impl<const P: usize> Band<'_, P> {
     #[inline(always)]
     fn scale<L: Lanes>(&self, lanes: L, group_idx: usize, sums: &Sums, acc: &mut [[[f32; WIDTH]; PANELS]; BAND_ROWS]) {
         let has_min = self.codes.have_min();
-        let scale_idx = if has_min { 2 * group_idx } else { group_idx };
-        let scales = self.panels.map(|panel| lanes.load_f16(&panel.scales[scale_idx]));
-        // Read, but not used, where there is no minimum.
-        let mins = self.panels.map(|panel| lanes.load_f16(&panel.scales[scale_idx + usize::from(has_min)]));
+        let scales = self.panels.map(|panel| panel.scales(lanes, group_idx));
         for (m, (&row, acc)) in self.rows.iter().zip(acc).enumerate() {
             let terms = self.x.terms(row as usize)[group_idx];
             let (x_scale, offset) = (lanes.splat(terms.scale), lanes.splat_int(-self.codes.offset() * terms.sum));
@@ -272,9 +269,9 @@ impl<const P: usize> Band<'_, P> {
             for p in 0..P {
                 let sum = lanes.add_int(lanes.load_int(&sums[m / MAX_ROWS][p][m % MAX_ROWS]), offset);
                 let mut v = lanes.load(&acc[p]);
-                v = lanes.fma(lanes.int_to_float(sum), lanes.mul(scales[p], x_scale), v);
+                v = lanes.fma(lanes.int_to_float(sum), lanes.mul(scales[p].0, x_scale), v);
                 if has_min {
-                    v = lanes.fma(mins[p], x_sum, v);
+                    v = lanes.fma(scales[p].1, x_sum, v);
                 }
                 lanes.store(v, &mut acc[p]);
             }
