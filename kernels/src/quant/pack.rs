@@ -273,26 +273,28 @@ fn quantize_fp4(values: &[f32], codes: &mut [u8]) -> f32 {
 
 /// The numbers of one row.
 pub(crate) fn read_row(layout: &Layout, bytes: &[u8], row_idx: usize, out: &mut [f32]) {
+    if layout.format.codes.are_rotated() {
+        let mut rotated = vec![0.0; layout.padded_cols()];
+        read_stored(layout, bytes, row_idx, &mut rotated);
+        dispatch::run(Rotate(rotated.as_chunks_mut().0));
+        out.copy_from_slice(&rotated[..out.len()]);
+    } else {
+        read_stored(layout, bytes, row_idx, out);
+    }
+}
+
+/// The first numbers of one row as they are multiplied: still turned where the format turns them.
+pub(super) fn read_stored(layout: &Layout, bytes: &[u8], row_idx: usize, out: &mut [f32]) {
     let row = row_idx % PANEL_ROWS;
     let bytes = &bytes[row_idx / PANEL_ROWS * layout.panel_bytes..];
     let panel = layout.panel(bytes);
     let (codes, group) = (layout.format.codes, layout.format.group());
-    let read = |out: &mut [f32]| {
-        for (idx, out) in out.chunks_mut(group).enumerate() {
-            let (scale, min) = panel.scale_of(row, idx);
-            for (col, out) in (idx * group..).zip(out) {
-                let (at, shift) = layout.code_at(row, col);
-                *out = scale * codes.number((bytes[at] >> shift) & codes.largest()) as f32 + min;
-            }
+    for (idx, out) in out.chunks_mut(group).enumerate() {
+        let (scale, min) = panel.scale_of(row, idx);
+        for (col, out) in (idx * group..).zip(out) {
+            let (at, shift) = layout.code_at(row, col);
+            *out = scale * codes.number((bytes[at] >> shift) & codes.largest()) as f32 + min;
         }
-    };
-    if codes.are_rotated() {
-        let mut rotated = vec![0.0; layout.padded_cols()];
-        read(&mut rotated);
-        dispatch::run(Rotate(rotated.as_chunks_mut().0));
-        out.copy_from_slice(&rotated[..out.len()]);
-    } else {
-        read(out);
     }
 }
 

@@ -1,7 +1,7 @@
 //! Oracle of the product: one element at a time, sums in f64, activations quantized as the contract says.
 
 use super::Layout;
-use super::pack::read_row;
+use super::pack::read_stored;
 use super::rotation::Rotate;
 use crate::dispatch::Isa;
 use crate::lanes::Portable;
@@ -12,19 +12,14 @@ pub(crate) fn product(x: &[f32], layout: &Layout, bytes: &[u8], rows: usize) -> 
     let mut x = x.to_vec();
     if form.is_rotated {
         x.resize(layout.padded_cols(), 0.0);
-        turn(&mut x);
+        // Rounded as the product's own, so that no code falls on the other side of a half.
+        Isa::Portable(Portable).run(Rotate(x.as_chunks_mut().0));
     }
-    let mut x: Vec<f64> = x.chunks(form.group).flat_map(rounded).collect();
-    if form.is_rotated {
-        // What the weights, which are read turned back, are multiplied with.
-        let mut back: Vec<f32> = x.iter().map(|&x| x as f32).collect();
-        turn(&mut back);
-        x = back.into_iter().map(f64::from).collect();
-    }
-    let mut row = vec![0.0; layout.cols];
+    let x: Vec<f64> = x.chunks(form.group).flat_map(rounded).collect();
+    let mut row = vec![0.0; x.len()];
     (0..rows)
         .map(|row_idx| {
-            read_row(layout, bytes, row_idx, &mut row);
+            read_stored(layout, bytes, row_idx, &mut row);
             x.iter().zip(&row).map(|(x, &w)| x * f64::from(w)).sum::<f64>() as f32
         })
         .collect()
@@ -35,9 +30,4 @@ fn rounded(group: &[f32]) -> Vec<f64> {
     let scale = if largest == 0.0 { 0.0 } else { largest / 127.0 };
     let inverse = if largest == 0.0 { 0.0 } else { 127.0 / largest };
     group.iter().map(|x| f64::from((x * inverse).round_ties_even()) * f64::from(scale)).collect()
-}
-
-/// Rounded as the product's own, so that no code falls on the other side of a half.
-fn turn(x: &mut [f32]) {
-    Isa::Portable(Portable).run(Rotate(x.as_chunks_mut().0));
 }
