@@ -11,7 +11,7 @@ use crate::golden::{logits_of, open_with};
 
 /// Largest mean difference of a logit from that in f32, as a share of the largest one: one of eight bits, and one of four.
 /// Tiny random models have near ties, so that a router chooses otherwise here and there.
-const TOLERANCES: [f32; 2] = [0.03, 0.15];
+const TOLERANCES: [f32; 2] = [0.05, 0.15];
 
 /// A folder that is removed when dropped.
 struct Packed(PathBuf);
@@ -175,13 +175,17 @@ fn broken_packed_folders_are_refused_by_name() {
             ("\"version\": 1", "\"version\": 7"),
             "moesaic.json is not valid: its weights are packed in version 7",
         ),
-        ("moesaic.json", ("\"int8/64\"", "\"int8/48\""), "has the unknown format `int8/48` in moesaic.json"),
+        (
+            "moesaic.json",
+            ("\"int8rotated/64\"", "\"int8rotated/48\""),
+            "has the unknown format `int8rotated/48` in moesaic.json",
+        ),
         (
             "moesaic.json",
             ("model.layers.0.self_attn.o_proj.weight", "x"),
             "self_attn.o_proj.weight` is not in moesaic.json",
         ),
-        ("moesaic.json", ("\"int8/64\"", "\"f32\""), "bytes, expected"),
+        ("moesaic.json", ("\"int8rotated/64\"", "\"f32\""), "bytes, expected"),
         (
             "model.safetensors.index.json",
             ("model.norm.weight", "model.norm.wrong"),

@@ -2,7 +2,7 @@
 
 use super::rotation::rotate;
 use crate::dispatch::{self, Kernel};
-use crate::lanes::{Lanes, WIDTH, load_tail};
+use crate::lanes::{Lanes, WIDTH};
 use crate::memory::{Disjoint, unsigned};
 use crate::pool;
 
@@ -99,50 +99,53 @@ impl Kernel for Quantize<'_> {
     fn run<L: Lanes>(self, lanes: L) {
         let RowForm { group, is_rotated } = self.form;
         let codes = self.codes.chunks_exact_mut(group / 4);
-        let mut rotated = [0.0; MAX_GROUP];
+        let mut filled = [0.0; MAX_GROUP];
         for ((x, codes), terms) in self.x.chunks(group).zip(codes).zip(self.terms) {
-            let mut x = x;
+            filled[..x.len()].copy_from_slice(x);
+            filled[x.len()..].fill(0.0);
+            let x = &mut filled[..group];
             if is_rotated {
-                rotated[..x.len()].copy_from_slice(x);
-                rotated[x.len()..].fill(0.0);
-                let blocks = rotated[..group].as_chunks_mut().0;
-                blocks.iter_mut().for_each(|block| rotate(lanes, block));
-                x = &rotated[..group];
+                x.as_chunks_mut().0.iter_mut().for_each(|block| rotate(lanes, block));
             }
-            let (mut largest, mut poison) = (lanes.splat(0.0), lanes.splat(0.0));
-            let zero = lanes.splat(0.0);
-            for x in x.chunks(WIDTH) {
-                let v = load_chunk(lanes, x);
-                largest = lanes.max(largest, lanes.max(v, lanes.sub(zero, v)));
-                // 0 for every number, NaN for what is none.
-                poison = lanes.fma(v, zero, poison);
-            }
-            let mut magnitudes = [0.0; WIDTH];
-            lanes.store(largest, &mut magnitudes);
-            let largest = magnitudes.into_iter().fold(0f32, f32::max);
-            let is_number = lanes.sum(poison) == 0.0;
-            terms.scale = if is_number { largest / 127.0 } else { f32::NAN };
-            let inverse = if is_number && largest > 0.0 { 127.0 / largest } else { 0.0 };
-            // A group of denormals has an inverse that is none.
-            let inverse = lanes.splat(if inverse.is_finite() { inverse } else { 0.0 });
-            terms.sum = 0;
-            for (x, codes) in x.chunks(WIDTH).zip(codes.chunks_exact_mut(WIDTH / 4)) {
-                let mut bytes = [0; WIDTH];
-                if is_number {
-                    lanes.store_i8(lanes.mul(load_chunk(lanes, x), inverse), &mut bytes);
-                }
-                terms.sum += bytes.iter().map(|&byte| i32::from(byte)).sum::<i32>();
-                codes.as_flattened_mut().copy_from_slice(&bytes);
-            }
+            quantize_group(lanes, x.as_chunks().0, (codes.as_chunks_mut().0, terms));
         }
     }
 }
 
-/// Up to 16 elements, zeros behind them.
+/// Whole vectors, which hold zeros behind the columns.
 #[inline(always)]
-fn load_chunk<L: Lanes>(lanes: L, x: &[f32]) -> L::V {
-    match x.try_into() {
-        Ok(whole) => lanes.load(whole),
-        Err(_) => load_tail(lanes, x),
+fn quantize_group<L: Lanes>(lanes: L, x: &[[f32; WIDTH]], (codes, terms): (&mut [[[i8; 4]; WIDTH / 4]], &mut Terms)) {
+    let zero = lanes.splat(0.0);
+    let (mut largest, mut poison) = (zero, zero);
+    for x in x {
+        let v = lanes.load(x);
+        largest = lanes.max(largest, lanes.max(v, lanes.sub(zero, v)));
+        // 0 for every number, NaN for what is none.
+        poison = lanes.fma(v, zero, poison);
     }
+    largest = lanes.max(largest, lanes.swap::<8>(largest));
+    largest = lanes.max(largest, lanes.swap::<4>(largest));
+    largest = lanes.max(largest, lanes.swap::<2>(largest));
+    largest = lanes.max(largest, lanes.swap::<1>(largest));
+    let mut magnitudes = [0.0; WIDTH];
+    lanes.store(largest, &mut magnitudes);
+    let largest = magnitudes[0];
+    if lanes.sum(poison) != 0.0 {
+        *terms = Terms { scale: f32::NAN, sum: 0 };
+        return codes.fill([[0; 4]; WIDTH / 4]);
+    }
+    terms.scale = largest / 127.0;
+    // A group of denormals has an inverse that is none.
+    let inverse = 127.0 / largest;
+    let inverse = lanes.splat(if inverse.is_finite() { inverse } else { 0.0 });
+    // Of integers, far below where f32 would round it.
+    let mut sum = zero;
+    for (x, codes) in x.iter().zip(codes) {
+        let rounded = lanes.round(lanes.mul(lanes.load(x), inverse));
+        sum = lanes.add(sum, rounded);
+        let mut bytes = [0; WIDTH];
+        lanes.store_i8(rounded, &mut bytes);
+        codes.as_flattened_mut().copy_from_slice(&bytes);
+    }
+    terms.sum = lanes.sum(sum) as i32;
 }
