@@ -84,6 +84,12 @@ pub(crate) fn run_by_width<K: ByWidth>(kernel: K) -> K::Output {
     chosen().lanes.run_by_width(kernel)
 }
 
+/// Whether the chosen set contains AVX2.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn has_avx2() -> bool {
+    !matches!(chosen().lanes, Isa::Portable(_))
+}
+
 /// Runs a kernel of tiles on the vectors that come with them. Panics if others are chosen.
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn run_beside_tiles<K: Kernel>(kernel: K) -> K::Output {

@@ -208,7 +208,8 @@ impl Pool {
         let workers =
             (1..threads).map(|_| Worker { thread: OnceLock::new(), parked: AtomicBool::new(false) }).collect();
         let mut cpus = affinity::allowed_cpus();
-        if cpus.len() < threads {
+        // Fewer threads than CPUs share the machine with others, who may have chosen the same.
+        if cpus.len() != threads {
             cpus.clear();
         }
         let pool: &'static Self = Box::leak(Box::new(Self {

@@ -35,10 +35,10 @@ pub fn quantize_with_tokenizer(
     to: PackFormat,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<QuantizeReport, PackError> {
-    engine::quantize(source, out, to, progress, |folder| match source.is_dir() {
-        true => copy_files(source, folder),
-        false => {
-            let tokenizer = TokenizerFiles::from_gguf(&GgufFile::open(source)?)?;
+    engine::quantize(source, out, to, progress, |folder| match engine::find_gguf(source)? {
+        None => copy_files(source, folder),
+        Some(file) => {
+            let tokenizer = TokenizerFiles::from_gguf(&GgufFile::open(&file)?)?;
             tokenizer.write(folder).map_err(|error| PackError::Copy { path: folder.into(), source: error })
         }
     })

@@ -74,14 +74,13 @@ impl PackedIndex {
     /// Another `--quant` than what the folder was made with, and any `--dtype`.
     pub fn check(&self, config: &EngineConfig) -> Result<(), EngineError> {
         let wanted = match (config.quant, config.dtype) {
+            (WeightQuant::Int8, WeightDtype::Auto) if self.format == "int8" => return Ok(()),
+            (WeightQuant::Int4, WeightDtype::Auto) if self.format == "int4" => return Ok(()),
+            (WeightQuant::None, WeightDtype::Auto) => return Ok(()),
             (WeightQuant::Int8, WeightDtype::Auto) => "--quant int8",
             (WeightQuant::Int4, WeightDtype::Auto) => "--quant int4",
-            (WeightQuant::None, WeightDtype::Auto) => return Ok(()),
             _ => "--dtype",
         };
-        if wanted.ends_with(&self.format) {
-            return Ok(());
-        }
         let reason = format!(
             "its weights are packed as {} already, {wanted} cannot change them; hint: leave it out, or take the model that \
              the folder was made from",

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use kernels::{MappedFile, PackedWeight};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::inspect::{Inspection, inspect_files};
 use super::loader::{LoadProgress, Loader};
@@ -15,6 +15,7 @@ use super::quantization::Quantization;
 use super::upcycle::{partial_path, write_json};
 use crate::config::{WeightDtype, WeightQuant, WeightStorage};
 use crate::error::EngineError;
+use crate::handle::GenerationDefaults;
 use crate::layers::rope::ContextLen;
 use crate::models::{self, ModelSource};
 
@@ -155,7 +156,25 @@ fn write_folder(
     write_json(&dir.join(INDEX_FILE), &serde_json::to_value(index).expect("an index is plain data"))?;
     let config = config.with_quantization(config_section(to.name(), &report.digest));
     write_json(&dir.join("config.json"), &Value::Object(config))?;
+    if let ModelFiles::Gguf(model) = files {
+        write_json(&dir.join("generation_config.json"), &generation_config(&model.generation_defaults()?))?;
+    }
     Ok(report)
+}
+
+/// The file that a folder has its sampling defaults and stop tokens in.
+fn generation_config(defaults: &GenerationDefaults) -> Value {
+    let GenerationDefaults { eos_token_ids, temperature, top_k, top_p, min_p, repetition_penalty } = defaults;
+    let keys = json!({
+        "eos_token_id": eos_token_ids,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    });
+    let Value::Object(keys) = keys else { unreachable!("an object was written") };
+    Value::Object(keys.into_iter().filter(|(_, value)| !value.is_null()).collect())
 }
 
 /// A sparse file that stands for weights that were written: a model under construction holds them, and nobody reads them.

@@ -1,6 +1,5 @@
-//! Quantized matrices of a checkpoint, expanded one at a time: bytes under scales (FP8, int8), and packed integers.
-//!
-//! They have no kernels of their own yet.
+//! Quantized matrices of a checkpoint, one at a time: bytes under scales (FP8, int8) are expanded, packed integers keep their
+//! codes where a format of ours holds them.
 
 use kernels::{PackedWeight, WeightFormat};
 use safetensors::Dtype;

@@ -235,3 +235,16 @@ fn weights_have_a_digest() {
     assert_eq!(digest("mixtral-base", "digest-2", PackFormat::Int8), first);
     assert_ne!(digest("mixtral-base", "digest-3", PackFormat::Int4), first);
 }
+
+#[test]
+fn a_packed_gguf_keeps_its_stop_tokens_and_sampling_defaults() {
+    let source = golden_dir("granitemoeshared-base.gguf");
+    let packed = Packed(std::env::temp_dir().join(format!("moesaic-packed-gguf-{}", std::process::id())));
+    quantize(&source, &packed.0, PackFormat::Int8, &mut |_| {}, |_| Ok::<_, EngineError>(())).expect("a packed folder");
+    let defaults = |path: &Path| {
+        let config = EngineConfig { kv_cache_memory: Some(1 << 20), ..EngineConfig::new(path) };
+        load_model(&config, &mut |_| {}).expect("a model").summary.generation_defaults
+    };
+    assert!(!defaults(&source).eos_token_ids.is_empty());
+    assert_eq!(defaults(&packed.0), defaults(&source));
+}

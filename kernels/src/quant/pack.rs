@@ -14,6 +14,9 @@ use crate::pool;
 /// f16 that numbers down to 2^-24 of it keep all their bits.
 const TOP_EXPONENT: i32 = 10;
 
+/// Of the scale in the minimum of a row.
+const SMALLEST_SCALE_SHARE: f32 = 1.0 / (1u128 << 100) as f32;
+
 /// Shares of a group's range that are tried as its step.
 const STEP_SHARES: [f32; 4] = [1.0, 0.95, 0.9, 0.85];
 
@@ -158,8 +161,9 @@ impl DoubleFactors {
     fn of(row: &GroupRow) -> Self {
         let largest = |values: &[f32]| values.iter().fold(0f32, |largest, value| largest.max(value.abs()));
         let (scale, min) = (largest(&row.scales) / 255.0, largest(&row.mins) / 127.0);
-        // A row that is constant in each group has no scale, and minima are stored by their share of it.
-        let scale = if scale > 0.0 { scale } else { 1.0 };
+        // Minima are stored by their share of the scale, which must be a number. A row that is constant in each group has
+        // no scale.
+        let scale = if scale > 0.0 { scale.max(min * SMALLEST_SCALE_SHARE) } else { 1.0 };
         Self { scale, min }
     }
 

@@ -217,6 +217,11 @@ fn deepseek(model: &GgufModel) -> Result<Value, EngineError> {
         return Err(metadata.unsupported("attention.temperature_scale", "is not supported"));
     }
     let q_lora_rank = metadata.opt_count("attention.q_lora_rank")?.filter(|_| model.has("blk.0.attn_q_a.weight"));
+    // Converters write 0 where a model has no factor.
+    let routed_scale = match metadata.float_or("expert_weights_scale", 1.0)? {
+        0.0 => 1.0,
+        scale => scale,
+    };
     let mut config = json!({
         "q_lora_rank": q_lora_rank,
         "kv_lora_rank": metadata.size("attention.kv_lora_rank")?,
@@ -232,7 +237,7 @@ fn deepseek(model: &GgufModel) -> Result<Value, EngineError> {
         "intermediate_size": metadata.count_or("feed_forward_length", 0)?,
         "first_k_dense_replace": metadata.count_or("leading_dense_block_count", 0)?,
         "moe_layer_freq": 1,
-        "routed_scaling_factor": metadata.float_or("expert_weights_scale", 1.0)?,
+        "routed_scaling_factor": routed_scale,
         "attention_bias": false,
         "mlp_bias": false,
     });

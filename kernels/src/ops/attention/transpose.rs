@@ -5,6 +5,8 @@ use std::ops::Range;
 use half::bf16;
 
 use super::tile::TILE;
+#[cfg(target_arch = "x86_64")]
+use crate::dispatch;
 use crate::lanes::{Element, WIDTH};
 
 /// An element that the cache can hold.
@@ -44,8 +46,8 @@ impl CacheElement for f32 {
 
     fn transpose_8(rows: &[&[Self]; 8], lane: usize, out: &mut [[f32; WIDTH]]) -> usize {
         #[cfg(target_arch = "x86_64")]
-        if std::arch::is_x86_feature_detected!("avx2") {
-            // SAFETY: the feature was just found.
+        if dispatch::has_avx2() {
+            // SAFETY: a set that contains the feature is chosen, so the machine has it.
             return unsafe { avx2::transpose_f32(rows, lane, out) };
         }
         0
@@ -59,8 +61,8 @@ impl CacheElement for bf16 {
 
     fn transpose_8(rows: &[&[Self]; 8], lane: usize, out: &mut [[f32; WIDTH]]) -> usize {
         #[cfg(target_arch = "x86_64")]
-        if std::arch::is_x86_feature_detected!("avx2") {
-            // SAFETY: the feature was just found.
+        if dispatch::has_avx2() {
+            // SAFETY: a set that contains the feature is chosen, so the machine has it.
             return unsafe { avx2::transpose_bf16(rows, lane, out) };
         }
         0

@@ -7,7 +7,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
-use engine::{EngineConfig, KvDtype, LoadedModel, load_model, weights::read_bounded};
+use engine::{EngineConfig, GgufFile, KvDtype, LoadedModel, load_model, weights::read_bounded};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde::Serialize;
 
@@ -15,7 +15,7 @@ use self::score::{Divergence, Score};
 use super::serve::available_memory;
 use crate::config::{QuantType, WeightType};
 use crate::hub::{self, HubOptions};
-use crate::text::{EncodeOptions, Tokenizer};
+use crate::text::{EncodeOptions, Tokenizer, TokenizerFiles};
 
 /// Larger texts are cut by hand: all of it is tokenized before the first `--max-tokens` are taken.
 const MAX_TEXT_BYTES: u64 = 64 << 20;
@@ -139,7 +139,10 @@ fn read_text(path: &Path) -> anyhow::Result<String> {
 
 /// The text's tokens in pieces of `--context`, each behind the token that the model's texts begin with, where there is one.
 fn chunks(model_dir: &Path, text: &str, args: &EvalArgs) -> anyhow::Result<Vec<Vec<u32>>> {
-    let tokenizer = Tokenizer::load(model_dir)?;
+    let tokenizer = match engine::find_gguf(model_dir)? {
+        Some(file) => Tokenizer::from_gguf(&TokenizerFiles::from_gguf(&GgufFile::open(&file)?)?)?,
+        None => Tokenizer::load(model_dir)?,
+    };
     let frame = tokenizer.encode("", EncodeOptions { add_special_tokens: true })?;
     let bos = tokenizer.bos_token().and_then(|token| tokenizer.token_to_id(token));
     let start = frame.first().copied().filter(|id| Some(*id) == bos);
