@@ -7,7 +7,7 @@ const SERVER: &str = env!("CARGO_BIN_EXE_moesaic-under-test");
 
 fn check(name: &str) {
     // References are computed with what integers and scales stand for, which bf16 rounds.
-    let is_quantized = name.ends_with("-int4") || name.ends_with(".gguf");
+    let is_quantized = ["-int4", "-mxfp4", ".gguf"].iter().any(|ending| name.ends_with(ending));
     let args: &[&str] = if is_quantized { &["--dtype", "f32"] } else { &[] };
     let server = Server::start(SERVER, name, args);
     let golden = name.strip_suffix(".gguf").unwrap_or(name);
