@@ -99,6 +99,7 @@ fn load_files(
         max_model_len: kv.max_model_len + model.shape().prefill.num_extra_tokens(),
         // The handle bounds the queue; the scheduler's own bound must only never be the tighter one.
         max_queue: config.max_queue.saturating_add(config.max_num_seqs),
+        prefix_cache: None,
         batch_timeout: config.batch_timeout,
     })?;
     let format = if kv_dtype == KvDtype::F32 { KvFormat::F32 } else { KvFormat::Bf16 };

@@ -71,6 +71,7 @@ impl StepLoop {
             num_running: 0,
             num_waiting: 0,
             num_used_blocks: 0,
+            num_cached_blocks: 0,
             num_used_state_slots: 0,
             ..self.scheduler.stats()
         };
@@ -126,7 +127,14 @@ impl StepLoop {
         let id = RequestId(self.next_id);
         self.next_id += 1;
         let (prompt, source_len) = self.runner.prefill().sequence(&submission.request.prompt);
-        let request = Request { id, prompt, source_len, stop: submission.request.stop.clone() };
+        let request = Request {
+            id,
+            prompt,
+            source_len,
+            stop: submission.request.stop.clone(),
+            cache_salt: [0; 32],
+            computes_whole_prompt: submission.request.sampling.prompt_logprobs.is_some(),
+        };
         let entry = Entry {
             events: submission.events,
             request: submission.request,
