@@ -73,6 +73,6 @@ impl Driver {
     pub fn run(&mut self) {
         while self.step() {}
         assert!(self.jobs.values().all(|job| job.finished), "every request ends");
-        assert_eq!(self.model.scheduler.stats().num_used_blocks, 0, "every block is free when idle");
+        assert_eq!(self.model.scheduler.stats().num_used_blocks, 0, "no block is held when idle");
     }
 }
