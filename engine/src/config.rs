@@ -70,6 +70,9 @@ pub struct EngineConfig {
     pub max_num_seqs: usize,
     /// Rows (prompt and decode tokens together) in one step.
     pub max_num_batched_tokens: usize,
+    /// Blocks of computed tokens are kept and found again by later requests that begin alike. Models with recurrent layers
+    /// or an encoder reuse nothing.
+    pub enable_prefix_caching: bool,
     /// Requests waiting for their first step; one more is refused with [`crate::SubmitError::QueueFull`].
     pub max_queue: usize,
     /// How long an idle engine gathers requests before the first step.
@@ -96,6 +99,7 @@ impl EngineConfig {
             max_model_len: None,
             max_num_seqs: 512,
             max_num_batched_tokens: 512,
+            enable_prefix_caching: true,
             max_queue: 1024,
             batch_timeout: Duration::ZERO,
             load_mtp: false,

@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 
 use crate::error::{GenerationError, SubmitError};
+use crate::fingerprint::Fingerprint;
 use crate::sampling::params::SamplingParams;
 use crate::shared::Front;
 
@@ -18,6 +19,8 @@ pub struct GenerateRequest {
     pub prompt: Arc<[u32]>,
     pub sampling: SamplingParams,
     pub stop: StopCriteria,
+    /// Only requests of one salt share what was computed of their prompts.
+    pub cache_salt: [u8; 32],
 }
 
 /// A token with what the caller asked to know about it.
@@ -48,6 +51,8 @@ pub enum Event {
     Scheduled {
         /// Time since it was submitted.
         queue: Duration,
+        /// Leading tokens of its prompt that were computed before, for others.
+        num_cached_tokens: usize,
     },
     PromptLogprobs(Vec<PromptLogprob>),
     Token(SampledToken),
@@ -79,11 +84,18 @@ pub struct EngineStats {
     pub num_running: usize,
     pub num_waiting: usize,
     pub num_used_blocks: usize,
+    /// Held by nobody, and given up where a free block is missing.
+    pub num_cached_blocks: usize,
     pub num_total_blocks: usize,
     pub num_used_state_slots: usize,
     pub num_total_state_slots: usize,
     pub num_preemptions: u64,
+    /// Computed or cached.
     pub num_prompt_tokens: u64,
+    /// Prompt tokens that were looked up in the prefix cache.
+    pub num_prefix_queries: u64,
+    /// Those of them that were there.
+    pub num_prefix_hits: u64,
     pub num_generation_tokens: u64,
     pub num_corrupted: u64,
     pub num_steps: u64,
@@ -115,6 +127,8 @@ pub struct ModelSummary {
     pub num_blocks: usize,
     /// Sequences whose recurrent state fits at once; 0 for models that have none.
     pub num_state_slots: usize,
+    /// Prompts that begin alike share what is computed of them.
+    pub has_prefix_cache: bool,
     /// An encoder reads the prompt: no log-probs of prompt tokens.
     pub has_encoder: bool,
     pub kv_dtype: &'static str,
@@ -153,6 +167,11 @@ impl EngineHandle {
 
     pub fn model(&self) -> &ModelSummary {
         &self.front.shared.model
+    }
+
+    /// What the outputs depend on beside the requests.
+    pub fn fingerprint(&self) -> &Fingerprint {
+        &self.front.shared.fingerprint
     }
 
     pub fn stats(&self) -> EngineStats {

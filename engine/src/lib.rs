@@ -6,6 +6,7 @@
 //! | `step_loop`, `runner`, `forward_input` | one thread: schedule, compute, sample, deliver |
 //! | `models`, `layers` | one file per family over shared layers |
 //! | `weights` | checkpoints in, GGUF in, upcycling out |
+//! | `fingerprint` | what the bits depend on, for caches |
 //! | `memory` | the KV cache's size and bytes |
 //! | `experts` | what the routers chose |
 //! | `sampling` | a row of logits to a token |
@@ -15,6 +16,7 @@
 mod config;
 mod error;
 mod experts;
+mod fingerprint;
 mod forward_input;
 mod handle;
 mod layers;
@@ -30,6 +32,7 @@ pub mod weights;
 pub use config::{EngineConfig, KvDtype, WeightDtype, WeightQuant};
 pub use error::{EngineError, GenerationError, SubmitError};
 pub use experts::RoutingStats;
+pub use fingerprint::Fingerprint;
 pub use handle::{
     EngineHandle, EngineStats, Event, FinishReason, GenerateRequest, Generation, GenerationDefaults, ModelSummary,
     PromptLogprob, SampledToken, StopCriteria,

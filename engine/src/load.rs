@@ -8,6 +8,7 @@ use scheduler::{Scheduler, SchedulerConfig};
 
 use crate::config::{EngineConfig, KvDtype, WeightDtype, WeightStorage};
 use crate::error::EngineError;
+use crate::fingerprint::{Fingerprint, Weights};
 use crate::handle::{EngineHandle, ModelSummary};
 use crate::layers::rope::ContextLen;
 use crate::memory::{ArenaSize, KvArena, budget};
@@ -27,6 +28,7 @@ const TABLE_SHARE: u64 = 8;
 /// A model in memory with the pieces that make an engine of it.
 pub struct LoadedModel {
     pub summary: ModelSummary,
+    pub fingerprint: Fingerprint,
     pub scheduler: Scheduler,
     pub runner: Runner,
 }
@@ -36,8 +38,8 @@ pub struct LoadedModel {
 /// # Errors
 /// Whatever is wrong with the folder, the settings, or their fit to each other; see [`EngineError`].
 pub fn load(config: EngineConfig, progress: &mut dyn FnMut(LoadProgress)) -> Result<EngineHandle, EngineError> {
-    let LoadedModel { summary, scheduler, runner } = load_model(&config, progress)?;
-    let shared = Arc::new(Shared::new(summary, config.max_queue));
+    let LoadedModel { summary, fingerprint, scheduler, runner } = load_model(&config, progress)?;
+    let shared = Arc::new(Shared::new(summary, fingerprint, config.max_queue));
     // The queue's limit counts requests; one more place is for the word that wakes the loop.
     let (commands, receiver) = sync_channel(config.max_queue + 1);
     let step_loop = StepLoop::new(scheduler, runner, shared.clone());
@@ -80,7 +82,8 @@ fn load_files(
     let max_len = configured.min(budget::longest_sequence(config, inspection.kv_bytes_per_token / 2));
     let max_table_bytes = config.available_memory / TABLE_SHARE;
     let len = ContextLen { configured, reachable: max_len, max_table_bytes };
-    let Loaded { model, weight_bytes, weight_formats } = load_weights(config, (files, &model_config), len, progress)?;
+    let Loaded { model, weights, weight_bytes, weight_formats } =
+        load_weights(config, (files, &model_config), len, progress)?;
     let kv_dtype = resolve_kv_dtype(config, &inspection);
     let demand = budget::KvDemand {
         sites: &model.shape().cache_sites,
@@ -90,22 +93,26 @@ fn load_files(
     };
     let kv = budget::plan(config, &demand)?;
     warn_of_surprises(config, &kv, positions.default);
+    let shape = model.shape();
+    let format = if kv_dtype == KvDtype::F32 { KvFormat::F32 } else { KvFormat::Bf16 };
+    let settings = numerics(config, (&model_config, &weight_formats), format, configured);
+    let fingerprint = Fingerprint::new(&settings, weights);
+    let has_prefix_cache = config.enable_prefix_caching && shape.prefill == Prefill::Causal && kv.num_state_slots == 0;
     let scheduler = Scheduler::new(SchedulerConfig {
         block_size: config.block_size,
         num_blocks: kv.num_blocks,
         num_state_slots: kv.num_state_slots,
         max_num_seqs: config.max_num_seqs,
         max_num_batched_tokens: config.max_num_batched_tokens,
-        max_model_len: kv.max_model_len + model.shape().prefill.num_extra_tokens(),
+        max_model_len: kv.max_model_len + shape.prefill.num_extra_tokens(),
         // The handle bounds the queue; the scheduler's own bound must only never be the tighter one.
         max_queue: config.max_queue.saturating_add(config.max_num_seqs),
+        prefix_cache: has_prefix_cache.then(|| fingerprint.numerics()),
         batch_timeout: config.batch_timeout,
     })?;
-    let format = if kv_dtype == KvDtype::F32 { KvFormat::F32 } else { KvFormat::Bf16 };
     let (num_blocks, num_state_slots) = (kv.num_blocks, kv.num_state_slots);
     let size = ArenaSize { format, block_size: config.block_size, num_blocks, num_state_slots };
-    let arena = KvArena::new(&model.shape().cache_sites, size)?;
-    let shape = model.shape();
+    let arena = KvArena::new(&shape.cache_sites, size)?;
     let summary = ModelSummary {
         architecture: model_config.model_type()?.to_owned(),
         vocab_size: shape.vocab_size,
@@ -123,13 +130,35 @@ fn load_files(
         block_size: config.block_size,
         num_blocks,
         num_state_slots,
+        has_prefix_cache,
         has_encoder: shape.prefill != Prefill::Causal,
         kv_dtype: format.name(),
         threads,
         isa: kernels::isa(),
         generation_defaults: files.generation_defaults(&model_config)?,
     };
-    Ok(LoadedModel { summary, scheduler, runner: Runner::new(model, arena, config.block_size) })
+    Ok(LoadedModel { summary, fingerprint, scheduler, runner: Runner::new(model, arena, config.block_size) })
+}
+
+/// What the bits of an output depend on beside request and weights.
+fn numerics(
+    config: &EngineConfig,
+    (model_config, weight_formats): (&ModelConfig, &[&'static str]),
+    kv_format: KvFormat,
+    max_model_len: usize,
+) -> Vec<(&'static str, String)> {
+    vec![
+        ("version", env!("CARGO_PKG_VERSION").to_owned()),
+        ("isa", kernels::isa().to_owned()),
+        ("config", model_config.to_json()),
+        ("dtype", format!("{:?}", config.dtype)),
+        ("quant", format!("{:?}", config.quant)),
+        ("weight_formats", weight_formats.join("+")),
+        ("kv_dtype", kv_format.name().to_owned()),
+        ("block_size", config.block_size.to_string()),
+        // Some rotary tables follow from it.
+        ("max_model_len", max_model_len.to_string()),
+    ]
 }
 
 /// What serves, but not as somebody may think it does.
@@ -157,6 +186,7 @@ fn warn_of_surprises(config: &EngineConfig, kv: &budget::KvBudget, positions: us
 /// A model and what its weights take.
 struct Loaded {
     model: Box<dyn Model>,
+    weights: Weights,
     weight_bytes: u64,
     weight_formats: Vec<&'static str>,
 }
@@ -186,7 +216,8 @@ fn load_weights(
     checkpoint.release_pages();
     let num_bytes = huge_pages.gather();
     tracing::debug!(num_bytes, of = weight_bytes, "weights gathered into huge pages");
-    Ok(Loaded { model, weight_bytes, weight_formats })
+    let weights = packed.map_or_else(|| Weights::Files(checkpoint.files()), |packed| Weights::Digest(packed.digest));
+    Ok(Loaded { model, weights, weight_bytes, weight_formats })
 }
 
 /// Where nothing is chosen, f32 weights keep f32 keys and values; others are not worth the memory.

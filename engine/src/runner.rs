@@ -110,7 +110,8 @@ impl Runner {
     }
 
     /// Logits at every position of one sequence, `[tokens.len()][vocab_size]`, computed in one pass outside any schedule.
-    /// It writes over the first blocks and states of the arena: for measuring a model, not while requests run.
+    /// It writes over the first blocks and states of the arena: for measuring a model, not while requests run
+    /// or prefixes are cached.
     pub fn logits_of(&mut self, tokens: &[u32]) -> Result<Vec<Vec<f32>>, EngineError> {
         self.logits_after(&[], tokens)
     }

@@ -10,6 +10,7 @@ use scheduler::SchedulerStats;
 use tokio::sync::{mpsc, watch};
 
 use crate::error::{GenerationError, SubmitError};
+use crate::fingerprint::Fingerprint;
 use crate::handle::{EngineStats, Event, GenerateRequest, Generation, ModelSummary};
 
 /// A loop that has work and finishes no step for this long is reported unhealthy.
@@ -32,6 +33,7 @@ pub(crate) struct Submission {
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) model: ModelSummary,
+    pub(crate) fingerprint: Fingerprint,
     max_queue: usize,
     num_queued: AtomicUsize,
     door: Mutex<Door>,
@@ -53,9 +55,10 @@ enum Door {
 }
 
 impl Shared {
-    pub(crate) fn new(model: ModelSummary, max_queue: usize) -> Self {
+    pub(crate) fn new(model: ModelSummary, fingerprint: Fingerprint, max_queue: usize) -> Self {
         Self {
             model,
+            fingerprint,
             max_queue,
             num_queued: AtomicUsize::new(0),
             door: Mutex::new(Door::Open),
@@ -113,10 +116,13 @@ impl Shared {
         stats.num_running = scheduler.num_running;
         stats.num_waiting = scheduler.num_waiting;
         stats.num_used_blocks = scheduler.num_used_blocks;
+        stats.num_cached_blocks = scheduler.num_cached_blocks;
         stats.num_total_blocks = scheduler.num_total_blocks;
         stats.num_used_state_slots = scheduler.num_used_state_slots;
         stats.num_total_state_slots = scheduler.num_total_state_slots;
         stats.num_preemptions = scheduler.num_preemptions;
+        stats.num_prefix_queries = scheduler.num_prefix_queries;
+        stats.num_prefix_hits = scheduler.num_prefix_hits;
     }
 
     fn touch(&self) {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use scheduler::{Batch, Outcome, Progress, Request, RequestId, Scheduler, SchedulerStats, Update};
+use scheduler::{Batch, Outcome, Progress, Request, RequestId, Scheduler, SchedulerStats, Sequence, Update};
 use tokio::sync::mpsc;
 
 use crate::error::{EngineError, GenerationError};
@@ -71,6 +71,7 @@ impl StepLoop {
             num_running: 0,
             num_waiting: 0,
             num_used_blocks: 0,
+            num_cached_blocks: 0,
             num_used_state_slots: 0,
             ..self.scheduler.stats()
         };
@@ -126,7 +127,14 @@ impl StepLoop {
         let id = RequestId(self.next_id);
         self.next_id += 1;
         let (prompt, source_len) = self.runner.prefill().sequence(&submission.request.prompt);
-        let request = Request { id, prompt, source_len, stop: submission.request.stop.clone() };
+        let request = Request {
+            id,
+            prompt,
+            source_len,
+            stop: submission.request.stop.clone(),
+            cache_salt: submission.request.cache_salt,
+            computes_whole_prompt: submission.request.sampling.prompt_logprobs.is_some(),
+        };
         let entry = Entry {
             events: submission.events,
             request: submission.request,
@@ -161,7 +169,8 @@ impl StepLoop {
         for chunk in &batch.chunks {
             let entry = self.entries.get_mut(&chunk.id).expect("a scheduled sequence is open");
             if !std::mem::replace(&mut entry.is_scheduled, true) {
-                entry.send(Event::Scheduled { queue: computing - entry.submitted });
+                let num_cached_tokens = self.scheduler.sequence(chunk.id).map_or(0, Sequence::num_cached_tokens);
+                entry.send(Event::Scheduled { queue: computing - entry.submitted, num_cached_tokens });
                 self.shared.leave_queue();
             }
         }
@@ -192,7 +201,7 @@ impl StepLoop {
         let mut num_prompt = 0;
         for chunk in &batch.chunks {
             let entry = self.entries.get_mut(&chunk.id).expect("a scheduled sequence is open");
-            // Rows computed again after a preemption count once.
+            // Rows computed again after a preemption count once, cached ones too.
             let reached = (chunk.start + chunk.len).min(entry.request.prompt.len()).max(entry.num_prompt_counted);
             num_prompt += reached - entry.num_prompt_counted;
             entry.num_prompt_counted = reached;
@@ -310,7 +319,7 @@ mod tests {
 
     fn request() -> GenerateRequest {
         let stop = StopCriteria { max_tokens: 2, ..StopCriteria::default() };
-        GenerateRequest { prompt: [1, 2].into(), sampling: SamplingParams::default(), stop }
+        GenerateRequest { prompt: [1, 2].into(), sampling: SamplingParams::default(), stop, cache_salt: [0; 32] }
     }
 
     #[test]
@@ -320,7 +329,7 @@ mod tests {
             (device as fn() -> EngineError, "tensor `planted` is missing from the checkpoint"),
             (|| panic!("planted"), "a broken invariant stopped the engine"),
         ] {
-            let LoadedModel { summary, scheduler, .. } = golden();
+            let LoadedModel { summary, fingerprint, scheduler, .. } = golden();
             let (num_layers, cache_sites, experts_per_moe_layer) = (0, Vec::new(), Vec::new());
             let prefill = Prefill::Causal;
             let shape = ModelShape {
@@ -334,7 +343,7 @@ mod tests {
             let size = ArenaSize { format: KvFormat::F32, block_size: 16, num_blocks: 1, num_state_slots: 0 };
             let arena = KvArena::new(&[], size).unwrap();
             let runner = Runner::new(Box::new(Broken { shape, fail }), arena, 16);
-            let shared = Arc::new(Shared::new(summary, 4));
+            let shared = Arc::new(Shared::new(summary, fingerprint, 4));
             let (commands, receiver) = sync_channel(5);
             let front = Front::new(shared.clone(), commands, std::thread::spawn(|| ()));
             let generations: Vec<_> = (0..3).map(|_| front.submit(request()).unwrap()).collect();
@@ -354,8 +363,8 @@ mod tests {
     /// A shutdown that falls between two looks at the flag must not leave the loop waiting for a word it already took.
     #[test]
     fn the_word_of_a_shutdown_is_not_lost_when_taken_with_other_commands() {
-        let LoadedModel { summary, scheduler, runner } = golden();
-        let shared = Arc::new(Shared::new(summary, 4));
+        let LoadedModel { summary, fingerprint, scheduler, runner } = golden();
+        let shared = Arc::new(Shared::new(summary, fingerprint, 4));
         let (commands, receiver) = sync_channel(5);
         let front = Front::new(shared.clone(), commands, std::thread::spawn(|| ()));
         let mut step_loop = StepLoop::new(scheduler, runner, shared);

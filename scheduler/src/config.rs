@@ -22,6 +22,9 @@ pub struct SchedulerConfig {
     pub max_model_len: usize,
     /// Requests waiting for their first step; preempted ones do not count.
     pub max_queue: usize,
+    /// On: full blocks are found again by later sequences, under numerics of this fingerprint. Models with recurrent
+    /// states and sequences with a source reuse nothing.
+    pub prefix_cache: Option<[u8; 32]>,
     /// How long an idle scheduler gathers requests before the first step.
     pub batch_timeout: Duration,
 }

@@ -1,6 +1,7 @@
 //! Encoder passes: whole sources, in steps of their own, taking turns with decodes.
 
 use crate::budget::TokenBudget;
+use crate::queue::Arrival;
 use crate::scheduler::Scheduler;
 
 impl Scheduler {
@@ -9,9 +10,12 @@ impl Scheduler {
     pub(crate) fn schedule_encoders(&mut self, budget: &mut TokenBudget) -> bool {
         let mut is_first = true;
         let mut num_growing = self.num_growing();
-        while let Some(id) = self.front_if(|sequence| sequence.awaits_encoder()) {
+        let mut next = Arrival::FIRST;
+        while let Some((id, cached)) = self.next_waiting(&mut next)
+            && self.seq(id).awaits_encoder()
+        {
             let source_len = self.seq(id).source_len();
-            if !(is_first || budget.has(source_len)) || !self.try_admit(id, &mut num_growing) {
+            if !(is_first || budget.has(source_len)) || !self.try_admit(id, cached, &mut num_growing) {
                 break;
             }
             budget.take(source_len);

@@ -1,6 +1,7 @@
 //! What holds after every call, whatever came before it.
 
 use crate::scheduler::Scheduler;
+use crate::sequence::Sequence;
 
 impl Scheduler {
     /// Checks every invariant, in time linear in sequences and blocks.
@@ -32,6 +33,12 @@ impl Scheduler {
                 num_tokens
             });
             let num_held = sequence.blocks.blocks().len();
+            if let Some(prefix) = sequence.prefix() {
+                let (published, block_size) = (prefix.published(), config.block_size);
+                assert_eq!(published.len(), sequence.num_computed() / block_size, "{id:?} hides computed blocks");
+                let shared = &sequence.blocks.blocks()[..published.len()];
+                assert!(self.blocks.has_chain(published, shared), "{id:?} holds other blocks than those of its names");
+            }
             assert!(num_held >= num_covered, "{id:?} holds {num_held} blocks, its tokens need {num_covered}");
             assert!(num_held <= self.blocks.blocks_for(sequence.max_positions()), "{id:?} holds more than it may");
         }
@@ -42,9 +49,13 @@ impl Scheduler {
             assert!(sequence.blocks.blocks().is_empty(), "{id:?} waits but holds blocks");
             assert!(sequence.state_slot.is_none(), "{id:?} waits but holds a state");
         }
+        let is_waited_for =
+            |id| self.sequences.get(&id).is_some_and(|owner: &Sequence| self.running.contains_key(&owner.arrival));
+        assert!(self.in_flight.owners().all(is_waited_for), "somebody may wait for one that does not run");
         let stats = self.stats();
         let num_free = self.blocks.num_free();
-        assert_eq!(num_free + stats.num_used_blocks, stats.num_total_blocks, "free + used != total");
+        let num_accounted = num_free + stats.num_used_blocks + stats.num_cached_blocks;
+        assert_eq!(num_accounted, stats.num_total_blocks, "free + used + cached != total");
         self.state_slots.assert_accounts_for(self.sequences.values().filter_map(|sequence| sequence.state_slot));
         self.blocks.assert_accounts_for(self.sequences.values().flat_map(|sequence| sequence.blocks.blocks()).copied());
     }

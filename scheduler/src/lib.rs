@@ -8,6 +8,7 @@
 //! | `decode`, `prefill`, `encode`, `preempt` | who gets rows, who is admitted, who gives way |
 //! | `sequence` | the lengths of one request and the asserts between them |
 //! | `queue`, `budget` | who waits, how many rows are left |
+//! | `prefix` | who starts from cached blocks, who waits for those of another |
 //! | `kv` | which block belongs to whom; their bytes live in the engine |
 //! | `invariants` | what holds after every call |
 #![forbid(unsafe_code)]
@@ -22,6 +23,7 @@ mod invariants;
 mod kv;
 mod preempt;
 mod prefill;
+mod prefix;
 mod queue;
 mod request;
 mod scheduler;

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use crate::budget::TokenBudget;
+use crate::kv::CachedPrefix;
 use crate::queue::Arrival;
 use crate::request::RequestId;
 use crate::scheduler::Scheduler;
-use crate::sequence::Sequence;
 
 impl Scheduler {
     /// Gives the rest of the budget to running prompts, oldest first. Their blocks were taken at admission.
@@ -26,21 +26,17 @@ impl Scheduler {
     ///
     /// All blocks of the known tokens are taken at once, so that only decodes can run out of blocks. One more block is
     /// left for each running sequence that may still grow: what is admitted now would be the first to be preempted.
-    /// Who was preempted in this step does not fit again: the blocks it had are free less the one it gave way for.
+    /// Who waits is admitted in order, whatever the kind, but for those that are held back (see `prefix`).
     pub(crate) fn admit(&mut self, budget: &mut TokenBudget) {
         let mut num_growing = self.num_growing();
+        let mut next = Arrival::FIRST;
         while !budget.is_spent()
-            && let Some(id) = self.front_if(|sequence| !sequence.awaits_encoder())
-            && self.try_admit(id, &mut num_growing)
+            && let Some((id, cached)) = self.next_waiting(&mut next)
+            && !self.seq(id).awaits_encoder()
+            && self.try_admit(id, cached, &mut num_growing)
         {
             self.schedule_prefill(id, budget);
         }
-    }
-
-    /// The next to be admitted, if it is of the kind that `is_wanted`: who waits is admitted in order, whatever the kind.
-    pub(crate) fn front_if(&self, is_wanted: impl Fn(&Sequence) -> bool) -> Option<RequestId> {
-        let (_, id) = self.waiting.front()?;
-        is_wanted(self.seq(id)).then_some(id)
     }
 
     /// Running sequences that may need another block.
@@ -49,16 +45,16 @@ impl Scheduler {
     }
 
     /// Moves the next waiting sequence to the running ones, if there is a place, a state slot and room for its blocks.
-    pub(crate) fn try_admit(&mut self, id: RequestId, num_growing: &mut usize) -> bool {
-        let num_needed = self.blocks.blocks_for(self.seq(id).tokens().len());
+    pub(crate) fn try_admit(&mut self, id: RequestId, cached: CachedPrefix, num_growing: &mut usize) -> bool {
+        let num_needed = self.blocks.blocks_for(self.seq(id).tokens().len()) - cached.num_used;
         let most_running = self.config.max_num_seqs.min(self.config.max_num_batched_tokens);
         if self.running.len() >= most_running
             || !self.state_slots.has_room()
-            || num_needed + *num_growing > self.blocks.num_free()
+            || num_needed + *num_growing > self.blocks.num_available()
         {
             return false;
         }
-        assert!(self.try_cover(id), "{id:?} needs {num_needed} blocks and they are free");
+        self.start_from(id, cached);
         let slot = self.state_slots.allocate();
         let sequence = self.seq_mut(id);
         sequence.state_slot = slot;
@@ -76,7 +72,7 @@ impl Scheduler {
         if !is_idle || num_fresh >= self.config.max_num_seqs.min(self.config.max_queue) {
             return None;
         }
-        let (_, oldest) = self.waiting.front()?;
+        let (_, oldest) = self.waiting.first_from(Arrival::FIRST)?;
         let end = self.seq(oldest).arrived_at.saturating_add(self.config.batch_timeout);
         (now < end).then_some(end)
     }

@@ -16,45 +16,56 @@ impl Arrival {
     }
 }
 
-/// Waiting sequences. Preempted ones go first: they were admitted before any fresh one, so the whole is by arrival.
+/// Waiting sequences, new and preempted ones, oldest first.
 #[derive(Debug, Default)]
 pub(crate) struct Queue {
-    preempted: BTreeMap<Arrival, RequestId>,
-    fresh: BTreeMap<Arrival, RequestId>,
+    waiting: BTreeMap<Arrival, Waiting>,
+    num_fresh: usize,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    id: RequestId,
+    is_fresh: bool,
 }
 
 impl Queue {
     pub(crate) fn push_fresh(&mut self, arrival: Arrival, id: RequestId) {
-        let previous = self.fresh.insert(arrival, id);
-        assert!(previous.is_none(), "two requests arrived as {arrival:?}");
+        self.num_fresh += 1;
+        self.push(arrival, Waiting { id, is_fresh: true });
     }
 
     pub(crate) fn push_preempted(&mut self, arrival: Arrival, id: RequestId) {
-        let previous = self.preempted.insert(arrival, id);
-        assert!(previous.is_none(), "{arrival:?} was preempted twice");
+        self.push(arrival, Waiting { id, is_fresh: false });
     }
 
-    /// The next to be admitted.
-    pub(crate) fn front(&self) -> Option<(Arrival, RequestId)> {
-        let first = self.preempted.first_key_value().or_else(|| self.fresh.first_key_value());
-        first.map(|(&arrival, &id)| (arrival, id))
+    /// The oldest that arrived at `next` or later.
+    pub(crate) fn first_from(&self, next: Arrival) -> Option<(Arrival, RequestId)> {
+        self.waiting.range(next..).next().map(|(&arrival, waiting)| (arrival, waiting.id))
     }
 
     /// True if `arrival` was waiting.
     pub(crate) fn remove(&mut self, arrival: Arrival) -> bool {
-        self.preempted.remove(&arrival).is_some() || self.fresh.remove(&arrival).is_some()
+        let removed = self.waiting.remove(&arrival);
+        self.num_fresh -= usize::from(removed.as_ref().is_some_and(|waiting| waiting.is_fresh));
+        removed.is_some()
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.preempted.len() + self.fresh.len()
+        self.waiting.len()
     }
 
     /// Those that never held a block.
     pub(crate) fn num_fresh(&self) -> usize {
-        self.fresh.len()
+        self.num_fresh
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (Arrival, RequestId)> {
-        self.preempted.iter().chain(&self.fresh).map(|(&arrival, &id)| (arrival, id))
+        self.waiting.iter().map(|(&arrival, waiting)| (arrival, waiting.id))
+    }
+
+    fn push(&mut self, arrival: Arrival, waiting: Waiting) {
+        let previous = self.waiting.insert(arrival, waiting);
+        assert!(previous.is_none(), "{arrival:?} waits twice");
     }
 }

@@ -27,4 +27,8 @@ pub struct Request {
     /// own tokens follow, at least one. 0 for models without an encoder.
     pub source_len: usize,
     pub stop: StopCriteria,
+    /// Only requests of one salt share cached blocks.
+    pub cache_salt: [u8; 32],
+    /// Every position is to be computed, as its logits are wanted: cached blocks are given but not taken.
+    pub computes_whole_prompt: bool,
 }

@@ -8,6 +8,7 @@ use crate::budget::TokenBudget;
 use crate::config::SchedulerConfig;
 use crate::error::{AdmissionError, ConfigError};
 use crate::kv::{BlockManager, StateSlots};
+use crate::prefix::{InFlight, release};
 use crate::queue::{Arrival, Queue};
 use crate::request::{Request, RequestId};
 use crate::sequence::{Sequence, max_positions};
@@ -27,10 +28,13 @@ pub struct Scheduler {
     pub(crate) running: BTreeMap<Arrival, RequestId>,
     pub(crate) blocks: BlockManager,
     pub(crate) state_slots: StateSlots,
+    pub(crate) in_flight: InFlight,
     /// The step before was one of encoder passes, so that decodes have the turn.
     has_encoded: bool,
     next_arrival: Arrival,
     pub(crate) num_preemptions: u64,
+    pub(crate) num_prefix_queries: u64,
+    pub(crate) num_prefix_hits: u64,
 }
 
 impl Scheduler {
@@ -43,6 +47,7 @@ impl Scheduler {
         Ok(Self {
             blocks: BlockManager::new(config.block_size, config.num_blocks),
             state_slots: StateSlots::new(config.num_state_slots),
+            in_flight: InFlight::default(),
             has_encoded: false,
             config,
             sequences: HashMap::new(),
@@ -50,6 +55,8 @@ impl Scheduler {
             running: BTreeMap::new(),
             next_arrival: Arrival::FIRST,
             num_preemptions: 0,
+            num_prefix_queries: 0,
+            num_prefix_hits: 0,
         })
     }
 
@@ -64,14 +71,15 @@ impl Scheduler {
         let num_blocks = self.check(&request)?;
         let (id, arrival) = (request.id, self.next_arrival);
         self.next_arrival = arrival.next();
-        let previous = self.sequences.insert(id, Sequence::new(request, arrival, now));
+        let prefix = self.new_prefix(&request);
+        let previous = self.sequences.insert(id, Sequence::new(request, prefix, arrival, now));
         assert!(previous.is_none(), "{id:?} was added twice");
         self.blocks.promise(num_blocks);
         self.waiting.push_fresh(arrival, id);
         Ok(())
     }
 
-    /// Ends a request in any state and frees its blocks at once; its part of the batch in flight is void. False where
+    /// Ends a request in any state and lets go of its blocks at once; its part of the batch in flight is void. False where
     /// `id` is unknown or has ended.
     pub fn abort(&mut self, id: RequestId) -> bool {
         self.sequences.contains_key(&id) && {
@@ -98,7 +106,10 @@ impl Scheduler {
         if !self.has_encoded {
             preempted = self.schedule_decodes(&mut budget);
             self.continue_prefills(&mut budget);
-            self.admit(&mut budget);
+            // Where blocks ran out, what was freed is for those that run.
+            if preempted.is_empty() {
+                self.admit(&mut budget);
+            }
         }
         let mut chunks: Vec<_> = self.running.values().filter_map(|&id| self.seq(id).chunk()).collect();
         assert!(!chunks.is_empty() || self.sequences.is_empty(), "there is work but no row for it");
@@ -123,11 +134,12 @@ impl Scheduler {
             }
             assert_eq!(sequence.chunk().as_ref(), Some(chunk), "the batch completed is not the one made last");
             sequence.advance();
+            self.publish(chunk.id);
             let Some(&outcome) = outcome else { continue };
             let (update, has_ended) = match outcome {
                 Outcome::Failed => (Update::Failed, true),
                 Outcome::Token(token) => {
-                    let finished = sequence.append(token);
+                    let finished = self.seq_mut(chunk.id).append(token);
                     let is_stop = matches!(finished, Some(FinishReason::Stop(_)));
                     (Update::Token { token, is_stop, finished }, finished.is_some())
                 }
@@ -151,10 +163,13 @@ impl Scheduler {
             num_running: self.running.len(),
             num_waiting: self.waiting.len(),
             num_used_blocks: self.blocks.num_used(),
+            num_cached_blocks: self.blocks.num_cached(),
             num_total_blocks: self.blocks.num_total(),
             num_used_state_slots: self.state_slots.num_used(),
             num_total_state_slots: self.state_slots.num_total(),
             num_preemptions: self.num_preemptions,
+            num_prefix_queries: self.num_prefix_queries,
+            num_prefix_hits: self.num_prefix_hits,
         }
     }
 
@@ -164,7 +179,7 @@ impl Scheduler {
     }
 
     /// Changes the size of the pool to ids `0..total` (at least one block, at most `u32::MAX`); returns the blocks it
-    /// has now. Growth is immediate. A shrink takes free blocks now and held ones when they are freed, and stops at what
+    /// has now. Growth is immediate. A shrink takes free and cached blocks now and held ones when they are freed, and stops at what
     /// the largest accepted request needs until that request ends; new requests are measured by `total` at once.
     pub fn set_num_blocks(&mut self, total: usize) -> usize {
         self.blocks.set_num_wanted(total)
@@ -206,7 +221,7 @@ impl Scheduler {
         let mut sequence = self.sequences.remove(&id).expect("the caller knows the sequence");
         let is_queued = self.running.remove(&sequence.arrival).is_some() || self.waiting.remove(sequence.arrival);
         assert!(is_queued, "{id:?} neither ran nor waited");
-        self.blocks.release(&mut sequence.blocks);
+        release(&mut self.blocks, &mut self.in_flight, id, &mut sequence);
         self.state_slots.release(sequence.state_slot.take());
         self.blocks.withdraw(self.blocks.blocks_for(sequence.max_positions()));
     }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::batch::{Chunk, FinishReason, Phase};
 use crate::kv::{BlockTable, StateSlot};
+use crate::prefix::Prefix;
 use crate::queue::Arrival;
 use crate::request::{Request, RequestId, StopCriteria};
 
@@ -15,6 +16,7 @@ use crate::request::{Request, RequestId, StopCriteria};
 /// |  prompt, then generated tokens: 0..prompt_len..num_tokens|
 /// ```
 ///
+/// It starts with as many whole blocks computed as the prefix cache has; others may share those, nobody writes to them.
 /// The newest token is computed when the one after it is sampled, so between steps `num_computed < num_tokens`.
 /// A running sequence holds the blocks of all tokens it had at its admission, and of each later one as it is scheduled;
 /// a waiting sequence holds none.
@@ -33,11 +35,14 @@ pub struct Sequence {
     pub(crate) blocks: BlockTable,
     /// Held as long as the blocks are.
     pub(crate) state_slot: Option<StateSlot>,
+    prefix: Option<Prefix>,
+    /// Of the prompt, at its first admission.
+    num_cached_tokens: Option<usize>,
     num_preemptions: u32,
 }
 
 impl Sequence {
-    pub(crate) fn new(request: Request, arrival: Arrival, now: Duration) -> Self {
+    pub(crate) fn new(request: Request, prefix: Option<Prefix>, arrival: Arrival, now: Duration) -> Self {
         Self {
             id: request.id,
             arrival,
@@ -50,6 +55,8 @@ impl Sequence {
             num_scheduled: 0,
             blocks: BlockTable::default(),
             state_slot: None,
+            prefix,
+            num_cached_tokens: None,
             num_preemptions: 0,
         }
     }
@@ -87,6 +94,11 @@ impl Sequence {
         self.state_slot
     }
 
+    /// Leading tokens of the prompt that the prefix cache had when it was first admitted; 0 before.
+    pub fn num_cached_tokens(&self) -> usize {
+        self.num_cached_tokens.unwrap_or(0)
+    }
+
     /// How often it lost its blocks.
     pub fn num_preemptions(&self) -> u32 {
         self.num_preemptions
@@ -113,6 +125,27 @@ impl Sequence {
 
     pub(crate) fn num_scheduled(&self) -> usize {
         self.num_scheduled
+    }
+
+    pub(crate) fn prefix(&self) -> Option<&Prefix> {
+        self.prefix.as_ref()
+    }
+
+    pub(crate) fn prefix_and_tokens(&mut self) -> Option<(&mut Prefix, &[u32])> {
+        Some((self.prefix.as_mut()?, &self.tokens))
+    }
+
+    pub(crate) fn table_and_prefix(&mut self) -> (&mut BlockTable, Option<&mut Prefix>) {
+        (&mut self.blocks, self.prefix.as_mut())
+    }
+
+    /// It was admitted with its first `num_cached` tokens computed. True the first time.
+    pub(crate) fn start_from(&mut self, num_cached: usize) -> bool {
+        assert!(num_cached < self.tokens.len(), "{:?} has nothing left to compute", self.id);
+        self.num_computed = num_cached;
+        let is_first = self.num_cached_tokens.is_none();
+        self.num_cached_tokens.get_or_insert(num_cached);
+        is_first
     }
 
     /// Puts the next `num_rows` tokens into the batch being made.

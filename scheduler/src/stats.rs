@@ -8,11 +8,17 @@ pub struct SchedulerStats {
     /// Sequences that hold none: new and preempted ones.
     pub num_waiting: usize,
     pub num_used_blocks: usize,
-    /// Free and used blocks. More than [`crate::Scheduler::set_num_blocks`] asked for while a shrink is under way.
+    /// Held by nobody, found by name, and given up where a free one is missing.
+    pub num_cached_blocks: usize,
+    /// Free, used and cached blocks. More than [`crate::Scheduler::set_num_blocks`] asked for while a shrink is under way.
     pub num_total_blocks: usize,
     pub num_used_state_slots: usize,
     /// 0 for models without recurrent states.
     pub num_total_state_slots: usize,
     /// Since the start.
     pub num_preemptions: u64,
+    /// Tokens of first admissions that were looked up in the cache, since the start.
+    pub num_prefix_queries: u64,
+    /// Those of them that were there.
+    pub num_prefix_hits: u64,
 }

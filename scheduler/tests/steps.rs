@@ -35,13 +35,15 @@ fn config(block_size: usize, num_blocks: usize, max_num_seqs: usize, max_num_bat
         max_num_batched_tokens,
         max_model_len: 1000,
         max_queue: 100,
+        prefix_cache: None,
         batch_timeout: Duration::ZERO,
     }
 }
 
 fn request(id: u64, prompt_len: usize, max_tokens: usize) -> Request {
     let stop = StopCriteria { max_tokens, ..StopCriteria::default() };
-    Request { id: RequestId(id), prompt: vec![1; prompt_len].into(), source_len: 0, stop }
+    let prompt = vec![1; prompt_len].into();
+    Request { id: RequestId(id), prompt, source_len: 0, stop, cache_salt: [0; 32], computes_whole_prompt: false }
 }
 
 /// Runs one step per row. A step reads: `e`ncode, `p`refill or `d`ecode, id and positions of each chunk, `*` where it samples;

@@ -8,6 +8,7 @@ use axum::middleware::Next;
 use axum::response::Response;
 use subtle::{Choice, ConstantTimeEq as _};
 
+use crate::cache_salt::Tenant;
 use crate::config::Config;
 use crate::error::ApiError;
 
@@ -16,24 +17,31 @@ use crate::error::ApiError;
 pub struct Auth {
     keys: Vec<crate::config::Secret>,
     metrics_public: bool,
+    cache_shared: bool,
 }
 
 impl Auth {
     pub fn new(config: &Config) -> Self {
-        Self { keys: config.api_key.clone(), metrics_public: config.metrics_public }
+        Self { keys: config.api_key.clone(), metrics_public: config.metrics_public, cache_shared: config.cache_shared }
     }
 
+    /// Whose request it is, as far as caches are concerned.
+    ///
     /// # Errors
     /// A missing or wrong key on a path that needs one.
-    pub fn check(&self, path: &str, headers: &HeaderMap) -> Result<(), ApiError> {
+    pub fn check(&self, path: &str, headers: &HeaderMap) -> Result<Tenant, ApiError> {
         if self.keys.is_empty() || self.is_open(path) {
-            return Ok(());
+            return Ok(Tenant::SHARED);
         }
         let header = headers.get(header::AUTHORIZATION).ok_or(ApiError::MissingKey)?;
         let given = bearer(header.as_bytes()).ok_or(ApiError::MissingKey)?;
         // All keys are compared, whichever one fits, so that time says nothing about them but their length.
         let found = self.keys.iter().fold(Choice::from(0), |found, key| found | key.expose().ct_eq(given));
-        if bool::from(found) { Ok(()) } else { Err(ApiError::WrongKey) }
+        match bool::from(found) {
+            true if self.cache_shared => Ok(Tenant::SHARED),
+            true => Ok(Tenant::of_key(given)),
+            false => Err(ApiError::WrongKey),
+        }
     }
 
     fn is_open(&self, path: &str) -> bool {
@@ -43,9 +51,14 @@ impl Auth {
     }
 }
 
-/// Middleware in front of every route.
-pub async fn require_key(State(auth): State<Arc<Auth>>, request: Request, next: Next) -> Result<Response, ApiError> {
-    auth.check(request.uri().path(), request.headers())?;
+/// Middleware in front of every route; what is behind it finds a [`Tenant`] among the request's extensions.
+pub async fn require_key(
+    State(auth): State<Arc<Auth>>,
+    mut request: Request,
+    next: Next,
+) -> Result<Response, ApiError> {
+    let tenant = auth.check(request.uri().path(), request.headers())?;
+    request.extensions_mut().insert(tenant);
     Ok(next.run(request).await)
 }
 
@@ -60,7 +73,7 @@ mod tests {
     use super::*;
     use crate::config::Settings;
 
-    fn check(settings: &str, path: &str, header: Option<&str>) -> Result<(), ApiError> {
+    fn check(settings: &str, path: &str, header: Option<&str>) -> Result<Tenant, ApiError> {
         let settings: Settings = toml::from_str(settings).unwrap();
         let auth = Auth::new(&Config::resolve(settings, None).unwrap());
         let mut headers = HeaderMap::new();
@@ -85,6 +98,17 @@ mod tests {
         for path in ["/metrics", "/server_info", "/version", "/tokenize", "/nowhere", "/docsx"] {
             assert!(check(keys, path, None).is_err(), "{path}");
         }
+    }
+
+    #[test]
+    fn each_key_is_a_tenant_unless_caches_are_shared() {
+        let keys = "api_key = [\"one\", \"two\"]";
+        let tenant = |settings, header| check(settings, "/v1/completions", header).unwrap();
+        assert_eq!(tenant(keys, Some("Bearer one")), tenant(keys, Some("bearer  one ")));
+        assert_ne!(tenant(keys, Some("Bearer one")), tenant(keys, Some("Bearer two")));
+        assert_ne!(tenant(keys, Some("Bearer one")), Tenant::SHARED);
+        assert_eq!(tenant("", Some("Bearer one")), Tenant::SHARED);
+        assert_eq!(tenant(&format!("{keys}\ncache_shared = true"), Some("Bearer one")), Tenant::SHARED);
     }
 
     #[test]

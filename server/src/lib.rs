@@ -5,6 +5,7 @@
 //! | `args`, `config`, `cli` | what was typed, what it means, the subcommands |
 //! | `app`, `listen`, `write_timeout`, `shutdown` | one server: its state, its connections, its end |
 //! | `auth`, `limits`, `error` | who may ask, how much at once, and how a request is turned down |
+//! | `cache_salt` | who shares what is cached |
 //! | `routes`, `openai` | one handler file per endpoint, and the wire types |
 //! | `validate`, `conversation` | wire types to what they mean |
 //! | `generate`, `answer`, `sse` | engine events to deltas, deltas to answers, answers to streams |
@@ -17,6 +18,7 @@ pub mod answer;
 pub mod app;
 pub mod args;
 pub mod auth;
+pub mod cache_salt;
 mod checksum;
 pub mod cli;
 pub mod config;

@@ -60,6 +60,7 @@ fn greedy_tokens(dir: &Path, prompts: &[Vec<u32>]) -> Vec<Vec<u32>> {
             prompt: prompt.as_slice().into(),
             sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
             stop: StopCriteria { max_tokens: MAX_TOKENS, ..StopCriteria::default() },
+            cache_salt: [0; 32],
         };
         engine.submit(request).expect("accepted")
     };

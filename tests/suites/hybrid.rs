@@ -19,7 +19,9 @@ fn an_encoders_input_is_the_prompt_and_the_output_is_all_the_decoders() {
     for prompt in prompts("switch_transformers-capacity") {
         let answer = server.ask("/v1/completions", &request(&prompt["ids"]));
         let num_prompt = prompt["ids"].as_array().expect("ids").len();
-        let usage = json!({"prompt_tokens": num_prompt, "completion_tokens": 32, "total_tokens": num_prompt + 32});
+        let details = json!({"cached_tokens": 0});
+        let usage = json!({"prompt_tokens": num_prompt, "completion_tokens": 32, "total_tokens": num_prompt + 32,
+            "prompt_tokens_details": details});
         for (key, count) in usage.as_object().expect("an object") {
             assert_eq!(answer["usage"][key], *count, "{key}");
         }

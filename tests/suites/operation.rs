@@ -13,6 +13,10 @@ const METRICS: &[(&str, &str)] = &[
     ("vllm:kv_cache_usage_perc", "gauge"),
     ("vllm:cache_config_info", "gauge"),
     ("vllm:prompt_tokens_total", "counter"),
+    ("vllm:prompt_tokens_cached_total", "counter"),
+    ("vllm:prompt_tokens_cached_by_source_total", "counter"),
+    ("vllm:prefix_cache_queries_total", "counter"),
+    ("vllm:prefix_cache_hits_total", "counter"),
     ("vllm:generation_tokens_total", "counter"),
     ("vllm:request_success_total", "counter"),
     ("vllm:num_preemptions_total", "counter"),
@@ -68,7 +72,8 @@ fn metrics_have_the_names_that_dashboards_read() {
         Some(1.0)
     );
     assert_eq!(value("http_requests_total", &[("path", "unmatched"), ("status", "404")]), Some(1.0));
-    assert_eq!(value("vllm:cache_config_info", &[("block_size", "16")]), Some(1.0));
+    let labels = [("block_size", "16"), ("enable_prefix_caching", "True")];
+    assert_eq!(value("vllm:cache_config_info", &labels), Some(1.0));
 }
 
 #[test]

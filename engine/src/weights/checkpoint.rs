@@ -187,6 +187,12 @@ impl Checkpoint {
         self.tensors.iter().map(|(name, entry)| (name.as_str(), entry))
     }
 
+    /// The files by name, for who wants all of their bytes.
+    pub fn files(&self) -> Vec<(String, Arc<MappedFile>)> {
+        let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        self.files.iter().map(|(path, file)| (name(path), file.clone())).collect()
+    }
+
     /// Gives back the memory of what was read of the files, which may be read again.
     pub fn release_pages(&self) {
         self.files.iter().for_each(|(_, file)| file.release_pages());

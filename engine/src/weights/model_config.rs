@@ -82,6 +82,11 @@ impl ModelConfig {
         self.keys.get(key).filter(|value| !value.is_null())
     }
 
+    /// The whole of it as JSON, in the order of the file.
+    pub fn to_json(&self) -> String {
+        serde_json::to_string(&self.keys).expect("a tree of JSON values has a text")
+    }
+
     pub fn model_type(&self) -> Result<&str, EngineError> {
         self.get("model_type").and_then(Value::as_str).ok_or_else(|| missing("model_type"))
     }

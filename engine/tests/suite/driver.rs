@@ -33,7 +33,15 @@ impl Driver {
 
     pub fn add(&mut self, id: u64, prompt: &[u32], sampling: SamplingParams, stop: StopCriteria) {
         let (prompt, source_len) = self.model.runner.prefill().sequence(&prompt.into());
-        let request = Request { id: RequestId(id), prompt, source_len, stop: stop.clone() };
+        let computes_whole_prompt = sampling.prompt_logprobs.is_some();
+        let request = Request {
+            id: RequestId(id),
+            prompt,
+            source_len,
+            stop: stop.clone(),
+            cache_salt: [0; 32],
+            computes_whole_prompt,
+        };
         self.model.scheduler.add(request, Duration::ZERO).expect("the request fits");
         self.jobs.insert(id, Job { sampling, output: Vec::new(), finished: false });
     }
@@ -65,6 +73,6 @@ impl Driver {
     pub fn run(&mut self) {
         while self.step() {}
         assert!(self.jobs.values().all(|job| job.finished), "every request ends");
-        assert_eq!(self.model.scheduler.stats().num_used_blocks, 0, "every block is free when idle");
+        assert_eq!(self.model.scheduler.stats().num_used_blocks, 0, "no block is held when idle");
     }
 }

@@ -152,6 +152,7 @@ fn last_event(folder: &str, ending: &str, number: f32) -> Event {
             prompt: [5, 17, 200, 3, 91].into(),
             sampling: SamplingParams::default(),
             stop: StopCriteria { max_tokens: 4, ..StopCriteria::default() },
+            cache_salt: [0; 32],
         })
         .expect("accepted");
     std::iter::from_fn(|| generation.next_blocking()).last().expect("an event")

@@ -1,4 +1,5 @@
-//! The same bytes out, whatever else is in the batch, however the prompt is chunked, whenever a sequence is preempted.
+//! The same bytes out, whatever else is in the batch, however the prompt is chunked, whenever a sequence is preempted,
+//! and whether its prefix was computed for it or came from the cache.
 
 use crate::driver::{Driver, golden_dir};
 use engine::sampling::params::SamplingParams;
@@ -39,6 +40,11 @@ impl Case {
 
     fn driver(&self, max_num_batched_tokens: usize) -> Driver {
         Driver::new(&EngineConfig { max_num_batched_tokens, ..self.config.clone() })
+    }
+
+    /// The same without the prefix cache, where a preempted sequence is computed from its start again.
+    fn uncached(&self) -> Self {
+        Self { config: EngineConfig { enable_prefix_caching: false, ..self.config.clone() }, stride: self.stride }
     }
 
     /// What the probe gives alone, in one piece.
@@ -125,6 +131,67 @@ fn under_scarcity(case: &Case) {
     }
 }
 
+/// Adds the probe's way of sampling for any prompt.
+fn add_like_probe(driver: &mut Driver, id: u64, prompt: &[u32]) {
+    driver.add(id, prompt, sampling(PROBE), StopCriteria { max_tokens: MAX_TOKENS, ..StopCriteria::default() });
+}
+
+/// Whatever part of its prompt another request left in the cache, and at every chunk size of what is left.
+fn from_cached_prefixes(case: &Case) {
+    let expected = case.alone(PROBE);
+    let probe = prompt(PROBE);
+    for num_common in (0..=PROBE_LEN).step_by(case.stride) {
+        let mut driver = case.driver([512, 3, 1][num_common % 3]);
+        let other: Vec<u32> = probe[..num_common].iter().copied().chain([300, 301, 302]).collect();
+        add_like_probe(&mut driver, 100, &other);
+        driver.run();
+        add(&mut driver, PROBE);
+        driver.run();
+        assert_eq!(driver.jobs[&PROBE].output, expected, "{num_common} tokens in common");
+        let block_size = case.config.block_size;
+        let num_cached = if driver.model.summary.has_prefix_cache {
+            num_common.min(PROBE_LEN - 1) / block_size * block_size
+        } else {
+            0
+        };
+        let num_hits = driver.model.scheduler.stats().num_prefix_hits;
+        assert_eq!(num_hits, num_cached as u64, "{num_common} tokens in common");
+    }
+}
+
+/// What was decoded is read as a prompt, and what was cached and given up is computed again.
+fn after_its_own_output(case: &Case) {
+    let mut driver = case.driver(512);
+    add(&mut driver, PROBE);
+    driver.run();
+    let output: Vec<u32> = driver.jobs[&PROBE].output.iter().map(|sampled| sampled.token).collect();
+    let conversation = [prompt(PROBE), output, vec![9, 8, 7]].concat();
+    let mut cold = case.driver(512);
+    add_like_probe(&mut cold, 100, &conversation);
+    cold.run();
+    add_like_probe(&mut driver, 100, &conversation);
+    driver.run();
+    assert_eq!(driver.jobs[&100].output, cold.jobs[&100].output, "a conversation goes on");
+    assert_eq!(driver.model.scheduler.stats().num_prefix_hits > 0, driver.model.summary.has_prefix_cache);
+    driver.model.scheduler.set_num_blocks(10);
+    add_like_probe(&mut driver, 101, &conversation);
+    driver.run();
+    assert_eq!(driver.jobs[&101].output, cold.jobs[&100].output, "in a smaller pool");
+}
+
+/// The same prompt many times at once is computed once.
+fn beside_itself(case: &Case) {
+    const COPIES: u64 = 5;
+    let expected = case.alone(PROBE);
+    let mut driver = case.driver(6);
+    (0..COPIES).for_each(|copy| add_like_probe(&mut driver, 100 + copy, &prompt(PROBE)));
+    driver.run();
+    assert!(driver.jobs.values().all(|job| job.output == expected), "{COPIES} at once");
+    let shared = (PROBE_LEN - 1) as u64 / 4 * 4;
+    let num_hits = if driver.model.summary.has_prefix_cache { (COPIES - 1) * shared } else { 0 };
+    assert_eq!(driver.model.scheduler.stats().num_prefix_hits, num_hits);
+}
+
 fn check(folder: &str) {
     let plain = [WeightDtype::F32, WeightDtype::Bf16].map(|dtype| Case::new(folder, dtype));
     let quantized =
@@ -133,7 +200,11 @@ fn check(folder: &str) {
         among_others(&case);
         at_every_chunk_size(&case);
         preempted_at_any_step(&case);
+        preempted_at_any_step(&case.uncached());
         under_scarcity(&case);
+        from_cached_prefixes(&case);
+        after_its_own_output(&case);
+        beside_itself(&case);
     }
 }
 

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use crate::driver::golden_dir;
 use engine::sampling::params::SamplingParams;
 use engine::{
-    EngineConfig, EngineHandle, Event, FinishReason, GenerateRequest, Generation, GenerationError, StopCriteria,
-    SubmitError, load,
+    EngineConfig, EngineHandle, Event, FinishReason, GenerateRequest, Generation, GenerationError, KvDtype,
+    StopCriteria, SubmitError, WeightQuant, load,
 };
 
 fn config(dir: &Path) -> EngineConfig {
@@ -23,6 +23,7 @@ fn request(prompt: &[u32], max_tokens: usize) -> GenerateRequest {
         prompt: prompt.into(),
         sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
         stop: StopCriteria { max_tokens, ..StopCriteria::default() },
+        cache_salt: [0; 32],
     }
 }
 
@@ -71,6 +72,62 @@ fn every_event_comes_once_and_in_order() {
     assert_eq!(events.len(), 8);
     let stats = engine.stats();
     assert_eq!((stats.num_prompt_tokens, stats.num_generation_tokens, stats.num_used_blocks), (4, 5, 0));
+}
+
+/// Tokens of the prompt that came from the cache, and what was generated.
+fn cached_and_tokens(engine: &EngineHandle, request: GenerateRequest) -> (usize, Vec<u32>) {
+    let events = events(engine.submit(request).expect("accepted"));
+    let Some(Event::Scheduled { num_cached_tokens, .. }) = events.first() else { panic!("it starts: {events:?}") };
+    (*num_cached_tokens, tokens(&events))
+}
+
+#[test]
+fn a_prefix_is_computed_once_for_each_salt() {
+    let engine = start(config(&golden_dir("mixtral-base")));
+    let prompt: Vec<u32> = (3..43).collect();
+    let salted = |salt| GenerateRequest { cache_salt: [salt; 32], ..request(&prompt, 5) };
+    let (cold, expected) = cached_and_tokens(&engine, salted(0));
+    assert_eq!((cold, cached_and_tokens(&engine, salted(0))), (0, (32, expected.clone())));
+    assert_eq!(cached_and_tokens(&engine, salted(1)), (0, expected.clone()));
+    let all = SamplingParams { prompt_logprobs: Some(0), temperature: 0.0, ..SamplingParams::default() };
+    let with_logprobs = GenerateRequest { sampling: all, ..salted(0) };
+    assert_eq!(cached_and_tokens(&engine, with_logprobs), (0, expected.clone()));
+    let stats = engine.stats();
+    assert_eq!((stats.num_prompt_tokens, stats.num_prefix_queries, stats.num_prefix_hits), (160, 120, 32));
+    assert_eq!((stats.num_used_blocks, stats.num_cached_blocks), (0, 4));
+    let off = start(EngineConfig { enable_prefix_caching: false, ..config(&golden_dir("mixtral-base")) });
+    for _ in 0..2 {
+        assert_eq!(cached_and_tokens(&off, salted(0)), (0, expected.clone()));
+    }
+    assert!(engine.model().has_prefix_cache && !off.model().has_prefix_cache);
+    assert_eq!(off.stats().num_prefix_queries, 0);
+}
+
+#[test]
+fn a_fingerprint_tells_models_and_numerics_apart() {
+    let fingerprint = |config: EngineConfig| {
+        let engine = start(config);
+        let found = engine.fingerprint();
+        (found.numerics(), found.whole())
+    };
+    let base = || config(&golden_dir("mixtral-base"));
+    let first = fingerprint(base());
+    assert_eq!(fingerprint(base()), first);
+    // One byte of one weight; nothing that is known before the weights are read.
+    let edited = with_nan_embedding(77, "fingerprint");
+    let other_weights = fingerprint(config(&edited));
+    assert!(other_weights.0 == first.0 && other_weights.1 != first.1);
+    std::fs::remove_dir_all(edited).expect("the temporary folder goes");
+    let others = [
+        EngineConfig { quant: WeightQuant::Int8, ..base() },
+        EngineConfig { kv_dtype: KvDtype::F32, ..base() },
+        EngineConfig { block_size: 8, ..base() },
+        config(&golden_dir("olmoe-base")),
+    ];
+    for other in others {
+        let found = fingerprint(other);
+        assert!(found.0 != first.0 && found.1 != first.1);
+    }
 }
 
 #[test]
@@ -160,9 +217,9 @@ fn settings_that_do_not_fit_the_model_are_refused() {
 }
 
 /// A copy of a golden model whose embedding of `token` is not a number.
-fn with_nan_embedding(token: usize) -> std::path::PathBuf {
+fn with_nan_embedding(token: usize, purpose: &str) -> std::path::PathBuf {
     let source = golden_dir("mixtral-base");
-    let dir = std::env::temp_dir().join(format!("moesaic-nan-{}", std::process::id()));
+    let dir = std::env::temp_dir().join(format!("moesaic-nan-{purpose}-{}", std::process::id()));
     std::fs::create_dir_all(&dir).expect("a temporary folder");
     for name in ["config.json", "generation_config.json"] {
         std::fs::copy(source.join(name), dir.join(name)).expect("a copy");
@@ -180,7 +237,7 @@ fn with_nan_embedding(token: usize) -> std::path::PathBuf {
 
 #[test]
 fn a_row_of_nan_ends_its_own_request_only() {
-    let dir = with_nan_embedding(77);
+    let dir = with_nan_embedding(77, "rows");
     let engine = start(config(&dir));
     let healthy = engine.submit(request(&[1, 54, 70], 200)).expect("accepted");
     let corrupted = engine.submit(request(&[1, 77, 70], 200)).expect("accepted");

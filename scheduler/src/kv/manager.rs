@@ -1,24 +1,51 @@
-//! Counts of blocks: what a sequence needs, what fits, and how far the pool may shrink.
+//! Counts of blocks: what a sequence needs, what fits, what is found again, and how far the pool may shrink.
 
 use std::collections::BTreeMap;
 
+use crate::kv::block_hash::BlockHash;
 use crate::kv::block_pool::{BlockId, BlockPool};
 use crate::kv::block_table::BlockTable;
+use crate::kv::evict::Tick;
+use crate::kv::prefix_tree::PrefixTree;
 
-/// The pool, and the promise that every accepted sequence fits in it alone.
+/// The pool, the tree of what is in it, and the promise that every accepted sequence fits in it alone.
+///
+/// Every block is free, used, or cached: full, found by its name, and given up as soon as a free one is missing.
 #[derive(Debug)]
 pub(crate) struct BlockManager {
     block_size: usize,
     pool: BlockPool,
+    tree: PrefixTree,
+    /// Counts releases.
+    now: Tick,
     /// Blocks asked for. The pool is larger while an accepted sequence needs more than these.
     num_wanted: usize,
     /// Most blocks that accepted sequences will need → how many of them need that many.
     promises: BTreeMap<usize, usize>,
 }
 
+/// The leading blocks of a sequence that the tree has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct CachedPrefix {
+    pub(crate) num_blocks: usize,
+    /// Those that others use, so that taking them takes nothing from what is available. They come first.
+    pub(crate) num_used: usize,
+}
+
 impl BlockManager {
     pub(crate) fn new(block_size: usize, num_blocks: usize) -> Self {
-        Self { block_size, pool: BlockPool::new(num_blocks), num_wanted: num_blocks, promises: BTreeMap::new() }
+        Self {
+            block_size,
+            pool: BlockPool::new(num_blocks),
+            tree: PrefixTree::default(),
+            now: Tick::default(),
+            num_wanted: num_blocks,
+            promises: BTreeMap::new(),
+        }
+    }
+
+    pub(crate) fn block_size(&self) -> usize {
+        self.block_size
     }
 
     pub(crate) fn blocks_for(&self, num_tokens: usize) -> usize {
@@ -33,8 +60,17 @@ impl BlockManager {
         self.pool.num_free()
     }
 
+    /// Blocks that can be handed out: free ones, and cached ones that would be given up.
+    pub(crate) fn num_available(&self) -> usize {
+        self.pool.num_free() + self.pool.num_kept()
+    }
+
     pub(crate) fn num_used(&self) -> usize {
         self.pool.num_used()
+    }
+
+    pub(crate) fn num_cached(&self) -> usize {
+        self.pool.num_kept()
     }
 
     pub(crate) fn num_total(&self) -> usize {
@@ -63,27 +99,98 @@ impl BlockManager {
         self.num_total()
     }
 
-    /// Makes `table` cover `num_tokens` positions. False, with nothing changed, where too few blocks are free.
+    /// The longest chain of `names` that the tree has from the first on.
+    pub(crate) fn find(&self, names: &[BlockHash]) -> CachedPrefix {
+        let mut found = CachedPrefix::default();
+        for block in names.iter().map_while(|&name| self.tree.find(name)) {
+            found.num_blocks += 1;
+            found.num_used += usize::from(self.pool.is_used(block));
+        }
+        found
+    }
+
+    /// True if the tree has `blocks` under `names`.
+    pub(crate) fn has_chain(&self, names: &[BlockHash], blocks: &[BlockId]) -> bool {
+        names.iter().map(|&name| self.tree.find(name)).eq(blocks.iter().map(|&block| Some(block)))
+    }
+
+    /// Fills an empty `table` with the blocks of `names`, all of which [`Self::find`] found.
+    pub(crate) fn take(&mut self, table: &mut BlockTable, names: &[BlockHash]) {
+        assert!(table.blocks.is_empty(), "a sequence is admitted without blocks");
+        for &name in names {
+            let block = self.tree.find(name).expect("the caller found it");
+            self.share(block);
+            table.blocks.push(block);
+        }
+    }
+
+    /// Makes the full block at `idx` of `table` one that can be found by `name`. Where another has the name already the
+    /// table gets that one, for they hold the same; all blocks before `idx` have been published.
+    pub(crate) fn publish(&mut self, table: &mut BlockTable, idx: usize, name: BlockHash) {
+        let block = table.blocks[idx];
+        if let Some(same) = self.tree.find(name) {
+            self.share(same);
+            table.blocks[idx] = same;
+            self.let_go(block);
+            return;
+        }
+        let parent = idx.checked_sub(1).map(|before| table.blocks[before]);
+        self.tree.insert(name, block, parent);
+    }
+
+    /// Makes `table` cover `num_tokens` positions. False, with nothing changed, where too few blocks are available.
     pub(crate) fn try_cover(&mut self, table: &mut BlockTable, num_tokens: usize) -> bool {
         let num_missing = self.blocks_for(num_tokens).saturating_sub(table.blocks.len());
-        if num_missing > self.pool.num_free() {
+        if num_missing > self.num_available() {
             return false;
         }
-        table.blocks.extend((0..num_missing).map(|_| self.pool.allocate().expect("enough blocks are free")));
+        table.blocks.extend((0..num_missing).map(|_| self.allocate()));
         true
     }
 
-    /// Frees all of `table`.
+    /// Lets go of all of `table`. What was published stays cached, the rest is free.
     pub(crate) fn release(&mut self, table: &mut BlockTable) {
-        // Backwards, so that the next sequence gets them in the same order.
-        table.blocks.drain(..).rev().for_each(|block| self.pool.free(block));
+        self.now = self.now.next();
+        let is_above = table.blocks.iter().any(|block| block.0 as usize >= self.pool.limit());
+        // Backwards: leaves before what they follow, and the next sequence gets free blocks in the same order.
+        for block in table.blocks.drain(..).rev() {
+            self.let_go(block);
+        }
+        if is_above {
+            self.evict_above_limit();
+        }
     }
 
     /// Panics unless `held` are exactly the used blocks and the pool has the size it must have.
     pub(crate) fn assert_accounts_for(&self, held: impl Iterator<Item = BlockId>) {
-        self.pool.assert_accounts_for(held);
+        self.pool.assert_accounts_for(held, |block| self.tree.has(block));
+        self.tree.assert_invariants(|block| self.pool.is_used(block));
         assert_eq!(self.pool.limit(), self.limit(), "the pool is not as large as asked for and promised");
         assert!(self.num_total() >= self.pool.limit(), "blocks were lost");
+    }
+
+    fn allocate(&mut self) -> BlockId {
+        if self.pool.num_free() == 0 {
+            let block = self.tree.evict().expect("enough blocks are available");
+            self.pool.free(block);
+        }
+        self.pool.allocate().expect("a block is free")
+    }
+
+    fn share(&mut self, block: BlockId) {
+        self.pool.share(block);
+        self.tree.wake(block);
+    }
+
+    fn let_go(&mut self, block: BlockId) {
+        if !self.pool.let_go(block) {
+            return;
+        }
+        if self.tree.has(block) {
+            self.tree.rest(block, self.now);
+        } else {
+            self.pool.free(block);
+        }
     }
 
     fn limit(&self) -> usize {
@@ -95,6 +202,14 @@ impl BlockManager {
         let limit = self.limit();
         if limit != self.pool.limit() {
             self.pool.set_limit(limit);
+            self.evict_above_limit();
+        }
+    }
+
+    fn evict_above_limit(&mut self) {
+        let limit = u32::try_from(self.pool.limit()).expect("limits are within u32");
+        for block in self.tree.evict_from(limit) {
+            self.pool.free(block);
         }
     }
 }
@@ -114,6 +229,91 @@ mod tests {
         }
         manager.release(&mut table);
         manager.assert_accounts_for(std::iter::empty());
+    }
+
+    /// Names of the blocks of a sequence of `len` blocks that begins with `first`.
+    fn names(first: u32, len: u32) -> Vec<BlockHash> {
+        let root = BlockHash::root(&[0; 32], &[0; 32]);
+        (first..first + len)
+            .scan(root, |parent, token| {
+                *parent = parent.child(&[token]);
+                Some(*parent)
+            })
+            .collect()
+    }
+
+    fn computed(manager: &mut BlockManager, names: &[BlockHash]) -> BlockTable {
+        let mut table = BlockTable::default();
+        assert!(manager.try_cover(&mut table, names.len() * manager.block_size));
+        names.iter().enumerate().for_each(|(idx, &name)| manager.publish(&mut table, idx, name));
+        table
+    }
+
+    fn check(manager: &BlockManager, tables: &[&BlockTable], [free, used, cached]: [usize; 3]) {
+        assert_eq!([manager.num_free(), manager.num_used(), manager.num_cached()], [free, used, cached]);
+        manager.assert_accounts_for(tables.iter().flat_map(|table| table.blocks()).copied());
+    }
+
+    #[test]
+    fn what_was_published_is_found_until_room_is_needed() {
+        let mut manager = BlockManager::new(4, 5);
+        let (old, young) = (names(1, 2), names(7, 2));
+        for names in [&old, &young] {
+            let mut table = computed(&mut manager, names);
+            check(&manager, &[&table], [5 - 2 - manager.num_cached(), 2, manager.num_cached()]);
+            manager.release(&mut table);
+        }
+        check(&manager, &[], [1, 0, 4]);
+        assert_eq!(manager.find(&old), CachedPrefix { num_blocks: 2, num_used: 0 });
+        let mut table = BlockTable::default();
+        assert!(!manager.try_cover(&mut table, 24));
+        assert!(manager.try_cover(&mut table, 8));
+        check(&manager, &[&table], [0, 2, 3]);
+        assert_eq!([&old, &young].map(|names| manager.find(names).num_blocks), [1, 2], "the oldest leaf went");
+        let mut again = BlockTable::default();
+        manager.take(&mut again, &young);
+        check(&manager, &[&table, &again], [0, 4, 1]);
+        assert_eq!(manager.find(&young), CachedPrefix { num_blocks: 2, num_used: 2 });
+        assert!(!manager.try_cover(&mut table, 16), "what is shared cannot go");
+        assert!(manager.try_cover(&mut table, 12));
+        manager.release(&mut table);
+        manager.release(&mut again);
+        check(&manager, &[], [3, 0, 2]);
+    }
+
+    #[test]
+    fn what_two_computed_is_held_once() {
+        let mut manager = BlockManager::new(4, 6);
+        let names = names(1, 2);
+        let mut tables = [0; 2].map(|_| {
+            let mut table = BlockTable::default();
+            assert!(manager.try_cover(&mut table, 8));
+            table
+        });
+        for table in &mut tables {
+            names.iter().enumerate().for_each(|(idx, &name)| manager.publish(table, idx, name));
+        }
+        assert_eq!(tables[0].blocks(), tables[1].blocks());
+        check(&manager, &[&tables[0], &tables[1]], [4, 2, 0]);
+        manager.release(&mut tables[0]);
+        check(&manager, &[&tables[1]], [4, 2, 0]);
+        manager.release(&mut tables[1]);
+        check(&manager, &[], [4, 0, 2]);
+    }
+
+    #[test]
+    fn a_shrink_takes_cached_blocks_above_the_limit() {
+        let mut manager = BlockManager::new(4, 6);
+        let (low, high) = (names(1, 2), names(7, 3));
+        let mut tables = [computed(&mut manager, &low), computed(&mut manager, &high)];
+        manager.release(&mut tables[0]);
+        assert_eq!(manager.set_num_wanted(1), 4, "three are in use");
+        check(&manager, &[&tables[1]], [0, 3, 1]);
+        manager.release(&mut tables[1]);
+        check(&manager, &[], [0, 0, 1]);
+        assert_eq!(manager.find(&low).num_blocks, 1);
+        assert_eq!(manager.set_num_wanted(3), 3);
+        check(&manager, &[], [2, 0, 1]);
     }
 
     #[test]

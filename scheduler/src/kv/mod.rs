@@ -1,13 +1,18 @@
-//! Who holds which KV block: `block_pool` what is free, `block_table` what one sequence holds, `manager` what fits,
-//! `state_slots` who holds which recurrent state.
+//! Who holds which KV block: `block_pool` what is free and how many hold the others, `block_table` what one sequence
+//! holds, `block_hash` the names of full blocks, `prefix_tree` which of them can be found, `evict` which goes first,
+//! `manager` what fits, `state_slots` who holds which recurrent state.
 
+mod block_hash;
 mod block_pool;
 mod block_table;
+mod evict;
 mod manager;
+mod prefix_tree;
 mod state_slots;
 
+pub(crate) use block_hash::{BlockHash, BlockHashes};
 pub use block_pool::BlockId;
 pub use block_table::BlockTable;
-pub(crate) use manager::BlockManager;
+pub(crate) use manager::{BlockManager, CachedPrefix};
 pub use state_slots::StateSlot;
 pub(crate) use state_slots::StateSlots;

@@ -5,19 +5,20 @@ use crate::generate::{Delta, Indexed, Output};
 use crate::openai::chat::{
     AssistantMessage, ChatChoice, ChatChunkChoice, ChatCompletion, ChatCompletionChunk, ChatDelta,
 };
-use crate::openai::usage::Usage;
+use crate::openai::usage::{PromptCount, Usage};
 
 impl Envelope {
     /// The answer to a chat that does not stream.
     pub fn chat_completion(&self, prompt: &[u32], choices: Vec<Collected>) -> ChatCompletion {
         let num_tokens = choices.iter().map(|choice| choice.token_ids.len()).sum();
+        let num_cached = choices.first().map_or(0, |choice| choice.num_cached_tokens);
         let prompt_logprobs = choices.first().and_then(|choice| choice.prompt_logprobs.as_deref());
         ChatCompletion {
             id: self.id.clone(),
             object: "chat.completion",
             created: self.created,
             model: self.model.clone(),
-            usage: Usage::new(prompt.len(), num_tokens),
+            usage: Usage::new(PromptCount { num_tokens: prompt.len(), num_cached }, num_tokens),
             system_fingerprint: FINGERPRINT,
             prompt_token_ids: self.output.token_ids.then(|| prompt.to_vec()),
             prompt_logprobs: prompt_logprobs.map(|known| self.prompt_logprobs(known)),
@@ -85,8 +86,8 @@ impl ChunkWriter for ChatWriter {
     type Chunk = ChatCompletionChunk;
 
     fn write(&mut self, indexed: Indexed) -> Vec<ChatCompletionChunk> {
+        self.usage.add(&indexed);
         let Output::Delta(delta) = indexed.output else { return Vec::new() };
-        self.usage.num_completion_tokens += delta.token_ids.len();
         let shows = !delta.text.is_empty()
             || !delta.logprobs.is_empty()
             || (self.envelope.output.token_ids && !delta.token_ids.is_empty());

@@ -6,7 +6,7 @@ use super::{ChunkWriter, Collected, Envelope, FINGERPRINT, StreamUsage};
 use crate::generate::{Delta, Indexed, Output};
 use crate::openai::completions::{Completion, CompletionChoice};
 use crate::openai::logprobs::CompletionLogprobs;
-use crate::openai::usage::Usage;
+use crate::openai::usage::{PromptCount, Usage};
 
 /// A prompt as ids and as the text that `echo` repeats.
 #[derive(Clone, Debug)]
@@ -19,9 +19,10 @@ impl Envelope {
     /// The answer to text completions that do not stream; `choices` has as many entries per prompt.
     pub fn completion(&self, prompts: &[CompletionPrompt], choices: Vec<Collected>) -> Completion {
         let num_per_prompt = choices.len() / prompts.len().max(1);
-        let num_prompt_tokens = prompts.iter().map(|prompt| prompt.ids.len()).sum();
+        let num_cached = choices.iter().step_by(num_per_prompt.max(1)).map(|choice| choice.num_cached_tokens).sum();
+        let prompt = PromptCount { num_tokens: prompts.iter().map(|prompt| prompt.ids.len()).sum(), num_cached };
         let num_tokens = choices.iter().map(|choice| choice.token_ids.len()).sum();
-        let usage = Some(Some(Usage::new(num_prompt_tokens, num_tokens)));
+        let usage = Some(Some(Usage::new(prompt, num_tokens)));
         let choice = |(choice, index): (Collected, u32)| {
             self.completion_choice(index, &prompts[index as usize / num_per_prompt], choice)
         };
@@ -117,11 +118,12 @@ impl ChunkWriter for CompletionWriter {
     fn write(&mut self, indexed: Indexed) -> Vec<Completion> {
         let index = indexed.index;
         let mut choices = Vec::new();
+        self.usage.add(&indexed);
         match indexed.output {
+            Output::Started { .. } => {}
             Output::Prompt(known) => choices.extend(self.open(index, &known)),
             Output::Delta(delta) => {
                 choices.extend(self.open(index, &[]));
-                self.usage.num_completion_tokens += delta.token_ids.len();
                 choices.extend(self.text_choice(index, &delta));
                 choices.extend(delta.finish.map(|finish| CompletionChoice {
                     finish_reason: Some(finish.reason),

@@ -13,7 +13,7 @@ use futures::stream::{self, Stream, StreamExt as _};
 use crate::error::ApiError;
 use crate::generate::{Batch, Delta, Finish, Indexed, Output, TokenRecord};
 use crate::openai::FinishReason;
-use crate::openai::usage::Usage;
+use crate::openai::usage::{PromptCount, Usage};
 use crate::text::Tokenizer;
 use crate::validate::{OutputOptions, StreamPlan};
 
@@ -59,6 +59,8 @@ pub struct Collected {
     pub logprobs: Vec<TokenRecord>,
     pub prompt_logprobs: Option<Vec<engine::PromptLogprob>>,
     pub finish: Option<Finish>,
+    /// Tokens of its prompt that were computed before.
+    pub num_cached_tokens: usize,
 }
 
 impl Collected {
@@ -89,6 +91,7 @@ impl Collector {
     pub fn add(&mut self, indexed: Indexed) {
         let choice = &mut self.choices[indexed.index as usize];
         match indexed.output {
+            Output::Started { num_cached_tokens } => choice.num_cached_tokens = num_cached_tokens,
             Output::Prompt(logprobs) => choice.prompt_logprobs = Some(logprobs),
             Output::Delta(delta) => choice.add(delta),
         }
@@ -133,17 +136,31 @@ pub fn chunks<W: ChunkWriter>(
 #[derive(Clone, Copy, Debug)]
 pub struct StreamUsage {
     plan: StreamPlan,
-    num_prompt_tokens: usize,
+    prompt: PromptCount,
+    num_choices: u32,
     num_completion_tokens: usize,
 }
 
 impl StreamUsage {
-    pub fn new(plan: StreamPlan, num_prompt_tokens: usize) -> Self {
-        Self { plan, num_prompt_tokens, num_completion_tokens: 0 }
+    /// For prompts of so many tokens together, each with `num_choices`.
+    pub fn new(plan: StreamPlan, num_prompt_tokens: usize, num_choices: u32) -> Self {
+        let prompt = PromptCount { num_tokens: num_prompt_tokens, num_cached: 0 };
+        Self { plan, prompt, num_choices, num_completion_tokens: 0 }
     }
 
     fn total(&self) -> Usage {
-        Usage::new(self.num_prompt_tokens, self.num_completion_tokens)
+        Usage::new(self.prompt, self.num_completion_tokens)
+    }
+
+    fn add(&mut self, indexed: &Indexed) {
+        match &indexed.output {
+            // What the first choice found: the others of a prompt share with it.
+            Output::Started { num_cached_tokens } if indexed.index.is_multiple_of(self.num_choices) => {
+                self.prompt.num_cached += num_cached_tokens;
+            }
+            Output::Delta(delta) => self.num_completion_tokens += delta.token_ids.len(),
+            Output::Started { .. } | Output::Prompt(_) => {}
+        }
     }
 
     /// The `usage` of a chunk with choices: absent, null or the count so far.

@@ -48,9 +48,10 @@ fn values<C: serde::Serialize>(chunks: impl IntoIterator<Item = C>) -> Vec<Value
 fn a_streamed_chat_is_role_text_end_usage() {
     let plan = StreamPlan { include_usage: true, continuous_usage: false };
     let mut writer =
-        ChatWriter { envelope: envelope(OutputOptions::default(), false), usage: StreamUsage::new(plan, 3) };
+        ChatWriter { envelope: envelope(OutputOptions::default(), false), usage: StreamUsage::new(plan, 3, 1) };
     let mut chunks = values(writer.opening(1, &[1, 2, 3]));
-    for output in [text(0, "a", 0), text(0, "", 1), end(0, Some(StopReason::Text("!".into())))] {
+    let started = Indexed { index: 0, output: Output::Started { num_cached_tokens: 2 } };
+    for output in [started, text(0, "a", 0), text(0, "", 1), end(0, Some(StopReason::Text("!".into())))] {
         let mut output = output;
         if let Output::Delta(delta) = &mut output.output {
             delta.logprobs.clear();
@@ -71,14 +72,17 @@ fn a_streamed_chat_is_role_text_end_usage() {
     assert_eq!(chunks[2]["choices"][0]["finish_reason"], "stop");
     assert_eq!(chunks[2]["choices"][0]["stop_reason"], "!");
     assert_eq!(chunks[3]["choices"], json!([]));
-    assert_eq!(chunks[3]["usage"], json!({"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}));
+    let details = json!({"cached_tokens": 2});
+    let usage =
+        json!({"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5, "prompt_tokens_details": details});
+    assert_eq!(chunks[3]["usage"], usage);
 }
 
 #[test]
 fn usage_is_absent_where_nobody_asked_and_running_where_asked_so() {
     let write = |plan| {
         let mut writer =
-            ChatWriter { envelope: envelope(OutputOptions::default(), false), usage: StreamUsage::new(plan, 3) };
+            ChatWriter { envelope: envelope(OutputOptions::default(), false), usage: StreamUsage::new(plan, 3, 1) };
         let chunks = values(writer.write(text(0, "a", 0)));
         assert!(writer.closing().is_none());
         chunks[0].get("usage").cloned()
@@ -126,7 +130,7 @@ fn an_echoed_completion_puts_the_prompt_and_its_logprobs_first() {
 
     let mut writer = CompletionWriter {
         envelope: envelope(output, true),
-        usage: StreamUsage::new(StreamPlan::default(), 2),
+        usage: StreamUsage::new(StreamPlan::default(), 2, 1),
         prompts: prompts.to_vec(),
         num_choices: 1,
         opened: vec![false],
@@ -150,12 +154,15 @@ fn choices_of_many_prompts_are_numbered_through() {
     let prompt = |id: u32| CompletionPrompt { ids: Arc::from([id]), text: String::new() };
     let mut collector = Collector::new(4);
     for index in [3, 0, 2, 1] {
+        let num_cached_tokens = index as usize;
+        collector.add(Indexed { index, output: Output::Started { num_cached_tokens } });
         collector.add(text(index, "x", index));
         collector.add(end(index, None));
     }
     let output = OutputOptions { token_ids: true, ..OutputOptions::default() };
     let answer =
         values([envelope(output, false).completion(&[prompt(7), prompt(8)], collector.into_choices())]).remove(0);
+    assert_eq!(answer["usage"]["prompt_tokens_details"]["cached_tokens"], 2, "of the first choice of each prompt");
     for (index, prompt) in [(0, 7), (1, 7), (2, 8), (3, 8)] {
         assert_eq!(answer["choices"][index]["prompt_token_ids"], json!([prompt]));
         assert_eq!(answer["choices"][index]["token_ids"], json!([index]));
@@ -165,7 +172,8 @@ fn choices_of_many_prompts_are_numbered_through() {
 #[test]
 fn tokens_can_be_written_as_ids() {
     let output = OutputOptions { tokens_as_ids: true, ..OutputOptions::default() };
-    let mut writer = ChatWriter { envelope: envelope(output, true), usage: StreamUsage::new(StreamPlan::default(), 0) };
+    let mut writer =
+        ChatWriter { envelope: envelope(output, true), usage: StreamUsage::new(StreamPlan::default(), 0, 1) };
     let chunks = values(writer.write(text(0, "a", 0)));
     assert_eq!(chunks[0]["choices"][0]["logprobs"]["content"][0]["token"], "token_id:0");
 }

@@ -97,6 +97,7 @@ fn start_loading(app: Arc<App>) -> anyhow::Result<oneshot::Receiver<anyhow::Resu
                 kv_cache_tokens = summary.num_blocks * summary.block_size,
                 states = (summary.num_state_slots > 0).then_some(summary.num_state_slots),
                 kv_cache_dtype = summary.kv_dtype,
+                prefix_cache = summary.has_prefix_cache,
                 "ready"
             );
             app.set_model(model);
@@ -158,6 +159,7 @@ fn engine_config(config: &Config, model_dir: PathBuf, available_memory: u64) -> 
         kv_cache_memory: config.kv_cache_memory.map(|bytes| bytes.0),
         available_memory,
         block_size: config.block_size,
+        enable_prefix_caching: config.enable_prefix_caching,
         max_model_len: config.max_model_len,
         max_num_seqs: config.max_num_seqs,
         max_num_batched_tokens: config.max_num_batched_tokens,

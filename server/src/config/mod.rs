@@ -113,6 +113,12 @@ settings! {
         /// Tokens per KV block, a power of two from 1 to 256
         #[arg(long, env = "MOESAIC_BLOCK_SIZE")]
         block_size: usize = 16;
+        /// Keep computed blocks of prompts and outputs for requests that begin alike; =false computes every prompt anew
+        #[arg(long, env = "MOESAIC_ENABLE_PREFIX_CACHING", num_args = 0..=1, require_equals = true, hide_possible_values = true, default_missing_value = "true", value_parser = BoolishValueParser::new())]
+        enable_prefix_caching: bool = true;
+        /// Share what is cached between API keys; else none can learn by timing what another asked
+        #[arg(long, env = "MOESAIC_CACHE_SHARED", num_args = 0..=1, require_equals = true, hide_possible_values = true, default_missing_value = "true", value_parser = BoolishValueParser::new())]
+        cache_shared: bool = false;
         /// Sequences running at once, 1 to 65536
         #[arg(long, env = "MOESAIC_MAX_NUM_SEQS")]
         max_num_seqs: usize = 512;

@@ -12,6 +12,7 @@ use futures::stream::{self, SelectAll, Stream};
 pub use assembler::{Assembler, Delta, Finish, TokenRecord, TokenText};
 
 use crate::app::Model;
+use crate::cache_salt::Salt;
 use crate::error::ApiError;
 use crate::limits::Permit;
 use crate::openai::FinishReason;
@@ -19,9 +20,13 @@ use crate::telemetry::metrics::{ChoiceMeter, RequestFacts, rejected};
 use crate::text::{DetokenizeOptions, Detokenizer};
 use crate::validate::ValidRequest;
 
-/// What a choice yields: prompt log-probs at most once, then deltas, the last of them with `finish`.
+/// What a choice yields: its start and prompt log-probs at most once, then deltas, the last of them with `finish`.
 #[derive(Debug)]
 pub enum Output {
+    /// So many tokens of its prompt were computed before.
+    Started {
+        num_cached_tokens: usize,
+    },
     Prompt(Vec<PromptLogprob>),
     Delta(Delta),
 }
@@ -47,6 +52,8 @@ pub struct Job<'a> {
     pub valid: &'a ValidRequest,
     /// The field that holds the prompt, for errors about it.
     pub param: &'static str,
+    /// Who shares what is cached of the prompts.
+    pub salt: Salt,
     pub permit: Permit,
 }
 
@@ -131,6 +138,7 @@ fn start_choice(model: &Model, job: &Job<'_>, plan: &ChoicePlan<'_>) -> Result<C
         prompt: Arc::clone(plan.prompt),
         sampling,
         stop: StopCriteria { max_tokens: plan.max_tokens.max(1), min_tokens: valid.stop.min_tokens, stop_token_ids },
+        cache_salt: job.salt.bytes(),
     };
     let generation = model.engine.submit(request).map_err(|error| refuse(error, job.param))?;
     let options = DetokenizeOptions {
@@ -177,26 +185,24 @@ struct Choice<D> {
 
 impl<D: TokenText> Choice<D> {
     async fn next(&mut self) -> Option<Result<Output, ApiError>> {
-        loop {
-            let Some(event) = self.generation.as_mut()?.next().await else {
-                tracing::error!("the engine dropped a request without ending it");
-                self.generation = None;
-                return Some(Err(ApiError::EngineDead));
-            };
-            let Some(output) = self.on_event(event).transpose() else { continue };
-            if matches!(&output, Err(_) | Ok(Output::Delta(Delta { finish: Some(_), .. }))) {
-                self.generation = None;
-            }
-            return Some(output);
+        let Some(event) = self.generation.as_mut()?.next().await else {
+            tracing::error!("the engine dropped a request without ending it");
+            self.generation = None;
+            return Some(Err(ApiError::EngineDead));
+        };
+        let output = self.on_event(event);
+        if matches!(&output, Err(_) | Ok(Output::Delta(Delta { finish: Some(_), .. }))) {
+            self.generation = None;
         }
+        Some(output)
     }
 
-    /// What the event gives the client, if anything.
-    fn on_event(&mut self, event: Event) -> Result<Option<Output>, ApiError> {
+    /// What the event gives the client.
+    fn on_event(&mut self, event: Event) -> Result<Output, ApiError> {
         let output = match event {
-            Event::Scheduled { queue } => {
+            Event::Scheduled { queue, num_cached_tokens } => {
                 self.meter.scheduled(queue);
-                return Ok(None);
+                Output::Started { num_cached_tokens }
             }
             Event::PromptLogprobs(logprobs) => Output::Prompt(logprobs),
             // The engine always samples one token; a prompt that is only echoed ends before it.
@@ -223,7 +229,7 @@ impl<D: TokenText> Choice<D> {
                 return Err(ApiError::Generation(error));
             }
         };
-        Ok(Some(output))
+        Ok(output)
     }
 }
 
@@ -243,6 +249,7 @@ mod tests {
             num_choices: 1,
             output: crate::validate::OutputOptions::default(),
             truncate_prompt: None,
+            cache_salt: None,
             stream: None,
         };
         token_budget(&valid, prompt_len, 10, "prompt")

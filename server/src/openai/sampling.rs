@@ -57,6 +57,8 @@ pub struct SamplingOptions {
     pub prompt_logprobs: Option<u32>,
     /// Keep only the last so many tokens of the prompt; -1 keeps what the model can hold.
     pub truncate_prompt_tokens: Option<i64>,
+    /// Only requests that give the same one share what is cached of their prompts; 1 to 256 bytes.
+    pub cache_salt: Option<String>,
     /// Answer with server-sent events.
     pub stream: Option<bool>,
     pub stream_options: Option<StreamOptions>,

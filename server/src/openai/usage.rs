@@ -1,17 +1,36 @@
 //! Token counts of a request.
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use utoipa::ToSchema;
 
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize, ToSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, ToSchema)]
 pub struct Usage {
     pub prompt_tokens: usize,
     pub completion_tokens: usize,
     pub total_tokens: usize,
+    pub prompt_tokens_details: PromptTokensDetails,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, ToSchema)]
+pub struct PromptTokensDetails {
+    /// Prompt tokens that were computed before, for an earlier request or one that runs now; each prompt counts once.
+    pub cached_tokens: usize,
+}
+
+/// What the tokens of a prompt cost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PromptCount {
+    pub num_tokens: usize,
+    pub num_cached: usize,
 }
 
 impl Usage {
-    pub fn new(prompt_tokens: usize, completion_tokens: usize) -> Self {
-        Self { prompt_tokens, completion_tokens, total_tokens: prompt_tokens + completion_tokens }
+    pub fn new(prompt: PromptCount, completion_tokens: usize) -> Self {
+        Self {
+            prompt_tokens: prompt.num_tokens,
+            completion_tokens,
+            total_tokens: prompt.num_tokens + completion_tokens,
+            prompt_tokens_details: PromptTokensDetails { cached_tokens: prompt.num_cached },
+        }
     }
 }

@@ -11,6 +11,7 @@ use super::body::{JsonBody, parse};
 use crate::answer::chat::ChatWriter;
 use crate::answer::{Collector, Envelope, StreamUsage, chunks};
 use crate::app::{App, Model, unix_seconds};
+use crate::cache_salt::{Salt, Tenant};
 use crate::conversation::Conversation;
 use crate::error::ApiError;
 use crate::generate::{Batch, Job};
@@ -37,6 +38,7 @@ use crate::validate::{self, ValidRequest};
 pub async fn complete(
     State(app): State<Arc<App>>,
     Extension(id): Extension<RequestId>,
+    Extension(tenant): Extension<Tenant>,
     JsonBody(body): JsonBody,
 ) -> Result<Response, ApiError> {
     let model = app.model()?;
@@ -48,7 +50,8 @@ pub async fn complete(
     let conversation = Conversation::new(&request.chat)?;
     let prompt = prompt_ids(&app, model, conversation, valid.truncate_prompt).await?;
     let prompts = [Arc::clone(&prompt)];
-    let batch = Batch::start(model, Job { prompts: &prompts, valid: &valid, param: "messages", permit })?;
+    let salt = Salt::new(tenant, valid.cache_salt.as_deref());
+    let batch = Batch::start(model, Job { prompts: &prompts, valid: &valid, param: "messages", salt, permit })?;
     let envelope = Envelope {
         id: format!("chatcmpl-{}", id.0),
         created: unix_seconds(),
@@ -60,7 +63,7 @@ pub async fn complete(
     match valid.stream {
         None => collect(batch, &envelope, &valid, &prompt).await,
         Some(plan) => {
-            let usage = StreamUsage::new(plan, prompt.len());
+            let usage = StreamUsage::new(plan, prompt.len(), valid.num_choices);
             let writer = ChatWriter { envelope, usage };
             Ok(stream_chunks(&app, batch, writer, valid.num_choices, &prompt))
         }

@@ -10,6 +10,7 @@ use super::body::{JsonBody, parse};
 use crate::answer::completions::{CompletionPrompt, CompletionWriter};
 use crate::answer::{Collector, Envelope, StreamUsage, chunks};
 use crate::app::{App, Model, unix_seconds};
+use crate::cache_salt::{Salt, Tenant};
 use crate::error::ApiError;
 use crate::generate::{Batch, Job};
 use crate::openai::completions::{Completion, CompletionRequest, Prompt};
@@ -39,6 +40,7 @@ const MAX_PROMPTS: usize = 1024;
 pub async fn complete(
     State(app): State<Arc<App>>,
     Extension(id): Extension<RequestId>,
+    Extension(tenant): Extension<Tenant>,
     JsonBody(body): JsonBody,
 ) -> Result<Response, ApiError> {
     let model = app.model()?;
@@ -56,7 +58,8 @@ pub async fn complete(
     let tokenizer = Arc::clone(&model.tokenizer);
     let prompts = app.limits.run_text(move || plan.prepare(source, &tokenizer)).await?;
     let ids: Vec<_> = prompts.iter().map(|prompt| Arc::clone(&prompt.ids)).collect();
-    let mut batch = Batch::start(model, Job { prompts: &ids, valid: &valid, param: "prompt", permit })?;
+    let salt = Salt::new(tenant, valid.cache_salt.as_deref());
+    let mut batch = Batch::start(model, Job { prompts: &ids, valid: &valid, param: "prompt", salt, permit })?;
     let envelope = Envelope {
         id: format!("cmpl-{}", id.0),
         created: unix_seconds(),
@@ -69,7 +72,7 @@ pub async fn complete(
     if let Some(plan) = valid.stream {
         let writer = CompletionWriter {
             envelope,
-            usage: StreamUsage::new(plan, ids.iter().map(|ids| ids.len()).sum()),
+            usage: StreamUsage::new(plan, ids.iter().map(|ids| ids.len()).sum(), valid.num_choices),
             prompts,
             num_choices: valid.num_choices,
             opened: vec![false; num_sequences],

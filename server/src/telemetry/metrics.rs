@@ -45,7 +45,11 @@ const TOKEN_COUNTS: &[(&str, &str)] = &[
     ("vllm:request_params_max_tokens", "Most tokens a sequence may generate"),
 ];
 const COUNTERS: &[(&str, &str)] = &[
-    ("vllm:prompt_tokens_total", "Prompt tokens computed"),
+    ("vllm:prompt_tokens_total", "Prompt tokens computed or taken from a cache"),
+    ("vllm:prompt_tokens_cached_total", "Prompt tokens taken from a cache"),
+    ("vllm:prompt_tokens_cached_by_source_total", "Prompt tokens taken from a cache, by which"),
+    ("vllm:prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache"),
+    ("vllm:prefix_cache_hits_total", "Prompt tokens that the prefix cache had"),
     ("vllm:generation_tokens_total", "Tokens generated"),
     ("vllm:request_success_total", "Sequences ended, by reason"),
     ("vllm:num_preemptions_total", "Sequences that lost their KV blocks to others and were computed again"),
@@ -58,7 +62,7 @@ const GAUGES: &[(&str, &str)] = &[
     ("vllm:num_requests_running", "Sequences in the running batch"),
     ("vllm:num_requests_waiting", "Sequences waiting for their first step"),
     ("vllm:num_requests_waiting_by_reason", "Sequences waiting, by what for; capacity is room in the batch"),
-    ("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 1 is full"),
+    ("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 1 is full; cached ones are not in use"),
     ("moesaic_state_slots_usage_perc", "Share of recurrent states in use, 1 is full; only of models that have them"),
     ("vllm:cache_config_info", "The KV cache's settings as labels"),
     ("moesaic_weight_bytes", "Bytes of the weights in memory, with the formats of the matrices as a label"),
@@ -102,6 +106,11 @@ pub fn observe_engine(engine: &EngineHandle) {
         gauge!("moesaic_state_slots_usage_perc").set(share);
     }
     counter!("vllm:prompt_tokens_total").absolute(stats.num_prompt_tokens);
+    counter!("vllm:prompt_tokens_cached_total").absolute(stats.num_prefix_hits);
+    counter!("vllm:prompt_tokens_cached_by_source_total", "source" => "local_cache_hit")
+        .absolute(stats.num_prefix_hits);
+    counter!("vllm:prefix_cache_queries_total").absolute(stats.num_prefix_queries);
+    counter!("vllm:prefix_cache_hits_total").absolute(stats.num_prefix_hits);
     counter!("vllm:generation_tokens_total").absolute(stats.num_generation_tokens);
     counter!("vllm:num_preemptions_total").absolute(stats.num_preemptions);
     counter!("vllm:corrupted_requests_total").absolute(stats.num_corrupted);
@@ -110,7 +119,8 @@ pub fn observe_engine(engine: &EngineHandle) {
         "vllm:cache_config_info",
         "block_size" => model.block_size.to_string(),
         "num_gpu_blocks" => model.num_blocks.to_string(),
-        "cache_dtype" => model.kv_dtype
+        "cache_dtype" => model.kv_dtype,
+        "enable_prefix_caching" => if model.has_prefix_cache { "True" } else { "False" }
     )
     .set(1.0);
     gauge!("moesaic_weight_bytes", "format" => model.weight_formats.join("+")).set(model.weight_bytes as f64);

@@ -25,6 +25,7 @@ const MAX_STOP_TOKENS: usize = 1024;
 const MAX_TOP_LOGPROBS: u32 = 20;
 /// Every choice of a request holds its biases, and applies them to every token.
 const MAX_BIASES: usize = 4096;
+const MAX_CACHE_SALT_BYTES: usize = 256;
 
 /// What validation needs to know about the server.
 #[derive(Clone, Debug)]
@@ -47,6 +48,7 @@ pub struct ValidRequest {
     pub num_choices: u32,
     pub output: OutputOptions,
     pub truncate_prompt: Option<usize>,
+    pub cache_salt: Option<String>,
     pub stream: Option<StreamPlan>,
 }
 
@@ -201,6 +203,7 @@ fn shared(fields: &SamplingOptions, extras: &Extras, limits: &ModelLimits) -> Re
             echo: extras.echo,
         },
         truncate_prompt: truncation(fields.truncate_prompt_tokens, limits.max_tokens)?,
+        cache_salt: cache_salt(fields.cache_salt.as_deref())?.map(str::to_owned),
         stream,
     })
 }
@@ -325,6 +328,16 @@ fn top_count(count: Option<u32>, param: &'static str) -> Result<Option<u32>, Api
             Err(ApiError::invalid(param, format!("is {count}, allowed are 0 to {MAX_TOP_LOGPROBS}")))
         }
         count => Ok(count),
+    }
+}
+
+fn cache_salt(salt: Option<&str>) -> Result<Option<&str>, ApiError> {
+    match salt.map(str::len) {
+        Some(len) if !(1..=MAX_CACHE_SALT_BYTES).contains(&len) => {
+            let reason = format!("has {len} bytes, allowed are 1 to {MAX_CACHE_SALT_BYTES}");
+            Err(ApiError::invalid("cache_salt", reason))
+        }
+        _ => Ok(salt),
     }
 }
 

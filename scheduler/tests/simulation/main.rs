@@ -3,9 +3,14 @@
 //! The fake model is a chain: the entry of a position mixes the entry before it, read through the block table, with the
 //! token; a row samples from its own entry. A block given to two sequences, a position skipped or read before it was
 //! written changes the tokens. A source is read as a whole by its encoder and by every row of the decoder after it, and
-//! a recurrent state goes from row to row, so that a cut source or a state of another shows in the same way. `MOESAIC_SIM_SEED=n` runs one seed alone.
+//! a recurrent state goes from row to row, so that a cut source or a state of another shows in the same way. Prompts begin alike
+//! and salts are few; the salt is in every entry, so that a cached block of other tokens or of another tenant changes
+//! the tokens too, and what is reused is compared with what it should hold. `MOESAIC_SIM_SEED=n` runs one seed alone.
+
+mod fake_model;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use scheduler::{
@@ -13,89 +18,18 @@ use scheduler::{
     SchedulerConfig, Sequence, StopCriteria, Update,
 };
 
+use fake_model::{Rng, all_of, encode, entry, generate_alone, next_state, sample};
+
 const NUM_SEEDS: u64 = 600;
 const NUM_STEPS: usize = 300;
-const VOCAB_SIZE: u64 = 40;
-
-/// SplitMix64.
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        mix(self.0, 0)
-    }
-
-    /// `low..=high`.
-    fn between(&mut self, low: usize, high: usize) -> usize {
-        low + (self.next() % (high - low + 1) as u64) as usize
-    }
-
-    fn percent(&mut self, chance: usize) -> bool {
-        self.between(1, 100) <= chance
-    }
-}
-
-fn mix(state: u64, input: u64) -> u64 {
-    let mut mixed = state ^ input.wrapping_mul(0xd6e8_feb8_6659_fd93);
-    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    mixed ^ (mixed >> 31)
-}
-
-/// The entry of a decoder's position, from the one before it, all of the source's, and the token.
-fn entry(before: Option<u64>, source: u64, token: u32) -> u64 {
-    mix(before.unwrap_or(1) ^ source, u64::from(token) + 1)
-}
-
-/// The entries of a source: each knows all tokens.
-fn encode(tokens: &[u32]) -> Vec<u64> {
-    let all = tokens.iter().fold(2, |all, &token| mix(all, u64::from(token)));
-    (0..tokens.len() as u64).map(|position| mix(all, position)).collect()
-}
-
-fn all_of(source: impl Iterator<Item = u64>) -> u64 {
-    source.fold(0, mix)
-}
-
-/// The recurrent state after one more token; 0 before the first.
-fn next_state(state: u64, token: u32) -> u64 {
-    mix(state ^ 3, u64::from(token))
-}
-
-fn sample(entry: u64) -> u32 {
-    (entry % VOCAB_SIZE) as u32
-}
-
-/// What the request generates when nothing else exists.
-fn generate_alone(request: &Request, has_states: bool) -> (Vec<u32>, FinishReason) {
-    let Request { prompt, source_len, stop, .. } = request;
-    let source = all_of(encode(&prompt[..*source_len]).into_iter());
-    let (mut last, mut state) = (None, 0);
-    let mut read = |token| {
-        last = Some(entry(last, source, token));
-        state = next_state(state, token);
-        last.expect("just written") ^ if has_states { state } else { 0 }
-    };
-    let mut row = prompt[*source_len..].iter().map(|&token| read(token)).last().expect("the decoder reads something");
-    let mut generated = Vec::new();
-    loop {
-        let token = sample(row);
-        let may_stop = generated.len() >= stop.min_tokens;
-        generated.push(token);
-        if may_stop && stop.stop_token_ids.contains(&token) {
-            return (generated, FinishReason::Stop(token));
-        }
-        if generated.len() == stop.max_tokens {
-            return (generated, FinishReason::Length);
-        }
-        row = read(token);
-    }
-}
 
 /// What the simulator knows of an accepted request that has not ended. Ids are given in order of arrival.
 struct Expected {
+    prompt: Arc<[u32]>,
     prompt_len: usize,
+    salt: u8,
+    /// It takes what is cached.
+    may_reuse: bool,
     max_tokens: usize,
     generated: Vec<u32>,
     reason: FinishReason,
@@ -120,6 +54,10 @@ struct Coverage {
     encoded: u64,
     encoded_over_budget: u64,
     without_a_state: u64,
+    reused: u64,
+    reused_after_preemption: u64,
+    passed: u64,
+    cached_and_full: u64,
 }
 
 struct Simulation<'a> {
@@ -137,6 +75,10 @@ struct Simulation<'a> {
     states: Vec<u64>,
     /// Percent of the requests that have a source.
     sources: usize,
+    /// What prompts begin with.
+    stems: Vec<Vec<u32>>,
+    /// Salt and tokens of every prefix of whole blocks that was ever computed.
+    computed: BTreeSet<(u8, Vec<u32>)>,
     has_encoded: bool,
     /// Percent per step.
     trouble: usize,
@@ -155,12 +97,15 @@ impl<'a> Simulation<'a> {
             max_num_batched_tokens: rng.between(1, 40),
             max_model_len: rng.between(8, 120),
             max_queue: rng.between(1, 30),
+            prefix_cache: rng.percent(80).then_some([9; 32]),
             batch_timeout: Duration::from_millis(if rng.percent(50) { 0 } else { rng.between(1, 20) as u64 }),
         };
         Self {
             scheduler: Scheduler::new(config.clone()).expect("the limits are valid"),
             trouble: [0, 3, 15][rng.between(0, 2)],
             sources: [0, 50, 100][rng.between(0, 2)],
+            stems: (0..rng.between(1, 3)).map(|_| (0..120).map(|_| sample(rng.next())).collect()).collect(),
+            computed: BTreeSet::new(),
             has_encoded: false,
             states: vec![0; config.num_state_slots],
             rng,
@@ -202,6 +147,7 @@ impl<'a> Simulation<'a> {
         let held = [stats.num_running, stats.num_waiting, stats.num_used_blocks, stats.num_used_state_slots];
         assert_eq!(held, [0; 4], "idle");
         assert_eq!(stats.num_total_blocks, self.num_wanted, "an idle pool has the size that was asked for");
+        self.coverage.cached_and_full += u64::from(stats.num_cached_blocks == stats.num_total_blocks);
         assert_eq!(self.scheduler.schedule(self.now), Batch::default());
     }
 
@@ -210,7 +156,11 @@ impl<'a> Simulation<'a> {
         let prompt_len = self.rng.between(shortest, self.config.max_model_len);
         let room = self.config.max_model_len - prompt_len;
         let max_tokens = if self.rng.percent(5) { room + 1 } else { self.rng.between(1, room.max(1)) };
-        let prompt: Vec<u32> = (0..prompt_len).map(|_| sample(self.rng.next())).collect();
+        let stem = self.rng.between(0, self.stems.len() - 1);
+        let num_shared = self.rng.between(0, prompt_len);
+        let shared: Vec<u32> = self.stems[stem][..num_shared].to_vec();
+        let prompt: Vec<u32> =
+            shared.into_iter().chain((num_shared..prompt_len).map(|_| sample(self.rng.next()))).collect();
         let min_tokens = self.rng.between(0, 8);
         let stop_token_ids = (0..self.rng.between(0, 2)).map(|_| sample(self.rng.next())).collect();
         let stop = StopCriteria { max_tokens, min_tokens, stop_token_ids };
@@ -235,7 +185,10 @@ impl<'a> Simulation<'a> {
         } else {
             Ok(())
         };
-        let request = Request { id, prompt: prompt.into(), source_len, stop };
+        let salt = self.rng.between(0, 1) as u8;
+        let computes_whole_prompt = self.rng.percent(10);
+        let prompt = prompt.into();
+        let request = Request { id, prompt, source_len, stop, cache_salt: [salt; 32], computes_whole_prompt };
         assert_eq!(self.scheduler.add(request.clone(), self.now), verdict, "{id:?}");
         if verdict.is_err() {
             self.coverage.refused += 1;
@@ -243,8 +196,20 @@ impl<'a> Simulation<'a> {
         }
         let (generated, reason) = generate_alone(&request, self.config.num_state_slots > 0);
         let (num_emitted, num_computed, num_preemptions) = (0, 0, 0);
-        let expected =
-            Expected { prompt_len, max_tokens, generated, reason, num_emitted, num_computed, num_preemptions };
+        let has_cache = self.config.prefix_cache.is_some() && self.config.num_state_slots == 0;
+        let may_reuse = has_cache && source_len == 0 && !computes_whole_prompt;
+        let expected = Expected {
+            prompt: request.prompt,
+            prompt_len,
+            salt,
+            may_reuse,
+            max_tokens,
+            generated,
+            reason,
+            num_emitted,
+            num_computed,
+            num_preemptions,
+        };
         self.live.insert(id, expected);
     }
 
@@ -330,16 +295,62 @@ impl<'a> Simulation<'a> {
         self.check_order(batch, running);
     }
 
-    /// Nobody is admitted before one who came earlier.
+    /// Nobody is admitted before one who came earlier, but where that one waits for a block that is being computed.
     fn check_order(&mut self, batch: &Batch, running: &[RequestId]) {
-        let admitted = batch.chunks.iter().map(|chunk| chunk.id).filter(|id| !running.contains(id));
-        let first_waiting = self.live.keys().find(|&&id| !self.is_running(id));
-        if let (Some(admitted), Some(waiting)) = (admitted.max(), first_waiting) {
-            assert!(admitted < *waiting, "{admitted:?} was admitted before {waiting:?}");
+        let admitted = batch.chunks.iter().map(|chunk| chunk.id).filter(|id| !running.contains(id)).max();
+        let first_waiting = self.live.keys().copied().find(|&id| !self.is_running(id));
+        for id in first_waiting.zip(admitted).into_iter().flat_map(|(first, last)| (first.0..last.0).map(RequestId)) {
+            if self.live.contains_key(&id) && !self.is_running(id) {
+                assert!(self.is_being_computed(id), "{admitted:?} was admitted before {id:?}");
+                self.coverage.passed += 1;
+            }
         }
         let stats = self.scheduler.stats();
         let is_full = stats.num_total_state_slots > 0 && stats.num_used_state_slots == stats.num_total_state_slots;
         self.coverage.without_a_state += u64::from(is_full && first_waiting.is_some());
+    }
+
+    /// True if a running sequence has yet to compute a full block that `id` could start from.
+    fn is_being_computed(&self, id: RequestId) -> bool {
+        let block_size = self.config.block_size;
+        let waiting = &self.live[&id];
+        let useful = &self.sequence(id).tokens()[..self.sequence(id).tokens().len() - 1];
+        waiting.may_reuse
+            && self.live.iter().filter(|&(&other, _)| self.is_running(other)).any(|(&other, expected)| {
+                let tokens = self.sequence(other).tokens();
+                let num_common = useful.iter().zip(tokens).take_while(|(mine, theirs)| mine == theirs).count();
+                expected.salt == waiting.salt && num_common / block_size > expected.num_computed / block_size
+            })
+    }
+
+    /// Who was admitted now starts from whole blocks that hold what its tokens and salt say, and that were computed
+    /// some time before.
+    fn check_reuse(&mut self, chunk: &Chunk) {
+        let expected = &self.live[&chunk.id];
+        if chunk.start == expected.num_computed {
+            return;
+        }
+        let (salt, block_size) = (expected.salt, self.config.block_size);
+        assert_eq!(expected.num_computed, 0, "{:?} skips rows in the middle", chunk.id);
+        assert!(
+            expected.may_reuse && chunk.start.is_multiple_of(block_size),
+            "{:?} starts at {}",
+            chunk.id,
+            chunk.start
+        );
+        let sequence = self.sequence(chunk.id);
+        let tokens = &sequence.tokens()[..chunk.start];
+        assert!(self.computed.contains(&(salt, tokens.to_vec())), "{:?} starts from what nobody computed", chunk.id);
+        let mut before = None;
+        for (position, &token) in tokens.iter().enumerate() {
+            let slot = sequence.block_table().blocks()[position / block_size].0 as usize * block_size;
+            before = Some(entry(before, (salt, all_of(std::iter::empty())), token));
+            assert_eq!(Some(self.memory[slot + position % block_size]), before, "{:?} at {position}", chunk.id);
+        }
+        let is_first = expected.num_preemptions == 0;
+        assert!(!is_first || sequence.num_cached_tokens() == chunk.start);
+        self.live.get_mut(&chunk.id).expect("it is live").num_computed = chunk.start;
+        *if is_first { &mut self.coverage.reused } else { &mut self.coverage.reused_after_preemption } += 1;
     }
 
     fn check_batch(&mut self, batch: &Batch, running: &[RequestId], decoding: &[RequestId]) {
@@ -348,6 +359,8 @@ impl<'a> Simulation<'a> {
         let in_batch: BTreeSet<RequestId> = batch.chunks.iter().map(|chunk| chunk.id).collect();
         assert_eq!(in_batch.len(), batch.chunks.len(), "two chunks of one sequence");
         assert!(batch.chunks.is_sorted_by_key(|chunk| chunk.phase == Phase::Prefill), "decodes come first");
+        self.check_order(batch, running);
+        batch.chunks.iter().for_each(|chunk| self.check_reuse(chunk));
         for chunk in &batch.chunks {
             let (expected, sequence) = (&self.live[&chunk.id], self.sequence(chunk.id));
             let num_tokens = sequence.tokens().len();
@@ -362,7 +375,6 @@ impl<'a> Simulation<'a> {
         for id in decoding.iter().filter(must_have_a_row).chain(running.first()) {
             assert!(in_batch.contains(id), "{id:?} is running and got no row");
         }
-        self.check_order(batch, running);
         match batch.wake_at {
             Some(wake_at) => {
                 assert!(batch.chunks.is_empty() && running.is_empty(), "the window is for an idle scheduler");
@@ -394,11 +406,12 @@ impl<'a> Simulation<'a> {
                 continue;
             }
             let source = all_of((0..source_len).map(|position| self.memory[slot(position)]));
+            let salt = self.live[&chunk.id].salt;
             let state_slot = sequence.state_slot().map(|slot| slot.0 as usize);
             let mut state = state_slot.filter(|_| chunk.start > source_len).map_or(0, |slot| self.states[slot]);
             for position in positions {
                 let before = (position > source_len).then(|| self.memory[slot(position - 1)]);
-                self.memory[slot(position)] = entry(before, source, tokens[position]);
+                self.memory[slot(position)] = entry(before, (salt, source), tokens[position]);
                 state = next_state(state, tokens[position]);
             }
             if let Some(slot) = state_slot {
@@ -420,7 +433,12 @@ impl<'a> Simulation<'a> {
                 continue;
             }
             let expected = self.live.get_mut(&chunk.id).expect("survivors are live");
+            let before = expected.num_computed / self.config.block_size;
             expected.num_computed += chunk.len;
+            let full_blocks = before + 1..=expected.num_computed / self.config.block_size;
+            let tokens = || expected.prompt.iter().chain(&expected.generated).copied();
+            let prefixes = full_blocks.map(|num_blocks| tokens().take(num_blocks * self.config.block_size).collect());
+            self.computed.extend(prefixes.map(|tokens| (expected.salt, tokens)));
             let Some(&outcome) = outcome else { continue };
             let news = progress.next().expect("each sampled row makes progress");
             assert_eq!(news.id, chunk.id);
@@ -515,6 +533,8 @@ fn whatever_happens_the_invariants_hold() {
     let Coverage { encoded, encoded_over_budget, without_a_state, .. } = coverage;
     assert!(encoded.min(encoded_over_budget).min(without_a_state) > 1000, "{coverage:?}");
     assert!(coverage.shrinks_delayed.min(coverage.windows).min(coverage.chunked) > 1000, "{coverage:?}");
+    let Coverage { reused, reused_after_preemption, passed, cached_and_full, .. } = coverage;
+    assert!(reused.min(reused_after_preemption) > 1000 && passed > 100 && cached_and_full > 10, "{coverage:?}");
 }
 
 #[test]
@@ -530,6 +550,7 @@ fn five_hundred_sequences_run_together() {
         max_num_batched_tokens: 1024,
         max_model_len: 60,
         max_queue: 1000,
+        prefix_cache: None,
         batch_timeout: Duration::ZERO,
     };
     simulation.scheduler = Scheduler::new(simulation.config.clone()).unwrap();

@@ -1,0 +1,170 @@
+//! What sequences take from the cached prefixes and what they give: looked up at admission, published when computed.
+//!
+//! A sequence whose next block is being computed by a running one is held back: it would compute the same bytes again.
+//! It waits for that block alone, those behind it in the queue pass meanwhile, and should the other lose its blocks or
+//! end, it computes for itself. So one wait ends with a block that is there or with a sequence that does not run.
+
+use std::collections::HashMap;
+
+use crate::kv::{BlockHash, BlockHashes, BlockManager, CachedPrefix};
+use crate::queue::Arrival;
+use crate::request::{Request, RequestId};
+use crate::scheduler::Scheduler;
+use crate::sequence::Sequence;
+
+/// What the cache knows of one sequence. Sequences that neither take nor give have none.
+#[derive(Debug)]
+pub(crate) struct Prefix {
+    names: BlockHashes,
+    /// Leading blocks of its table that are in the tree.
+    num_published: usize,
+    /// It takes cached blocks; else it only gives.
+    may_reuse: bool,
+    /// The block that it was held back for when last looked at.
+    awaited: Option<BlockHash>,
+}
+
+impl Prefix {
+    /// The names of the blocks that others can find.
+    pub(crate) fn published(&self) -> &[BlockHash] {
+        &self.names.as_slice()[..self.num_published]
+    }
+
+    /// Its blocks are gone.
+    fn rewind(&mut self) {
+        self.num_published = 0;
+        self.awaited = None;
+    }
+}
+
+/// The full blocks of known tokens that running sequences hold and have yet to compute. Of two that compute the same,
+/// the first.
+#[derive(Debug, Default)]
+pub(crate) struct InFlight {
+    owners: HashMap<BlockHash, RequestId>,
+}
+
+impl InFlight {
+    fn announce(&mut self, id: RequestId, names: &[BlockHash]) {
+        for &name in names {
+            self.owners.entry(name).or_insert(id);
+        }
+    }
+
+    fn retire(&mut self, id: RequestId, names: &[BlockHash]) {
+        for name in names {
+            if self.owners.get(name) == Some(&id) {
+                self.owners.remove(name);
+            }
+        }
+    }
+
+    fn has(&self, name: BlockHash) -> bool {
+        self.owners.contains_key(&name)
+    }
+
+    /// Those that somebody may wait for.
+    pub(crate) fn owners(&self) -> impl Iterator<Item = RequestId> {
+        self.owners.values().copied()
+    }
+}
+
+impl Scheduler {
+    /// The prefix state of a new sequence. Models with recurrent states have none: blocks alone do not bring a state
+    /// back. Nor has what an encoder reads, for each of its positions knows the whole source.
+    pub(crate) fn new_prefix(&self, request: &Request) -> Option<Prefix> {
+        let fingerprint =
+            self.config.prefix_cache.filter(|_| self.state_slots.is_unused() && request.source_len == 0)?;
+        let root = BlockHash::root(&fingerprint, &request.cache_salt);
+        Some(Prefix {
+            names: BlockHashes::new(self.blocks.block_size(), root),
+            num_published: 0,
+            may_reuse: !request.computes_whole_prompt,
+            awaited: None,
+        })
+    }
+
+    /// The first waiting sequence from `next` on that is not held back, with what is cached of it; `next` becomes its
+    /// arrival.
+    pub(crate) fn next_waiting(&mut self, next: &mut Arrival) -> Option<(RequestId, CachedPrefix)> {
+        loop {
+            let (arrival, id) = self.waiting.first_from(*next)?;
+            *next = arrival;
+            if let Some(cached) = self.look_up(id) {
+                return Some((id, cached));
+            }
+            *next = arrival.next();
+        }
+    }
+
+    /// What is cached of a waiting sequence; `None` while it is held back. At least its last token is left to compute,
+    /// for somebody has to sample.
+    fn look_up(&mut self, id: RequestId) -> Option<CachedPrefix> {
+        let sequence = self.sequences.get_mut(&id).expect("queues name only known sequences");
+        let Some((prefix, tokens)) = sequence.prefix_and_tokens().filter(|(prefix, _)| prefix.may_reuse) else {
+            return Some(CachedPrefix::default());
+        };
+        if prefix.awaited.is_some_and(|name| self.in_flight.has(name)) {
+            return None;
+        }
+        prefix.names.extend(tokens);
+        let most = (tokens.len() - 1) / self.config.block_size;
+        let names = &prefix.names.as_slice()[..most];
+        let cached = self.blocks.find(names);
+        prefix.awaited = names.get(cached.num_blocks).copied().filter(|&name| self.in_flight.has(name));
+        prefix.awaited.is_none().then_some(cached)
+    }
+
+    /// Gives an admitted sequence the blocks of all its known tokens, the first of them from the cache, and tells who
+    /// waits what it will compute. The caller knows that so many are available.
+    pub(crate) fn start_from(&mut self, id: RequestId, cached: CachedPrefix) {
+        let block_size = self.config.block_size;
+        let sequence = self.sequences.get_mut(&id).expect("queues name only known sequences");
+        let num_tokens = sequence.tokens().len();
+        if let Some((prefix, tokens)) = sequence.prefix_and_tokens() {
+            prefix.names.extend(tokens);
+        }
+        let (table, prefix) = sequence.table_and_prefix();
+        let mut num_queried = 0;
+        if let Some(prefix) = prefix {
+            let names = prefix.names.as_slice();
+            self.blocks.take(table, &names[..cached.num_blocks]);
+            prefix.num_published = cached.num_blocks;
+            self.in_flight.announce(id, &names[cached.num_blocks..]);
+            num_queried = if prefix.may_reuse { num_tokens } else { 0 };
+        }
+        let is_covered = self.blocks.try_cover(table, num_tokens);
+        assert!(is_covered, "{id:?} was admitted without the blocks of {num_tokens} tokens");
+        let is_first = sequence.start_from(cached.num_blocks * block_size);
+        if is_first {
+            self.num_prefix_queries += num_queried as u64;
+            self.num_prefix_hits += (cached.num_blocks * block_size) as u64;
+        }
+    }
+
+    /// Lets others find the full blocks that a sequence has computed.
+    pub(crate) fn publish(&mut self, id: RequestId) {
+        let sequence = self.sequences.get_mut(&id).expect("the caller knows the sequence");
+        let num_full = sequence.num_computed() / self.config.block_size;
+        let Some((prefix, tokens)) = sequence.prefix_and_tokens() else { return };
+        prefix.names.extend(tokens);
+        let (table, prefix) = sequence.table_and_prefix();
+        let prefix = prefix.expect("it had one");
+        let names = &prefix.names.as_slice()[..num_full];
+        for (idx, &name) in names.iter().enumerate().skip(prefix.num_published) {
+            self.blocks.publish(table, idx, name);
+        }
+        self.in_flight.retire(id, &names[prefix.num_published..]);
+        prefix.num_published = num_full;
+    }
+}
+
+/// Lets go of the blocks of a sequence, and of what it would have computed.
+pub(crate) fn release(blocks: &mut BlockManager, in_flight: &mut InFlight, id: RequestId, sequence: &mut Sequence) {
+    let (table, prefix) = sequence.table_and_prefix();
+    blocks.release(table);
+    if let Some(prefix) = prefix {
+        in_flight.retire(id, &prefix.names.as_slice()[prefix.num_published..]);
+        prefix.rewind();
+    }
+}
