@@ -31,6 +31,23 @@ impl Key {
     pub fn to_hex(&self) -> String {
         hex(&self.0)
     }
+
+    /// What [`Self::to_hex`] wrote.
+    pub(crate) fn from_hex(text: &str) -> Option<Self> {
+        let mut bytes = [0; 32];
+        let digit = |digit: u8| match digit {
+            b'0'..=b'9' => Some(digit - b'0'),
+            b'a'..=b'f' => Some(digit - b'a' + 10),
+            _ => None,
+        };
+        if text.len() != 2 * bytes.len() {
+            return None;
+        }
+        for (byte, pair) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
+            *byte = digit(pair[0])? << 4 | digit(pair[1])?;
+        }
+        Some(Self(bytes))
+    }
 }
 
 impl fmt::Debug for Key {
@@ -67,8 +84,8 @@ impl Salt {
     }
 
     /// The salt of one tenant, from what only the tenant knows: an API key.
-    pub fn of_tenant(secret: &str) -> Self {
-        Self(Digest::new("salt").text("tenant", secret).bytes())
+    pub fn of_tenant(secret: &[u8]) -> Self {
+        Self(Digest::new("salt").field("tenant", secret).bytes())
     }
 
     /// A salt within this one: the `cache_salt` of a request divides its own tenant's values only.
@@ -211,6 +228,15 @@ mod tests {
     }
 
     #[test]
+    fn hexadecimal_goes_both_ways() {
+        let key = Digest::new("d").key();
+        assert_eq!(Key::from_hex(&key.to_hex()), Some(key));
+        for text in ["", "0", &"0".repeat(63), &"0".repeat(66), &"g".repeat(64), &"A".repeat(64)] {
+            assert_eq!(Key::from_hex(text), None, "{text}");
+        }
+    }
+
+    #[test]
     fn floats_are_compared_by_their_bits() {
         let key = |value| Digest::new("d").float("f", value).key();
         assert_ne!(key(0.0), key(-0.0));
@@ -219,8 +245,8 @@ mod tests {
 
     #[test]
     fn salts_differ_and_are_not_printed() {
-        let a = Salt::of_tenant("a");
-        let salts = [Salt::shared(), a, Salt::of_tenant("b"), a.within(""), a.within("x"), Salt::shared().within("x")];
+        let a = Salt::of_tenant(b"a");
+        let salts = [Salt::shared(), a, Salt::of_tenant(b"b"), a.within(""), a.within("x"), Salt::shared().within("x")];
         assert_eq!(salts.iter().collect::<HashSet<_>>().len(), salts.len());
         assert_eq!(format!("{a:?}"), "Salt(..)");
     }

@@ -15,6 +15,7 @@ use crate::auth::{Auth, require_key};
 use crate::config::Config;
 use crate::error::ApiError;
 use crate::limits::{Limits, Permit, cors};
+use crate::output_cache::OutputCache;
 use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::rejected;
 use crate::text::{ChatTemplate, Tokenizer};
@@ -32,6 +33,15 @@ pub struct App {
     model: OnceLock<Model>,
 }
 
+/// The output cache, once with what is known at once and once with what takes a while.
+#[derive(Default)]
+pub struct OutputCaches {
+    /// In memory, under a fingerprint of this process; absent where answers are not cached.
+    pub early: Option<OutputCache>,
+    /// In all tiers, once the weights' digest is known.
+    pub whole: Arc<OnceLock<OutputCache>>,
+}
+
 /// A loaded model with its text side.
 pub struct Model {
     pub engine: EngineHandle,
@@ -39,12 +49,13 @@ pub struct Model {
     /// Absent where the model brings none and none was configured.
     pub template: Option<Arc<ChatTemplate>>,
     pub limits: ModelLimits,
+    outputs: OutputCaches,
     /// Seconds since the epoch.
     pub created: u64,
 }
 
 impl Model {
-    pub fn new(engine: EngineHandle, tokenizer: Tokenizer, template: Option<ChatTemplate>, app: &App) -> Self {
+    pub fn new(engine: EngineHandle, (tokenizer, template): (Tokenizer, Option<ChatTemplate>), app: &App) -> Self {
         let summary = engine.model();
         let limits = ModelLimits {
             names: app.model_names.clone(),
@@ -60,8 +71,19 @@ impl Model {
             tokenizer: Arc::new(tokenizer),
             template: template.map(Arc::new),
             created: unix_seconds(),
+            outputs: OutputCaches::default(),
             engine,
         }
+    }
+
+    #[must_use]
+    pub fn with_outputs(self, outputs: OutputCaches) -> Self {
+        Self { outputs, ..self }
+    }
+
+    /// Where answers are found again; `None` where they are not.
+    pub fn outputs(&self) -> Option<&OutputCache> {
+        self.outputs.whole.get().or(self.outputs.early.as_ref())
     }
 }
 

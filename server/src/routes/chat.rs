@@ -8,6 +8,7 @@ use axum::{Extension, Json};
 use futures::stream::{self, StreamExt as _};
 
 use super::body::{JsonBody, parse};
+use super::tell_origin;
 use crate::answer::chat::ChatWriter;
 use crate::answer::{Collector, Envelope, StreamUsage, chunks};
 use crate::app::{App, Model, unix_seconds};
@@ -51,7 +52,7 @@ pub async fn complete(
     let prompt = prompt_ids(&app, model, conversation, valid.truncate_prompt).await?;
     let prompts = [Arc::clone(&prompt)];
     let salt = Salt::new(tenant, valid.cache_salt.as_deref());
-    let batch = Batch::start(model, Job { prompts: &prompts, valid: &valid, param: "messages", salt, permit })?;
+    let batch = Batch::start(model, Job { prompts: &prompts, valid: &valid, param: "messages", salt, permit }).await?;
     let envelope = Envelope {
         id: format!("chatcmpl-{}", id.0),
         created: unix_seconds(),
@@ -60,14 +61,16 @@ pub async fn complete(
         wants_logprobs: valid.sampling.logprobs.is_some(),
         vocabulary: Arc::clone(&model.tokenizer) as _,
     };
-    match valid.stream {
-        None => collect(batch, &envelope, &valid, &prompt).await,
+    let origin = batch.origin;
+    let response = match valid.stream {
+        None => collect(batch, &envelope, &valid, &prompt).await?,
         Some(plan) => {
             let usage = StreamUsage::new(plan, prompt.len(), valid.num_choices);
             let writer = ChatWriter { envelope, usage };
-            Ok(stream_chunks(&app, batch, writer, valid.num_choices, &prompt))
+            stream_chunks(&app, batch, writer, valid.num_choices, &prompt)
         }
-    }
+    };
+    Ok(tell_origin(response, origin))
 }
 
 /// Renders and tokenizes on the blocking pool; keeps the last `truncate` tokens where that is set.

@@ -7,6 +7,7 @@ use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 
 use super::body::{JsonBody, parse};
+use super::tell_origin;
 use crate::answer::completions::{CompletionPrompt, CompletionWriter};
 use crate::answer::{Collector, Envelope, StreamUsage, chunks};
 use crate::app::{App, Model, unix_seconds};
@@ -59,7 +60,8 @@ pub async fn complete(
     let prompts = app.limits.run_text(move || plan.prepare(source, &tokenizer)).await?;
     let ids: Vec<_> = prompts.iter().map(|prompt| Arc::clone(&prompt.ids)).collect();
     let salt = Salt::new(tenant, valid.cache_salt.as_deref());
-    let mut batch = Batch::start(model, Job { prompts: &ids, valid: &valid, param: "prompt", salt, permit })?;
+    let mut batch = Batch::start(model, Job { prompts: &ids, valid: &valid, param: "prompt", salt, permit }).await?;
+    let origin = batch.origin;
     let envelope = Envelope {
         id: format!("cmpl-{}", id.0),
         created: unix_seconds(),
@@ -77,13 +79,13 @@ pub async fn complete(
             num_choices: valid.num_choices,
             opened: vec![false; num_sequences],
         };
-        return Ok(crate::sse::respond(chunks(batch, writer), app.keep_alive()));
+        return Ok(tell_origin(crate::sse::respond(chunks(batch, writer), app.keep_alive()), origin));
     }
     let mut collector = Collector::new(num_sequences);
     while let Some(output) = batch.next().await {
         collector.add(output?);
     }
-    Ok(Json(envelope.completion(&prompts, collector.into_choices())).into_response())
+    Ok(tell_origin(Json(envelope.completion(&prompts, collector.into_choices())).into_response(), origin))
 }
 
 /// How prompts become ids.
