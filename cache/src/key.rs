@@ -19,7 +19,7 @@ pub struct Fingerprint([u8; 32]);
 pub struct Salt([u8; 32]);
 
 impl Key {
-    pub fn from_bytes(bytes: [u8; 32]) -> Self {
+    pub const fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }
 
@@ -31,6 +31,23 @@ impl Key {
     pub fn to_hex(&self) -> String {
         hex(&self.0)
     }
+
+    /// What [`Self::to_hex`] wrote.
+    pub(crate) fn from_hex(text: &str) -> Option<Self> {
+        let mut bytes = [0; 32];
+        let digit = |digit: u8| match digit {
+            b'0'..=b'9' => Some(digit - b'0'),
+            b'a'..=b'f' => Some(digit - b'a' + 10),
+            _ => None,
+        };
+        if text.len() != 2 * bytes.len() {
+            return None;
+        }
+        for (byte, pair) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
+            *byte = digit(pair[0])? << 4 | digit(pair[1])?;
+        }
+        Some(Self(bytes))
+    }
 }
 
 impl fmt::Debug for Key {
@@ -40,7 +57,7 @@ impl fmt::Debug for Key {
 }
 
 impl Fingerprint {
-    pub fn from_bytes(bytes: [u8; 32]) -> Self {
+    pub const fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }
 
@@ -207,6 +224,15 @@ mod tests {
             let values: Vec<u32> = (0..count).map(|i: u32| i.wrapping_mul(0x0101_0101)).collect();
             let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
             assert_eq!(Digest::new("d").numbers("n", &values).key(), Digest::new("d").field("n", &bytes).key());
+        }
+    }
+
+    #[test]
+    fn hexadecimal_goes_both_ways() {
+        let key = Digest::new("d").key();
+        assert_eq!(Key::from_hex(&key.to_hex()), Some(key));
+        for text in ["", "0", &"0".repeat(63), &"0".repeat(66), &"g".repeat(64), &"A".repeat(64)] {
+            assert_eq!(Key::from_hex(text), None, "{text}");
         }
     }
 
