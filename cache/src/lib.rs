@@ -2,7 +2,7 @@
 //!
 //! | room | what is in it |
 //! |---|---|
-//! | `key` | content hashes: keys, the numerics fingerprint, the tenant's salt |
+//! | `key` | content hashes: keys, the numerics fingerprint |
 //! | `codec` | the envelope of values that leave the process, and what makes one foreign or broken |
 //! | `recording` | what the engine gave for one choice, and its bytes |
 //! | `store` | the one `Store` trait, and its tiers |
@@ -28,7 +28,7 @@ pub use breaker::BreakerConfig;
 pub use codec::BadValue;
 pub use error::CacheError;
 pub use flight::{Failure, FlightEvent, Follower};
-pub use key::{Digest, Fingerprint, Key, Salt};
+pub use key::{Digest, Fingerprint, Key};
 pub use output::{Access, Leader, Lookup, OutputCache, OutputCacheConfig};
 pub use recording::{End, PromptLogprob, Recording, Token};
-pub use telemetry::{describe, observe};
+pub use telemetry::{SECONDS_BUCKETS, describe, observe};

@@ -9,6 +9,12 @@ use crate::codec::BadValue;
 use crate::error::CacheError;
 use crate::store::{Found, Kind, Tier, TierStats};
 
+/// Edges of the buckets of `moesaic_cache_seconds`: from a look into memory to a look that ran out of time.
+pub const SECONDS_BUCKETS: &[f64] = &[
+    0.000_001, 0.000_005, 0.000_02, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25,
+    1.0,
+];
+
 /// What a store was asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Call {
@@ -46,6 +52,9 @@ pub(crate) async fn measured<T: Outcome>(
     }
     match &result {
         Ok(outcome) => outcome.count(kind, tier),
+        // Counted as errors when it opened; from then on it is as if there were no Redis.
+        Err(CacheError::CircuitOpen) if call == Call::Get => None::<Found>.count(kind, tier),
+        Err(CacheError::CircuitOpen) => dropped_write(kind),
         Err(error) => failed(error, tier, kind),
     }
     result
@@ -55,9 +64,8 @@ pub(crate) async fn measured<T: Outcome>(
 fn failed(error: &CacheError, tier: Tier, kind: Kind) {
     let name = match error {
         CacheError::TooLarge { .. } | CacheError::Lifetime { .. } => "moesaic_cache_refused_total",
-        // Counted as errors when it opened; from then on it is as if there were no Redis.
-        CacheError::CircuitOpen => "moesaic_cache_misses_total",
-        CacheError::Timeout { .. }
+        CacheError::CircuitOpen
+        | CacheError::Timeout { .. }
         | CacheError::Io { .. }
         | CacheError::Redis(_)
         | CacheError::Reply { .. }
@@ -77,7 +85,7 @@ pub(crate) fn joined(kind: Kind) {
     counter!("moesaic_cache_joined_total", "kind" => kind.as_str()).increment(1);
 }
 
-/// Counts a value that was not written to a slow tier because too much waits.
+/// Counts a value that was not written to a slow tier: too much waits, or Redis is left alone.
 pub(crate) fn dropped_write(kind: Kind) {
     counter!("moesaic_cache_dropped_writes_total", "kind" => kind.as_str()).increment(1);
 }
@@ -128,7 +136,10 @@ pub fn describe() {
     describe_counter!("moesaic_cache_refused_total", "Values that a tier's limits keep out");
     describe_counter!("moesaic_cache_bad_values_total", "Stored values that were broken, foreign or of another format");
     describe_counter!("moesaic_cache_joined_total", "Requests that read what another computes");
-    describe_counter!("moesaic_cache_dropped_writes_total", "Values not written to slow tiers: too much waits");
+    describe_counter!(
+        "moesaic_cache_dropped_writes_total",
+        "Values not written to slow tiers: too much waits, or Redis is left alone"
+    );
     describe_gauge!("moesaic_redis_circuit_open", "1 while Redis fails and is left alone");
     describe_histogram!("moesaic_cache_seconds", Unit::Seconds, "Time of a look-up in a tier");
     describe_gauge!("moesaic_cache_bytes", Unit::Bytes, "Bytes that a tier holds");

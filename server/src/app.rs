@@ -16,11 +16,15 @@ use crate::config::Config;
 use crate::error::ApiError;
 use crate::limits::{Limits, Permit, cors};
 use crate::output_cache::OutputCache;
+use crate::replay::Replays;
 use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::rejected;
 use crate::text::{ChatTemplate, Tokenizer};
 use crate::validate::ModelLimits;
 use crate::{routes, telemetry};
+
+/// Of the memory for answers, the part for answers as they were written.
+pub const REPLAY_SHARE: u64 = 4;
 
 /// One server.
 pub struct App {
@@ -31,6 +35,7 @@ pub struct App {
     /// Names that requests may use; the first one is the name in answers.
     pub model_names: Vec<String>,
     model: OnceLock<Model>,
+    pub replays: Replays,
 }
 
 /// The output cache, once with what is known at once and once with what takes a while.
@@ -95,6 +100,7 @@ impl App {
             metrics,
             model_names,
             model: OnceLock::new(),
+            replays: Replays::new(config.output_cache_memory.0 / REPLAY_SHARE),
             config,
         }
     }

@@ -6,6 +6,7 @@ mod source;
 use std::pin::Pin;
 use std::sync::Arc;
 
+use cache::Key;
 use engine::{Event, GenerateRequest, PromptLogprob, StopCriteria};
 use futures::StreamExt as _;
 use futures::stream::{self, SelectAll, Stream};
@@ -50,6 +51,10 @@ pub struct Batch {
     permit: Permit,
     /// Where the answers come from, the dearest of them; absent where the output cache was not asked.
     pub origin: Option<Origin>,
+    /// What the answers are stored under, of those that the output cache was asked for.
+    pub keys: Vec<Key>,
+    /// Of each sequence, by its index.
+    pub facts: Vec<RequestFacts>,
 }
 
 /// A request ready for the engine.
@@ -70,18 +75,44 @@ impl Batch {
     /// A prompt that is empty or too long, a full queue, a server that is shutting down.
     pub async fn start(model: &Model, job: Job<'_>) -> Result<Self, ApiError> {
         let mut choices = SelectAll::new();
-        let mut origin = None;
+        let (mut origin, mut keys, mut facts) = (None, Vec::new(), Vec::new());
         for (prompt_idx, prompt) in job.prompts.iter().enumerate() {
             let max_tokens = token_budget(job.valid, prompt.len(), model.limits.max_tokens, job.param)?;
             for choice in 0..job.valid.num_choices {
                 let index = u32::try_from(prompt_idx).expect("prompts are bounded") * job.valid.num_choices + choice;
-                let plan = ChoicePlan { prompt, choice, index, max_tokens };
-                let (outputs, from) = start_choice(model, &job, &plan).await?;
+                facts.push(RequestFacts {
+                    arrival: job.permit.arrival,
+                    num_prompt_tokens: prompt.len(),
+                    num_choices: job.valid.num_choices,
+                    max_tokens,
+                });
+                let plan = ChoicePlan { prompt, choice, index, max_tokens, facts: facts[index as usize] };
+                let (outputs, found) = start_choice(model, &job, &plan).await?;
                 choices.push(outputs);
-                origin = origin.max(from);
+                if let Some((from, key)) = found {
+                    origin = origin.max(Some(from));
+                    keys.push(key);
+                }
             }
         }
-        Ok(Self { choices, permit: job.permit, origin })
+        Ok(Self { choices, permit: job.permit, origin, keys, facts })
+    }
+
+    /// Nothing is computed for it.
+    pub fn is_cached(&self) -> bool {
+        self.origin.is_some_and(|origin| origin < Origin::Miss) && self.keys.len() == self.facts.len()
+    }
+
+    /// Everything that is to come, at once.
+    ///
+    /// # Errors
+    /// As [`Self::next`].
+    pub async fn all(&mut self) -> Result<Vec<Indexed>, ApiError> {
+        let mut outputs = Vec::new();
+        while let Some(output) = self.next().await {
+            outputs.push(output?);
+        }
+        Ok(outputs)
     }
 
     /// The next output of any choice; `None` when all have ended.
@@ -131,6 +162,7 @@ struct ChoicePlan<'a> {
     index: u32,
     /// 0 for a prompt that is only echoed.
     max_tokens: usize,
+    facts: RequestFacts,
 }
 
 /// The outputs of a choice, and where they come from where the output cache was asked.
@@ -138,7 +170,7 @@ async fn start_choice(
     model: &Model,
     job: &Job<'_>,
     plan: &ChoicePlan<'_>,
-) -> Result<(ChoiceStream, Option<Origin>), ApiError> {
+) -> Result<(ChoiceStream, Option<(Origin, Key)>), ApiError> {
     let valid = job.valid;
     let index = plan.index;
     let prompt_only = plan.max_tokens == 0;
@@ -155,24 +187,18 @@ async fn start_choice(
         stop: StopCriteria { max_tokens: plan.max_tokens.max(1), min_tokens: valid.stop.min_tokens, stop_token_ids },
         cache_salt: job.salt.bytes(),
     };
-    let facts = RequestFacts {
-        arrival: job.permit.arrival,
-        num_prompt_tokens: plan.prompt.len(),
-        num_choices: valid.num_choices,
-        max_tokens: plan.max_tokens,
-    };
     let assembler = new_assembler(model, valid, plan.prompt)?;
-    let (source, origin) = Source::open(model, Asked { request, job, prompt_only }).await?;
-    let choice = Choice { source: Some(source), assembler, meter: ChoiceMeter::new(facts), prompt_only };
+    let (source, found) = Source::open(model, Asked { request, job, prompt_only }).await?;
+    let choice = Choice { source: Some(source), assembler, meter: ChoiceMeter::new(plan.facts), prompt_only };
     let outputs = stream::unfold(choice, move |mut choice| async move {
         let output = choice.next().await?;
         Some((output.map(|output| Indexed { index, output }), choice))
     });
     // Nothing of the prompt is computed for an answer that is there, or that another request computes.
     let num_cached_tokens = plan.prompt.len();
-    let started = matches!(origin, Some(Origin::Hit | Origin::Shared))
+    let started = matches!(found, Some((Origin::Hit | Origin::Shared, _)))
         .then_some(Ok(Indexed { index, output: Output::Started { num_cached_tokens } }));
-    Ok((stream::iter(started).chain(outputs).boxed(), origin))
+    Ok((stream::iter(started).chain(outputs).boxed(), found))
 }
 
 /// Puts the text of one answer together.

@@ -1,6 +1,6 @@
 //! Where a choice's events come from: the engine, or an answer that others read too.
 
-use cache::FlightEvent;
+use cache::{FlightEvent, Key};
 use engine::{EngineHandle, Event, GenerateRequest, Generation, GenerationError, SubmitError};
 use tokio::sync::oneshot;
 
@@ -44,7 +44,7 @@ impl Source {
     ///
     /// # Errors
     /// The engine refuses the request.
-    pub(super) async fn open(model: &Model, asked: Asked<'_>) -> Result<(Self, Option<Origin>), ApiError> {
+    pub(super) async fn open(model: &Model, asked: Asked<'_>) -> Result<(Self, Option<(Origin, Key)>), ApiError> {
         let Asked { request, job, prompt_only } = asked;
         let access = job.valid.cache;
         let cache = model.outputs().filter(|_| access.read || access.write);
@@ -53,7 +53,7 @@ impl Source {
         };
         let (stop, output) = (&job.valid.stop, job.valid.output);
         let key = OutputKey { request: &request, stop, output, prompt_only };
-        let Found { follower, origin, leader } = cache.open(&key, access).await;
+        let Found { follower, origin, key, leader } = cache.open(&key, access).await;
         let mut scheduled = None;
         if let Some(leader) = leader {
             let (sender, receiver) = oneshot::channel();
@@ -68,7 +68,7 @@ impl Source {
         }
         let again = Again { engine: model.engine.clone(), request, param: job.param };
         let answer = Answer { follower, has_begun: false, scheduled, again };
-        Ok((Self::Answer(Box::new(answer)), Some(origin)))
+        Ok((Self::Answer(Box::new(answer)), Some((origin, key))))
     }
 
     /// The next event. After the one that ends the choice it must not be called again.

@@ -10,7 +10,7 @@ pub mod tiers;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cache::{Access, End, Failure, Fingerprint, FlightEvent, Lookup, OutputCacheConfig};
+use cache::{Access, End, Failure, Fingerprint, FlightEvent, Key, Lookup, OutputCacheConfig};
 use engine::{Event, FinishReason, GenerationError, PromptLogprob, SampledToken};
 
 pub use key::OutputKey;
@@ -56,6 +56,8 @@ impl Origin {
 pub struct Found {
     pub follower: Follower,
     pub origin: Origin,
+    /// What it is stored under.
+    pub key: Key,
     /// Whoever asked is to compute the answer through it.
     pub leader: Option<Leader>,
 }
@@ -85,13 +87,27 @@ impl OutputCache {
     /// Finds the answer, joins who computes it, or makes the caller lead. Takes the budget at most.
     pub async fn open(&self, key: &OutputKey<'_>, access: Access) -> Found {
         let deadline = tokio::time::Instant::now() + self.budget;
-        match self.cache.open(key.digest(&self.fingerprint), access, deadline).await {
+        let key = key.digest(&self.fingerprint);
+        match self.cache.open(key, access, deadline).await {
             Lookup::Hit { recording, .. } => {
-                Found { follower: Follower::replay(recording), origin: Origin::Hit, leader: None }
+                Found { follower: Follower::replay(recording), origin: Origin::Hit, key, leader: None }
             }
-            Lookup::Join(follower) => Found { follower, origin: Origin::Shared, leader: None },
-            Lookup::Lead { leader, follower } => Found { follower, origin: Origin::Miss, leader: Some(leader) },
+            Lookup::Join(follower) => Found { follower, origin: Origin::Shared, key, leader: None },
+            Lookup::Lead { leader, follower } => Found { follower, origin: Origin::Miss, key, leader: Some(leader) },
         }
+    }
+}
+
+impl OutputCache {
+    /// Whether every one of these answers is still stored; takes the budget at most.
+    pub async fn holds(&self, keys: &[Key]) -> bool {
+        let deadline = tokio::time::Instant::now() + self.budget;
+        for key in keys {
+            if !self.cache.holds(*key, deadline).await {
+                return false;
+            }
+        }
+        true
     }
 }
 

@@ -7,6 +7,7 @@ use anyhow::Context as _;
 use cache::BreakerConfig;
 use cache::store::{DiskConfig, DiskStore, MemoryStore, RedisConfig, RedisStore, Store, TieredConfig, TieredStore};
 
+use crate::app::REPLAY_SHARE;
 use crate::config::{Config, OutputCacheType};
 
 /// Largest value on disk and in Redis: the answer to a long context with many log-probs has a few MiB.
@@ -31,7 +32,7 @@ pub fn open(config: &Config) -> anyhow::Result<Option<Tiers>> {
     if depth == OutputCacheType::Off {
         return Ok(None);
     }
-    let memory = Arc::new(MemoryStore::new(config.output_cache_memory.0));
+    let memory = Arc::new(MemoryStore::new(config.output_cache_memory.0 - config.output_cache_memory.0 / REPLAY_SHARE));
     let mut slow: Vec<Arc<dyn Store>> = Vec::new();
     if let Some(directory) = config.cache_dir.as_ref().filter(|_| depth >= OutputCacheType::Disk) {
         let disk = DiskStore::open(DiskConfig {

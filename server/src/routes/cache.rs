@@ -77,6 +77,7 @@ pub async fn stats(State(app): State<Arc<App>>) -> Result<Json<CacheStats>, ApiE
     )
 )]
 pub async fn clear(State(app): State<Arc<App>>) -> Result<Json<CacheCleared>, ApiError> {
+    app.replays.clear();
     let Some(outputs) = app.loaded().ok_or(ApiError::Loading)?.outputs() else {
         return Ok(Json(CacheCleared { complete: true }));
     };

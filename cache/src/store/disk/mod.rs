@@ -152,8 +152,8 @@ impl Store for DiskStore {
 
     fn clear(&self, kind: Option<Kind>, deadline: Instant) -> BoxFuture<'_, Result<(), CacheError>> {
         self.call(deadline, move |files| {
-            let kinds = Kind::ALL.into_iter().filter(|each| kind.is_none_or(|kind| kind == *each));
-            kinds.map(|kind| files.clear(kind, || Instant::now() >= deadline)).collect()
+            let mut kinds = Kind::ALL.into_iter().filter(|each| kind.is_none_or(|kind| kind == *each));
+            kinds.try_for_each(|kind| files.clear(kind, || Instant::now() >= deadline))
         })
         .boxed()
     }

@@ -61,7 +61,8 @@ impl Gate {
             return Err(CacheError::CircuitOpen);
         }
         let start = Instant::now();
-        let result = timeout_at(deadline, async { work(self.shared.link.get().await?).await }).await;
+        let connecting = self.shared.link.get();
+        let result = timeout_at(deadline, async { work(connecting.clone().await?).await }).await;
         let Ok(result) = result else {
             if deadline.saturating_duration_since(start) >= FAIR_TIME {
                 self.failed(&"no answer in time");
@@ -77,12 +78,18 @@ impl Gate {
                 }
             }
             Verdict::Sick => {
+                self.shared.link.failed(&connecting);
                 if let Err(error) = &result {
                     self.failed(error);
                 }
             }
         }
         result.map_err(CacheError::Redis)
+    }
+
+    /// An answer was not one to what was asked: on this connection, none can be trusted any more.
+    pub fn distrust(&self) {
+        self.shared.link.reset();
     }
 
     fn failed(&self, reason: &dyn std::fmt::Display) {
@@ -158,8 +165,7 @@ mod tests {
     #[test]
     fn errors_about_a_command_are_not_errors_of_the_server() {
         let check = |line: &str, expected| {
-            let error =
-                RedisError::from(redis::parse_redis_value(line.as_bytes()).unwrap().extract_error().unwrap_err());
+            let error = redis::parse_redis_value(line.as_bytes()).unwrap().extract_error().unwrap_err();
             assert_eq!(judge(&error), expected, "{line}");
         };
         check("-WRONGTYPE Operation against a key holding the wrong kind of value\r\n", Verdict::Healthy);

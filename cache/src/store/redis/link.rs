@@ -1,15 +1,18 @@
-//! One multiplexed connection to Redis: made in the background, awaited no longer than a caller's budget, thrown away when the
-//! circuit opens.
+//! One multiplexed connection to Redis: made in the background, awaited no longer than a caller's budget, thrown away when it
+//! fails or the circuit opens.
+//!
+//! Not the client's `ConnectionManager`: where making a connection once ends in anything but an I/O error, say in an answer that is
+//! no Redis, it keeps that error for ever.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::future::{BoxFuture, FutureExt as _, Shared};
-use redis::aio::{ConnectionManager, ConnectionManagerConfig};
+use redis::aio::MultiplexedConnection;
 use redis::cluster::ClusterClient;
 use redis::cluster_async::ClusterConnection;
 use redis::cluster_routing::{RoutingInfo, SingleNodeRoutingInfo};
-use redis::{Cmd, RedisError, RedisResult};
+use redis::{AsyncConnectionConfig, Cmd, RedisError, RedisResult};
 
 use super::target::Target;
 
@@ -23,10 +26,10 @@ const RESPONSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Commands that wait to be written.
 const PIPELINE_BUFFER: usize = 256;
 
-/// A server or a cluster. Both connect again by themselves where a connection ends.
+/// A server, or a cluster: that one connects to its nodes again by itself.
 #[derive(Clone)]
 pub(super) enum Connection {
-    Server(ConnectionManager),
+    Server(MultiplexedConnection),
     Cluster(ClusterConnection),
 }
 
@@ -56,7 +59,7 @@ impl Connection {
     }
 }
 
-type Connecting = Shared<BoxFuture<'static, Result<Connection, RedisError>>>;
+pub(super) type Connecting = Shared<BoxFuture<'static, Result<Connection, RedisError>>>;
 
 /// The connection, or the making of it.
 pub(super) struct Link {
@@ -75,22 +78,13 @@ impl Link {
         Self { target, current: Mutex::default() }
     }
 
-    /// The connection. Whoever stops waiting does not stop the making; one that failed is made anew at the next call.
-    pub async fn get(&self) -> Result<Connection, RedisError> {
-        let connecting = self.start();
-        let result = connecting.clone().await;
-        if result.is_err() {
-            self.forget(&connecting);
-        }
-        result
-    }
-
     /// Throws the connection away, with all that waits on it.
     pub fn reset(&self) {
         *self.lock() = None;
     }
 
-    fn start(&self) -> Connecting {
+    /// The connection, to be awaited. Whoever stops waiting does not stop the making.
+    pub fn get(&self) -> Connecting {
         let mut current = self.lock();
         if let Some(connecting) = &*current {
             return connecting.clone();
@@ -102,7 +96,12 @@ impl Link {
         connecting
     }
 
-    fn forget(&self, failed: &Connecting) {
+    /// Makes the next call connect anew, unless another did so already. A cluster's nodes fail one by one, and connect again.
+    pub fn failed(&self, failed: &Connecting) {
+        let is_alive = matches!(failed.peek(), Some(Ok(Connection::Cluster(_))));
+        if is_alive {
+            return;
+        }
         let mut current = self.lock();
         if current.as_ref().is_some_and(|current| current.ptr_eq(failed)) {
             *current = None;
@@ -117,13 +116,11 @@ impl Link {
 async fn connect(target: Target) -> RedisResult<Connection> {
     match target {
         Target::Server(client) => {
-            let config = ConnectionManagerConfig::new()
+            let config = AsyncConnectionConfig::new()
                 .set_connection_timeout(Some(CONNECT_TIMEOUT))
                 .set_response_timeout(Some(RESPONSE_TIMEOUT))
-                // The breaker tries again, at its own pace.
-                .set_number_of_retries(0)
                 .set_pipeline_buffer_size(PIPELINE_BUFFER);
-            Ok(Connection::Server(ConnectionManager::new_with_config(client, config).await?))
+            Ok(Connection::Server(client.get_multiplexed_async_connection_with_config(&config).await?))
         }
         Target::Cluster(nodes) => {
             let client = ClusterClient::builder(nodes)

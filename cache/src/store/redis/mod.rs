@@ -23,7 +23,7 @@ use self::gate::Gate;
 use self::link::Link;
 use self::target::Target;
 use crate::breaker::BreakerConfig;
-use crate::codec::{self, HEADER_BYTES};
+use crate::codec::{self, BadValue, HEADER_BYTES};
 use crate::error::CacheError;
 use crate::store::{Address, Found, Kind, Store, Tier, TierStats, Value, check_ttl};
 use crate::telemetry::{self, Call, measured};
@@ -104,7 +104,7 @@ impl RedisStore {
             Reply::BulkString(bytes) if bytes.is_empty() => return Ok(None),
             Reply::BulkString(bytes) => Bytes::from(bytes),
             Reply::Nil => return Ok(None),
-            _ => return Err(CacheError::Reply { expected: "a bulk string" }),
+            _ => return Err(self.unexpected("a bulk string")),
         };
         match codec::open(address, &bytes, SystemTime::now()) {
             // Redis drops it by its own clock; by this one it is over already.
@@ -112,11 +112,20 @@ impl RedisStore {
             Ok(opened) => Ok(Some(Found { payload: opened.payload, tier: Tier::Redis, ttl: opened.ttl })),
             Err(bad) => {
                 telemetry::bad_value(&bad, Tier::Redis, address.kind);
+                if matches!(bad, BadValue::Key | BadValue::Kind { .. }) {
+                    // Somebody copied it, or answers come one too late.
+                    self.gate.distrust();
+                }
                 // What cannot be removed stays a miss.
                 drop(self.forget(address, deadline).await);
                 Ok(None)
             }
         }
+    }
+
+    fn unexpected(&self, expected: &'static str) -> CacheError {
+        self.gate.distrust();
+        CacheError::Reply { expected }
     }
 
     async fn keep(&self, address: &Address, value: Value, deadline: Instant) -> Result<(), CacheError> {
@@ -131,7 +140,7 @@ impl RedisStore {
         command.arg(self.key(address)).arg(&sealed[..]).arg("PX").arg(millis);
         match self.call(command, deadline).await? {
             Reply::Okay => Ok(()),
-            _ => Err(CacheError::Reply { expected: "OK" }),
+            _ => Err(self.unexpected("OK")),
         }
     }
 

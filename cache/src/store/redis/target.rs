@@ -10,7 +10,7 @@ const MAX_NODES: usize = 64;
 /// A parsed address. Its password stays out of `Debug`.
 #[derive(Clone)]
 pub(super) enum Target {
-    Server(redis::Client),
+    Server(Box<redis::Client>),
     Cluster(Vec<redis::ConnectionInfo>),
 }
 
@@ -21,7 +21,7 @@ impl Target {
         let cluster = [("redis+cluster://", "redis"), ("rediss+cluster://", "rediss")];
         let nodes = cluster.iter().find_map(|(prefix, scheme)| Some((url.strip_prefix(prefix)?, scheme)));
         let Some((nodes, scheme)) = nodes else {
-            return Ok(Self::Server(redis::Client::open(url).map_err(CacheError::url)?));
+            return Ok(Self::Server(Box::new(redis::Client::open(url).map_err(CacheError::url)?)));
         };
         let (login, nodes) = match nodes.rsplit_once('@') {
             Some((login, nodes)) => (format!("{login}@"), nodes),
