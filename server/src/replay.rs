@@ -113,7 +113,12 @@ impl Replays {
     }
 
     /// Answers with `texts`, and again where the same is asked.
-    pub fn keep(&self, asked: Asked, found: (Vec<Key>, Vec<Sequence>), (texts, stamp): (Texts, &Stamp<'_>)) -> Response {
+    pub fn keep(
+        &self,
+        asked: Asked,
+        found: (Vec<Key>, Vec<Sequence>),
+        (texts, stamp): (Texts, &Stamp<'_>),
+    ) -> Response {
         let (keys, sequences) = found;
         let (is_stream, texts) = match texts {
             Texts::Object(text) => (false, vec![text]),

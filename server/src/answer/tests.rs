@@ -154,8 +154,7 @@ fn choices_of_many_prompts_are_numbered_through() {
     });
     let choices = collect(outputs.collect(), 4);
     let output = OutputOptions { token_ids: true, ..OutputOptions::default() };
-    let answer =
-        values([envelope(output, false).completion(&[prompt(7), prompt(8)], choices)]).remove(0);
+    let answer = values([envelope(output, false).completion(&[prompt(7), prompt(8)], choices)]).remove(0);
     assert_eq!(answer["usage"]["prompt_tokens_details"]["cached_tokens"], 2, "of the first choice of each prompt");
     for (index, prompt) in [(0, 7), (1, 7), (2, 8), (3, 8)] {
         assert_eq!(answer["choices"][index]["prompt_token_ids"], json!([prompt]));

@@ -76,6 +76,11 @@ impl OutputCache {
         self.cache.num_flights()
     }
 
+    /// Sets the gauges of all tiers; takes the budget at most.
+    pub async fn observe(&self) {
+        cache::observe(&self.store().stats(tokio::time::Instant::now() + self.budget).await);
+    }
+
     /// Removes every stored answer.
     ///
     /// # Errors

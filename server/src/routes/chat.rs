@@ -60,7 +60,8 @@ pub async fn complete(
     let prompt = prompt_ids(&app, model, conversation, valid.truncate_prompt).await?;
     let prompts = [Arc::clone(&prompt)];
     let salt = Salt::new(tenant, valid.cache_salt.as_deref());
-    let mut batch = Batch::start(model, Job { prompts: &prompts, valid: &valid, param: "messages", salt, permit }).await?;
+    let mut batch =
+        Batch::start(model, Job { prompts: &prompts, valid: &valid, param: "messages", salt, permit }).await?;
     let (origin, is_cached) = (batch.origin, batch.is_cached());
     let stamp = Stamp { prefix: "chatcmpl-", request_id: &id.0, created: unix_seconds() };
     let envelope = Envelope {

@@ -88,7 +88,7 @@ pub fn install(model_name: &str) -> Result<PrometheusHandle, BuildError> {
         builder = builder.set_buckets_for_metric(Matcher::Full((*name).to_owned()), &token_buckets())?;
     }
     let cache_seconds = Matcher::Full("moesaic_cache_seconds".to_owned());
-    builder = builder.set_buckets_for_metric(cache_seconds, &cache::SECONDS_BUCKETS)?;
+    builder = builder.set_buckets_for_metric(cache_seconds, cache::SECONDS_BUCKETS)?;
     // Whatever else is recorded is a histogram too, never a summary.
     let handle = builder.set_buckets(REQUEST_SECONDS)?.install_recorder()?;
     describe();
