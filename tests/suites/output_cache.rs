@@ -18,17 +18,21 @@ fn server(args: &[&str]) -> Server {
 }
 
 fn completion(fields: Value) -> Value {
-    let mut body =
+    let body =
         json!({"prompt": [5, 9, 44, 7, 21], "max_tokens": 12, "temperature": 0, "logprobs": 2, "ignore_eos": true});
-    body.as_object_mut().unwrap().extend(fields.as_object().expect("fields are an object").clone());
-    body
+    with(body, fields)
 }
 
 fn chat(fields: Value) -> Value {
     let messages = json!([{"role": "user", "content": "tell me of the river"}]);
-    let mut body =
-        json!({"messages": messages, "max_tokens": 10, "temperature": 0, "logprobs": true, "top_logprobs": 2});
-    body.as_object_mut().unwrap().extend(fields.as_object().expect("fields are an object").clone());
+    let body = json!({"messages": messages, "max_tokens": 10, "temperature": 0, "logprobs": true, "top_logprobs": 2});
+    with(body, fields)
+}
+
+/// `body` with these fields, too.
+fn with(mut body: Value, fields: Value) -> Value {
+    let Value::Object(fields) = fields else { panic!("fields are an object") };
+    body.as_object_mut().expect("a body is an object").extend(fields);
     body
 }
 
@@ -45,15 +49,11 @@ fn post(server: &Server, path: &str, body: &Value) -> Response {
 fn unstamped(response: &Response) -> String {
     let text = response.text();
     let first = text.find("\"id\":\"").expect("objects have ids") + 6;
-    let id = text[first..].split('"').next().unwrap().to_owned();
+    let (id, _) = text[first..].split_once('"').expect("an id ends");
+    let id = id.to_owned();
     let text = text.replace(&id, "ID");
-    let mut parts = text.split("\"created\":");
-    let mut out = parts.next().unwrap().to_owned();
-    for part in parts {
-        out += "\"created\":T";
-        out += part.trim_start_matches(|c: char| c.is_ascii_digit());
-    }
-    out
+    let parts = text.split("\"created\":").map(|part| part.trim_start_matches(|c: char| c.is_ascii_digit()));
+    parts.collect::<Vec<_>>().join("\"created\":")
 }
 
 fn tokens_generated(server: &Server) -> f64 {
@@ -135,11 +135,7 @@ fn replays_carry_the_id_of_their_own_request() {
 #[test]
 fn requests_that_differ_in_one_field_never_meet() {
     let (cached, plain) = (server(&[]), Server::start(SERVER, MODEL, &[]));
-    let seeded = |fields: Value| {
-        let mut body = completion(json!({"temperature": 1.0, "seed": 1}));
-        body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
-        body
-    };
+    let seeded = |fields: Value| with(completion(json!({"temperature": 1.0, "seed": 1})), fields);
     let others = [
         json!({"prompt": [5, 9, 44, 7, 22]}),
         json!({"prompt": [5, 9, 44, 7]}),
