@@ -9,6 +9,7 @@
 //! | `golden` | the golden checkpoints and what they must compute |
 //! | `metrics` | samples of `/metrics` |
 //! | `checkpoint` | broken copies of checkpoints |
+//! | `replica` | a server with an output cache, whose every answer is checked |
 //! | `redis` | a real redis-server, or a cluster of them |
 //! | `faulty_proxy` | connections that break at a given byte |
 #![forbid(unsafe_code)]
@@ -20,6 +21,7 @@ pub mod http;
 pub mod metrics;
 pub mod process;
 pub mod redis;
+pub mod replica;
 pub mod server;
 pub mod sse;
 

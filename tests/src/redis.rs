@@ -4,7 +4,7 @@ use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::process::Process;
@@ -229,9 +229,21 @@ fn launch(directory: &Path, address: SocketAddr, options: &[String]) -> Option<P
     is_up.then_some(process)
 }
 
+/// A port that the system does not hand out by itself: one that is killed finds its port free when it comes back, and meanwhile nobody
+/// else answers on it.
 fn free_address() -> SocketAddr {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("there is a free port");
-    listener.local_addr().expect("a listener has an address")
+    static NUM_TRIED: AtomicU32 = AtomicU32::new(0);
+    // Below the range of `net.ipv4.ip_local_port_range`.
+    const FIRST: u16 = 10_000;
+    const COUNT: u32 = 22_000;
+    // Processes that run at once start apart.
+    let start = std::process::id().wrapping_mul(97);
+    poll("a free port", PATIENCE, || {
+        let number = start.wrapping_add(NUM_TRIED.fetch_add(1, Ordering::Relaxed)) % COUNT;
+        let port = FIRST + u16::try_from(number).expect("there are fewer ports");
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        TcpListener::bind(address).is_ok().then_some(address)
+    })
 }
 
 fn request<A: AsRef<[u8]>>(address: SocketAddr, parts: &[A]) -> std::io::Result<Reply> {
