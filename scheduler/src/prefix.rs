@@ -84,9 +84,12 @@ impl Scheduler {
         })
     }
 
-    /// The first waiting sequence from `next` on that is not held back, with what is cached of it; `next` becomes its
-    /// arrival.
+    /// The first waiting sequence from `next` on that is not held back, with what is cached of it, if there is a place for
+    /// one; `next` becomes its arrival.
     pub(crate) fn next_waiting(&mut self, next: &mut Arrival) -> Option<(RequestId, CachedPrefix)> {
+        if !self.has_place() {
+            return None;
+        }
         loop {
             let (arrival, id) = self.waiting.first_from(*next)?;
             *next = arrival;
