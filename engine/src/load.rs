@@ -208,11 +208,14 @@ fn load_weights(
     let source = ModelSource { config: model_config, loader: &loader, max_model_len, num_mtp_layers };
     let model = (architecture.load)(&source)?;
     let (weight_bytes, weight_formats) = (loader.weight_bytes(), loader.formats());
+    let huge_pages = loader.take_huge_pages();
     loader.finish(|name| {
         let is_loaded = num_mtp_layers > 0 && architecture.mtp.holds(model_config, name);
         models::is_ignored_everywhere(model_config, name) || (architecture.ignored)(model_config, name) && !is_loaded
     })?;
     checkpoint.release_pages();
+    let num_bytes = huge_pages.gather();
+    tracing::debug!(num_bytes, of = weight_bytes, "weights gathered into huge pages");
     let weights = packed.map_or_else(|| Weights::Files(checkpoint.files()), |packed| Weights::Digest(packed.digest));
     Ok(Loaded { model, weights, weight_bytes, weight_formats })
 }

@@ -1,6 +1,6 @@
 //! Ops that mixture-of-experts models need beyond plain candle: each with a reference, a fast CPU path, and checks.
 //!
-//! Map: `weight` and `mapped_file` hold weights, `paged_cache` holds keys and values, `state_cache` what recurrent layers
+//! Map: `weight` and `mapped_file` hold weights, `huge_pages` backs them, `paged_cache` holds keys and values, `state_cache` what recurrent layers
 //! carry, `pool` runs tasks on the compute threads, `dispatch` and `lanes` choose and wrap the instruction set, `amx` has
 //! its matrix tiles, `quant` has the quantized formats and their product, `ops` has one folder per op, and `bench` measures
 //! them beside the machine's limits.
@@ -20,6 +20,7 @@ pub mod block_format;
 mod check;
 mod dispatch;
 mod error;
+mod huge_pages;
 mod lanes;
 mod mapped_file;
 mod matmul;
@@ -35,6 +36,7 @@ mod weight;
 
 pub use dispatch::{choose_isa, isa, isas};
 pub use error::{KernelError, Result};
+pub use huge_pages::HugePages;
 pub use mapped_file::MappedFile;
 pub use ops::argmax::argmax;
 pub use ops::embedding::embedding;

@@ -9,7 +9,6 @@ const EDGES: &[(&str, &str)] = &[
     ("server", "cache"),
     ("engine", "scheduler"),
     ("engine", "kernels"),
-    ("engine", "cache"),
     ("tests", "server"),
     ("fuzz", "engine"),
     ("fuzz", "server"),

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::{Device, Tensor};
 use kernels::block_format::BlockFormat;
-use kernels::{KernelError, PackedWeight, WeightFormat};
+use kernels::{HugePages, KernelError, PackedWeight, WeightFormat};
 use safetensors::Dtype;
 
 use super::checkpoint::{Checkpoint, StoredDtype, TensorEntry};
@@ -52,6 +52,7 @@ struct LoadState<'a> {
     done_bytes: u64,
     released_bytes: u64,
     weight_bytes: u64,
+    huge_pages: HugePages,
     /// Bytes of kept matrices by format, see [`Loader::formats`].
     format_bytes: BTreeMap<&'static str, u64>,
     progress: &'a mut dyn FnMut(LoadProgress),
@@ -71,6 +72,7 @@ impl<'a> Loader<'a> {
             done_bytes: 0,
             released_bytes: 0,
             weight_bytes: 0,
+            huge_pages: HugePages::default(),
             format_bytes: BTreeMap::new(),
             progress,
             sink: None,
@@ -275,6 +277,11 @@ impl<'a> Loader<'a> {
         self.state.borrow().weight_bytes
     }
 
+    /// Where the weights lie, for when all are there.
+    pub fn take_huge_pages(&self) -> HugePages {
+        std::mem::take(&mut self.state.borrow_mut().huge_pages)
+    }
+
     /// Every tensor was used, or is one that `ignored` knows to be of no use here.
     pub fn finish(self, ignored: impl Fn(&str) -> bool) -> Result<(), EngineError> {
         let taken = self.state.into_inner().taken;
@@ -366,6 +373,7 @@ impl<'a> Loader<'a> {
         let mut state = self.state.borrow_mut();
         let bytes = weight.num_bytes() as u64;
         state.weight_bytes += bytes;
+        state.huge_pages.add(weight);
         if weight.rows() > 1 {
             *state.format_bytes.entry(weight.format().name()).or_default() += bytes;
         }

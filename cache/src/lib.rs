@@ -1,0 +1,31 @@
+//! What outlives a request: values that other requests, other processes and later days may use again.
+//!
+//! | room | what is in it |
+//! |---|---|
+//! | `key` | content hashes: keys, the numerics fingerprint, the tenant's salt |
+//! | `codec` | the envelope of values that leave the process, and what makes one foreign or broken |
+//! | `recording` | what the engine gave for one choice, and its bytes |
+//! | `store` | the one `Store` trait, and its tiers |
+//! | `flight` | one computation, read by many |
+//! | `output` | the output cache: look up, join, or lead |
+//! | `telemetry` | counters of every tier |
+//!
+//! A cache is never why a request fails: whatever goes wrong in here is a miss, and counted.
+#![forbid(unsafe_code)]
+
+pub mod codec;
+mod error;
+mod flight;
+mod key;
+mod output;
+mod recording;
+pub mod store;
+mod telemetry;
+
+pub use codec::BadValue;
+pub use error::CacheError;
+pub use flight::{Failure, FlightEvent, Follower};
+pub use key::{Digest, Fingerprint, Key, Salt};
+pub use output::{Access, Leader, Lookup, OutputCache, OutputCacheConfig};
+pub use recording::{End, PromptLogprob, Recording, Token};
+pub use telemetry::{describe, observe};

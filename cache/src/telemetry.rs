@@ -1,0 +1,96 @@
+//! Counters of every tier. Labels are kinds, tiers and reasons: fixed sets, nothing of a request.
+
+use std::time::Instant;
+
+use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+
+use crate::codec::BadValue;
+use crate::error::CacheError;
+use crate::store::{Found, Kind, Tier, TierStats};
+
+/// What a store was asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Call {
+    Get,
+    Put,
+}
+
+/// What a call to a tier counts as.
+pub(crate) trait Outcome {
+    fn count(&self, kind: Kind, tier: Tier);
+}
+
+impl Outcome for Option<Found> {
+    fn count(&self, kind: Kind, tier: Tier) {
+        let name = if self.is_some() { "moesaic_cache_hits_total" } else { "moesaic_cache_misses_total" };
+        counter!(name, "kind" => kind.as_str(), "tier" => tier.as_str()).increment(1);
+    }
+}
+
+impl Outcome for () {
+    fn count(&self, _: Kind, _: Tier) {}
+}
+
+/// Runs a call to a tier, counts what came of it and how long it took.
+pub(crate) async fn measured<T: Outcome>(
+    call: Call,
+    tier: Tier,
+    kind: Kind,
+    work: impl Future<Output = Result<T, CacheError>>,
+) -> Result<T, CacheError> {
+    let start = Instant::now();
+    let result = work.await;
+    if call == Call::Get {
+        histogram!("moesaic_cache_seconds", "kind" => kind.as_str(), "tier" => tier.as_str()).record(start.elapsed());
+    }
+    match &result {
+        Ok(outcome) => outcome.count(kind, tier),
+        Err(error) => failed(error, tier, kind),
+    }
+    result
+}
+
+/// Counts an error. What was too large or lives too short was refused by rule, not by a fault of the tier.
+fn failed(error: &CacheError, tier: Tier, kind: Kind) {
+    let name = match error {
+        CacheError::TooLarge { .. } | CacheError::Lifetime { .. } => "moesaic_cache_refused_total",
+        CacheError::Timeout { .. } | CacheError::BadValue(_) => "moesaic_cache_errors_total",
+    };
+    counter!(name, "kind" => kind.as_str(), "tier" => tier.as_str()).increment(1);
+}
+
+/// Counts a value that was found and could not be used.
+pub(crate) fn bad_value(bad: &BadValue, tier: Tier, kind: Kind) {
+    let labels = [("kind", kind.as_str()), ("tier", tier.as_str()), ("reason", bad.reason())];
+    counter!("moesaic_cache_bad_values_total", &labels).increment(1);
+}
+
+/// Counts a request that reads what another computes.
+pub(crate) fn joined(kind: Kind) {
+    counter!("moesaic_cache_joined_total", "kind" => kind.as_str()).increment(1);
+}
+
+/// Sets the gauges of what the tiers hold.
+pub fn observe(stats: &[TierStats]) {
+    for row in stats {
+        if let Some(bytes) = row.bytes {
+            gauge!("moesaic_cache_bytes", "tier" => row.tier.as_str()).set(bytes as f64);
+        }
+        if let Some(num_entries) = row.num_entries {
+            gauge!("moesaic_cache_entries", "tier" => row.tier.as_str()).set(num_entries as f64);
+        }
+    }
+}
+
+/// Describes the metrics of this crate to the installed recorder.
+pub fn describe() {
+    describe_counter!("moesaic_cache_hits_total", "Look-ups that found a value");
+    describe_counter!("moesaic_cache_misses_total", "Look-ups that found none");
+    describe_counter!("moesaic_cache_errors_total", "Calls to a tier that failed or ran out of time");
+    describe_counter!("moesaic_cache_refused_total", "Values that a tier's limits keep out");
+    describe_counter!("moesaic_cache_bad_values_total", "Stored values that were broken, foreign or of another format");
+    describe_counter!("moesaic_cache_joined_total", "Requests that read what another computes");
+    describe_histogram!("moesaic_cache_seconds", Unit::Seconds, "Time of a look-up in a tier");
+    describe_gauge!("moesaic_cache_bytes", Unit::Bytes, "Bytes that a tier holds");
+    describe_gauge!("moesaic_cache_entries", "Values that a tier holds");
+}
