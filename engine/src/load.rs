@@ -149,6 +149,7 @@ fn numerics(
 ) -> Vec<(&'static str, String)> {
     vec![
         ("version", env!("CARGO_PKG_VERSION").to_owned()),
+        ("numerics", kernels::NUMERICS_VERSION.to_string()),
         ("isa", kernels::isa().to_owned()),
         ("config", model_config.to_json()),
         ("dtype", format!("{:?}", config.dtype)),
