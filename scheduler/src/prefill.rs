@@ -61,6 +61,7 @@ impl Scheduler {
         let sequence = self.seq_mut(id);
         sequence.state_slot = slot;
         let arrival = sequence.arrival;
+        self.resume(id, cached);
         self.waiting.remove(arrival);
         self.running.insert(arrival, id);
         *num_growing += usize::from(self.may_grow(id));
@@ -80,7 +81,7 @@ impl Scheduler {
     }
 
     fn schedule_prefill(&mut self, id: RequestId, budget: &mut TokenBudget) {
-        let num_rows = budget.take(self.seq(id).num_uncomputed());
+        let num_rows = budget.take(self.num_wanted_rows(id));
         self.seq_mut(id).schedule(num_rows);
     }
 
