@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use crate::codec::BadValue;
+use redis::RedisError;
+
 use crate::store::Tier;
 
 /// Why a tier did not do what it was asked. A caller treats each as a miss, or as a value that was not kept.
@@ -14,6 +15,21 @@ pub enum CacheError {
     TooLarge { tier: Tier, bytes: usize, limit: usize },
     #[error("the lifetime {ttl:?} is not between 1 ms and 10 years")]
     Lifetime { ttl: Duration },
-    #[error("bad value: {0}")]
-    BadValue(#[from] BadValue),
+    #[error("Redis failed before and is left alone for now")]
+    CircuitOpen,
+    #[error("{tier}: {source}")]
+    Io { tier: Tier, source: std::io::Error },
+    #[error("Redis: {0}")]
+    Redis(RedisError),
+    #[error("Redis answered something else than {expected}")]
+    Reply { expected: &'static str },
+    #[error("Redis address: {reason}")]
+    Url { reason: String },
+}
+
+impl CacheError {
+    /// What is wrong with an address, without the address: it may hold a password.
+    pub(crate) fn url(error: RedisError) -> Self {
+        Self::Url { reason: error.to_string() }
+    }
 }

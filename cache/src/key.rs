@@ -1,4 +1,4 @@
-//! Content hashes: what a value is stored under, which numerics made it, and whose it is.
+//! Content hashes: what a value is stored under, and which numerics made it.
 
 use std::fmt;
 
@@ -14,12 +14,8 @@ pub struct Key([u8; 32]);
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Fingerprint([u8; 32]);
 
-/// Whose values these are. Part of a key, so that nobody finds what another tenant stored.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Salt([u8; 32]);
-
 impl Key {
-    pub fn from_bytes(bytes: [u8; 32]) -> Self {
+    pub const fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }
 
@@ -31,6 +27,23 @@ impl Key {
     pub fn to_hex(&self) -> String {
         hex(&self.0)
     }
+
+    /// What [`Self::to_hex`] wrote.
+    pub(crate) fn from_hex(text: &str) -> Option<Self> {
+        let mut bytes = [0; 32];
+        let digit = |digit: u8| match digit {
+            b'0'..=b'9' => Some(digit - b'0'),
+            b'a'..=b'f' => Some(digit - b'a' + 10),
+            _ => None,
+        };
+        if text.len() != 2 * bytes.len() {
+            return None;
+        }
+        for (byte, pair) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
+            *byte = digit(pair[0])? << 4 | digit(pair[1])?;
+        }
+        Some(Self(bytes))
+    }
 }
 
 impl fmt::Debug for Key {
@@ -40,7 +53,7 @@ impl fmt::Debug for Key {
 }
 
 impl Fingerprint {
-    pub fn from_bytes(bytes: [u8; 32]) -> Self {
+    pub const fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }
 
@@ -57,31 +70,6 @@ impl Fingerprint {
 impl fmt::Debug for Fingerprint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Fingerprint({})", hex(&self.0))
-    }
-}
-
-impl Salt {
-    /// The salt of all who share their values.
-    pub fn shared() -> Self {
-        Self(Digest::new("salt").text("owner", "all").bytes())
-    }
-
-    /// The salt of one tenant, from what only the tenant knows: an API key.
-    pub fn of_tenant(secret: &str) -> Self {
-        Self(Digest::new("salt").text("tenant", secret).bytes())
-    }
-
-    /// A salt within this one: the `cache_salt` of a request divides its own tenant's values only.
-    #[must_use]
-    pub fn within(&self, name: &str) -> Self {
-        Self(Digest::new("salt").field("outer", &self.0).text("inner", name).bytes())
-    }
-}
-
-impl fmt::Debug for Salt {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Made of a secret: it stays out of logs.
-        f.write_str("Salt(..)")
     }
 }
 
@@ -130,10 +118,6 @@ impl Digest {
             self.hasher.update(&block[..values.len() * 4]);
         }
         self
-    }
-
-    pub fn salt(&mut self, salt: &Salt) -> &mut Self {
-        self.field("salt", &salt.0)
     }
 
     pub fn fingerprint_field(&mut self, fingerprint: &Fingerprint) -> &mut Self {
@@ -211,18 +195,19 @@ mod tests {
     }
 
     #[test]
+    fn hexadecimal_goes_both_ways() {
+        let key = Digest::new("d").key();
+        assert_eq!(Key::from_hex(&key.to_hex()), Some(key));
+        for text in ["", "0", &"0".repeat(63), &"0".repeat(66), &"g".repeat(64), &"A".repeat(64)] {
+            assert_eq!(Key::from_hex(text), None, "{text}");
+        }
+    }
+
+    #[test]
     fn floats_are_compared_by_their_bits() {
         let key = |value| Digest::new("d").float("f", value).key();
         assert_ne!(key(0.0), key(-0.0));
         assert_eq!(key(f32::NAN), key(f32::NAN));
-    }
-
-    #[test]
-    fn salts_differ_and_are_not_printed() {
-        let a = Salt::of_tenant("a");
-        let salts = [Salt::shared(), a, Salt::of_tenant("b"), a.within(""), a.within("x"), Salt::shared().within("x")];
-        assert_eq!(salts.iter().collect::<HashSet<_>>().len(), salts.len());
-        assert_eq!(format!("{a:?}"), "Salt(..)");
     }
 
     proptest! {

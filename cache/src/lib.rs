@@ -2,17 +2,19 @@
 //!
 //! | room | what is in it |
 //! |---|---|
-//! | `key` | content hashes: keys, the numerics fingerprint, the tenant's salt |
+//! | `key` | content hashes: keys, the numerics fingerprint |
 //! | `codec` | the envelope of values that leave the process, and what makes one foreign or broken |
 //! | `recording` | what the engine gave for one choice, and its bytes |
 //! | `store` | the one `Store` trait, and its tiers |
 //! | `flight` | one computation, read by many |
 //! | `output` | the output cache: look up, join, or lead |
+//! | `breaker` | when to leave Redis alone, and when to look again |
 //! | `telemetry` | counters of every tier |
 //!
 //! A cache is never why a request fails: whatever goes wrong in here is a miss, and counted.
 #![forbid(unsafe_code)]
 
+mod breaker;
 pub mod codec;
 mod error;
 mod flight;
@@ -22,10 +24,11 @@ mod recording;
 pub mod store;
 mod telemetry;
 
+pub use breaker::BreakerConfig;
 pub use codec::BadValue;
 pub use error::CacheError;
 pub use flight::{Failure, FlightEvent, Follower};
-pub use key::{Digest, Fingerprint, Key, Salt};
+pub use key::{Digest, Fingerprint, Key};
 pub use output::{Access, Leader, Lookup, OutputCache, OutputCacheConfig};
 pub use recording::{End, PromptLogprob, Recording, Token};
-pub use telemetry::{describe, observe};
+pub use telemetry::{SECONDS_BUCKETS, describe, observe};

@@ -131,6 +131,11 @@ impl<E: Clone> OutputCache<E> {
         self.lead(Flight { key, progress: Arc::default(), is_shared: false, writes: access.write })
     }
 
+    /// Whether an answer is stored. Ends by `deadline`.
+    pub async fn holds(&self, key: Key, deadline: Instant) -> bool {
+        matches!(self.inner.store.get(&self.inner.address(key), deadline).await, Ok(Some(_)))
+    }
+
     fn lead(&self, flight: Flight<E>) -> Lookup<E> {
         let follower = Follower::live(flight.progress.subscribe());
         Lookup::Lead { leader: Leader { cache: Arc::clone(&self.inner), flight, is_over: false }, follower }

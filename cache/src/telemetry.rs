@@ -1,12 +1,19 @@
 //! Counters of every tier. Labels are kinds, tiers and reasons: fixed sets, nothing of a request.
 
-use std::time::Instant;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 
 use crate::codec::BadValue;
 use crate::error::CacheError;
 use crate::store::{Found, Kind, Tier, TierStats};
+
+/// Edges of the buckets of `moesaic_cache_seconds`: from a look into memory to a look that ran out of time.
+pub const SECONDS_BUCKETS: &[f64] = &[
+    0.000_001, 0.000_005, 0.000_02, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25,
+    1.0,
+];
 
 /// What a store was asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +52,9 @@ pub(crate) async fn measured<T: Outcome>(
     }
     match &result {
         Ok(outcome) => outcome.count(kind, tier),
+        // Counted as errors when it opened; from then on it is as if there were no Redis.
+        Err(CacheError::CircuitOpen) if call == Call::Get => None::<Found>.count(kind, tier),
+        Err(CacheError::CircuitOpen) => dropped_write(kind),
         Err(error) => failed(error, tier, kind),
     }
     result
@@ -54,7 +64,12 @@ pub(crate) async fn measured<T: Outcome>(
 fn failed(error: &CacheError, tier: Tier, kind: Kind) {
     let name = match error {
         CacheError::TooLarge { .. } | CacheError::Lifetime { .. } => "moesaic_cache_refused_total",
-        CacheError::Timeout { .. } | CacheError::BadValue(_) => "moesaic_cache_errors_total",
+        CacheError::CircuitOpen
+        | CacheError::Timeout { .. }
+        | CacheError::Io { .. }
+        | CacheError::Redis(_)
+        | CacheError::Reply { .. }
+        | CacheError::Url { .. } => "moesaic_cache_errors_total",
     };
     counter!(name, "kind" => kind.as_str(), "tier" => tier.as_str()).increment(1);
 }
@@ -68,6 +83,37 @@ pub(crate) fn bad_value(bad: &BadValue, tier: Tier, kind: Kind) {
 /// Counts a request that reads what another computes.
 pub(crate) fn joined(kind: Kind) {
     counter!("moesaic_cache_joined_total", "kind" => kind.as_str()).increment(1);
+}
+
+/// Counts a value that was not written to a slow tier: too much waits, or Redis is left alone.
+pub(crate) fn dropped_write(kind: Kind) {
+    counter!("moesaic_cache_dropped_writes_total", "kind" => kind.as_str()).increment(1);
+}
+
+/// Sets whether Redis is left alone.
+pub(crate) fn circuit(is_open: bool) {
+    gauge!("moesaic_redis_circuit_open").set(if is_open { 1.0 } else { 0.0 });
+}
+
+/// Keeps a fault that comes with every call from filling the log.
+#[derive(Debug, Default)]
+pub(crate) struct Notice {
+    last: Mutex<Option<Instant>>,
+}
+
+/// Time between two log lines about the same fault.
+const NOTICE_INTERVAL: Duration = Duration::from_secs(600);
+
+impl Notice {
+    /// Whether it is worth a line; true once per [`NOTICE_INTERVAL`].
+    pub fn is_due(&self) -> bool {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.is_some_and(|last| last.elapsed() < NOTICE_INTERVAL) {
+            return false;
+        }
+        *last = Some(Instant::now());
+        true
+    }
 }
 
 /// Sets the gauges of what the tiers hold.
@@ -90,6 +136,11 @@ pub fn describe() {
     describe_counter!("moesaic_cache_refused_total", "Values that a tier's limits keep out");
     describe_counter!("moesaic_cache_bad_values_total", "Stored values that were broken, foreign or of another format");
     describe_counter!("moesaic_cache_joined_total", "Requests that read what another computes");
+    describe_counter!(
+        "moesaic_cache_dropped_writes_total",
+        "Values not written to slow tiers: too much waits, or Redis is left alone"
+    );
+    describe_gauge!("moesaic_redis_circuit_open", "1 while Redis fails and is left alone");
     describe_histogram!("moesaic_cache_seconds", Unit::Seconds, "Time of a look-up in a tier");
     describe_gauge!("moesaic_cache_bytes", Unit::Bytes, "Bytes that a tier holds");
     describe_gauge!("moesaic_cache_entries", "Values that a tier holds");

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use cache::store::{Address, Kind, MemoryStore, Store, Value};
+use cache::store::{Address, Kind, MemoryStore, Value};
 use cache::{
     Access, Digest, End, Failure, Fingerprint, FlightEvent, Follower, Key, Leader, Lookup, OutputCache,
     OutputCacheConfig, PromptLogprob, Token,

@@ -15,11 +15,16 @@ use crate::auth::{Auth, require_key};
 use crate::config::Config;
 use crate::error::ApiError;
 use crate::limits::{Limits, Permit, cors};
+use crate::output_cache::OutputCache;
+use crate::replay::Replays;
 use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::rejected;
 use crate::text::{ChatTemplate, Tokenizer};
 use crate::validate::ModelLimits;
 use crate::{routes, telemetry};
+
+/// Of the memory for answers, the part for answers as they were written.
+pub const REPLAY_SHARE: u64 = 4;
 
 /// One server.
 pub struct App {
@@ -30,6 +35,16 @@ pub struct App {
     /// Names that requests may use; the first one is the name in answers.
     pub model_names: Vec<String>,
     model: OnceLock<Model>,
+    pub replays: Replays,
+}
+
+/// The output cache, once with what is known at once and once with what takes a while.
+#[derive(Default)]
+pub struct OutputCaches {
+    /// In memory, under a fingerprint of this process; absent where answers are not cached.
+    pub early: Option<OutputCache>,
+    /// In all tiers, once the weights' digest is known.
+    pub whole: Arc<OnceLock<OutputCache>>,
 }
 
 /// A loaded model with its text side.
@@ -39,12 +54,13 @@ pub struct Model {
     /// Absent where the model brings none and none was configured.
     pub template: Option<Arc<ChatTemplate>>,
     pub limits: ModelLimits,
+    outputs: OutputCaches,
     /// Seconds since the epoch.
     pub created: u64,
 }
 
 impl Model {
-    pub fn new(engine: EngineHandle, tokenizer: Tokenizer, template: Option<ChatTemplate>, app: &App) -> Self {
+    pub fn new(engine: EngineHandle, (tokenizer, template): (Tokenizer, Option<ChatTemplate>), app: &App) -> Self {
         let summary = engine.model();
         let limits = ModelLimits {
             names: app.model_names.clone(),
@@ -60,8 +76,19 @@ impl Model {
             tokenizer: Arc::new(tokenizer),
             template: template.map(Arc::new),
             created: unix_seconds(),
+            outputs: OutputCaches::default(),
             engine,
         }
+    }
+
+    #[must_use]
+    pub fn with_outputs(self, outputs: OutputCaches) -> Self {
+        Self { outputs, ..self }
+    }
+
+    /// Where answers are found again; `None` where they are not.
+    pub fn outputs(&self) -> Option<&OutputCache> {
+        self.outputs.whole.get().or(self.outputs.early.as_ref())
     }
 }
 
@@ -73,6 +100,7 @@ impl App {
             metrics,
             model_names,
             model: OnceLock::new(),
+            replays: Replays::new(config.output_cache_memory.0 / REPLAY_SHARE),
             config,
         }
     }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::cli::bench::BenchArgs;
+use crate::cli::cache::CacheArgs;
 use crate::cli::chat::ChatArgs;
 use crate::cli::eval::EvalArgs;
 use crate::cli::inspect::InspectArgs;
@@ -39,6 +40,8 @@ pub enum Command {
     Chat(ChatArgs),
     /// Load a running server and report latencies and tokens per second, or time the kernels
     Bench(Box<BenchArgs>),
+    /// Show, empty or fill the caches of a running server
+    Cache(CacheArgs),
     /// Print the OpenAPI document of the server
     Openapi,
     /// Print the reference of all settings as Markdown

@@ -18,11 +18,17 @@ pub struct Auth {
     keys: Vec<crate::config::Secret>,
     metrics_public: bool,
     cache_shared: bool,
+    admin_key: Option<crate::config::Secret>,
 }
 
 impl Auth {
     pub fn new(config: &Config) -> Self {
-        Self { keys: config.api_key.clone(), metrics_public: config.metrics_public, cache_shared: config.cache_shared }
+        Self {
+            keys: config.api_key.clone(),
+            metrics_public: config.metrics_public,
+            cache_shared: config.cache_shared,
+            admin_key: config.admin_key.clone(),
+        }
     }
 
     /// Whose request it is, as far as caches are concerned.
@@ -30,11 +36,15 @@ impl Auth {
     /// # Errors
     /// A missing or wrong key on a path that needs one.
     pub fn check(&self, path: &str, headers: &HeaderMap) -> Result<Tenant, ApiError> {
+        if is_for_admins(path) {
+            let key = self.admin_key.as_ref().ok_or(ApiError::NoAdminKey)?;
+            let is_right = bool::from(key.expose().ct_eq(given_key(headers)?));
+            return if is_right { Ok(Tenant::SHARED) } else { Err(ApiError::WrongKey) };
+        }
         if self.keys.is_empty() || self.is_open(path) {
             return Ok(Tenant::SHARED);
         }
-        let header = headers.get(header::AUTHORIZATION).ok_or(ApiError::MissingKey)?;
-        let given = bearer(header.as_bytes()).ok_or(ApiError::MissingKey)?;
+        let given = given_key(headers)?;
         // All keys are compared, whichever one fits, so that time says nothing about them but their length.
         let found = self.keys.iter().fold(Choice::from(0), |found, key| found | key.expose().ct_eq(given));
         match bool::from(found) {
@@ -49,6 +59,16 @@ impl Auth {
             || path.starts_with("/docs/")
             || (self.metrics_public && path == "/metrics")
     }
+}
+
+/// Paths that change what all tenants see, or tell of them.
+fn is_for_admins(path: &str) -> bool {
+    path == "/v1/cache" || path.starts_with("/v1/cache/")
+}
+
+fn given_key(headers: &HeaderMap) -> Result<&[u8], ApiError> {
+    let header = headers.get(header::AUTHORIZATION).ok_or(ApiError::MissingKey)?;
+    bearer(header.as_bytes()).ok_or(ApiError::MissingKey)
 }
 
 /// Middleware in front of every route; what is behind it finds a [`Tenant`] among the request's extensions.
@@ -109,6 +129,21 @@ mod tests {
         assert_ne!(tenant(keys, Some("Bearer one")), Tenant::SHARED);
         assert_eq!(tenant("", Some("Bearer one")), Tenant::SHARED);
         assert_eq!(tenant(&format!("{keys}\ncache_shared = true"), Some("Bearer one")), Tenant::SHARED);
+    }
+
+    #[test]
+    fn caches_are_for_the_admin_key_alone() {
+        let paths = ["/v1/cache", "/v1/cache/clear", "/v1/cache/nowhere"];
+        for path in paths {
+            assert!(matches!(check("", path, None), Err(ApiError::NoAdminKey)), "{path}");
+            for settings in ["admin_key = \"root\"", "api_key = [\"one\"]\nadmin_key = \"root\""] {
+                check(settings, path, Some("Bearer root")).unwrap();
+                assert!(matches!(check(settings, path, Some("Bearer one")), Err(ApiError::WrongKey)), "{path}");
+                assert!(matches!(check(settings, path, None), Err(ApiError::MissingKey)), "{path}");
+            }
+        }
+        let both = "api_key = [\"one\"]\nadmin_key = \"root\"";
+        assert!(check(both, "/v1/models", Some("Bearer root")).is_err(), "it opens nothing else");
     }
 
     #[test]

@@ -33,6 +33,8 @@ pub enum ApiError {
     MissingKey,
     #[error("the API key is not valid")]
     WrongKey,
+    #[error("this server has no admin key; start it with --admin-key to open this path")]
+    NoAdminKey,
     #[error("the body is larger than {limit} bytes; the server's --max-body-bytes sets the limit")]
     BodyTooLarge { limit: u64 },
     #[error("the body did not arrive within {seconds} seconds")]
@@ -87,6 +89,7 @@ impl ApiError {
             | Self::ContextLength { .. }
             | Self::BodyBroken => StatusCode::BAD_REQUEST,
             Self::MissingKey | Self::WrongKey => StatusCode::UNAUTHORIZED,
+            Self::NoAdminKey => StatusCode::FORBIDDEN,
             Self::UnknownModel { .. } | Self::NoRoute { .. } => StatusCode::NOT_FOUND,
             Self::NoMethod { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::BodyTimeout { .. } => StatusCode::REQUEST_TIMEOUT,
@@ -116,6 +119,7 @@ impl ApiError {
             Self::NoRoute { .. } => "not_found",
             Self::NoMethod { .. } => "method_not_allowed",
             Self::MissingKey | Self::WrongKey => "invalid_api_key",
+            Self::NoAdminKey => "no_admin_key",
             Self::BodyTooLarge { .. } => "request_too_large",
             Self::BodyTimeout { .. } | Self::Timeout { .. } => "timeout",
             Self::BodyBroken => "incomplete_body",

@@ -9,6 +9,7 @@
 //! | `routes`, `openai` | one handler file per endpoint, and the wire types |
 //! | `validate`, `conversation` | wire types to what they mean |
 //! | `generate`, `answer`, `sse` | engine events to deltas, deltas to answers, answers to streams |
+//! | `output_cache`, `replay` | answers that were computed before, or are being computed for another request; as they were written |
 //! | `text` | strings to token ids and back |
 //! | `hub`, `demo`, `upcycle`, `packing` | getting models onto the disk |
 //! | `telemetry` | logs and metrics |
@@ -31,7 +32,9 @@ pub mod hub;
 pub mod limits;
 pub mod listen;
 pub mod openai;
+pub mod output_cache;
 pub mod packing;
+pub mod replay;
 pub mod routes;
 pub mod shutdown;
 pub mod sse;

@@ -11,6 +11,9 @@ use serde::Serialize;
 
 use crate::error::ApiError;
 
+/// What the last event says.
+pub const DONE: &str = "[DONE]";
+
 /// Answers with `chunks`, then `[DONE]`; an error ends them. After `keep_alive` of silence a comment line is sent.
 pub fn respond<C, S>(chunks: S, keep_alive: Duration) -> Response
 where
@@ -41,10 +44,18 @@ where
         });
         std::future::ready(out)
     });
-    until_error.chain(stream::iter(["[DONE]".to_owned()]))
+    until_error.chain(stream::iter([DONE.to_owned()]))
 }
 
-fn to_json(value: &impl Serialize) -> String {
+/// Appends an event whose data are these texts, one after the other, none with a line break; as [`respond`] writes it.
+pub fn push_event(body: &mut String, data: &[&str]) {
+    body.push_str("data: ");
+    data.iter().for_each(|text| body.push_str(text));
+    body.push_str("\n\n");
+}
+
+/// The JSON of a wire type.
+pub fn to_json(value: &impl Serialize) -> String {
     serde_json::to_string(value).expect("wire types have string keys and finite numbers")
 }
 

@@ -9,13 +9,17 @@
 //! | `golden` | the golden checkpoints and what they must compute |
 //! | `metrics` | samples of `/metrics` |
 //! | `checkpoint` | broken copies of checkpoints |
+//! | `redis` | a real redis-server, or a cluster of them |
+//! | `faulty_proxy` | connections that break at a given byte |
 #![forbid(unsafe_code)]
 
 pub mod checkpoint;
+pub mod faulty_proxy;
 pub mod golden;
 pub mod http;
 pub mod metrics;
 pub mod process;
+pub mod redis;
 pub mod server;
 pub mod sse;
 

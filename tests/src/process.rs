@@ -54,6 +54,14 @@ impl Process {
         assert!(status.success(), "`{line}` failed");
     }
 
+    /// Kills it, stopped or not, and waits for its end. One that has ended is left as it is.
+    pub fn kill(&mut self) {
+        let child = self.child.get_mut().unwrap_or_else(PoisonError::into_inner);
+        // Fails only where the process has ended already, which is what is wanted.
+        drop(child.kill());
+        drop(child.wait());
+    }
+
     /// Waits for the end of the process and of its output.
     ///
     /// # Panics
@@ -113,10 +121,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        let child = self.child.get_mut().unwrap_or_else(PoisonError::into_inner);
-        // Fails only where the process has ended already, which is what is wanted.
-        drop(child.kill());
-        drop(child.wait());
+        self.kill();
         for reader in self.readers.drain(..) {
             drop(reader.join());
         }

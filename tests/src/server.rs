@@ -13,8 +13,10 @@ use crate::process::Process;
 use crate::sse::EventStream;
 use crate::{PATIENCE, poll};
 
-/// Options that keep a test server small: one compute thread, a KV pool of a few hundred blocks.
-const SMALL: [&str; 8] = ["--port", "0", "--threads", "1", "--kv-cache-dtype", "f32", "--kv-cache-memory", "32MiB"];
+/// Options that keep a test server small (one compute thread, a KV pool of a few hundred blocks), and make it compute: an answer from
+/// the output cache would prove nothing about the engine.
+const SMALL: [&str; 10] =
+    ["--port", "0", "--threads", "1", "--kv-cache-dtype", "f32", "--kv-cache-memory", "32MiB", "--output-cache", "off"];
 
 /// A running server, killed when dropped.
 pub struct Server {

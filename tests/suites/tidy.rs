@@ -10,6 +10,7 @@ const EDGES: &[(&str, &str)] = &[
     ("engine", "scheduler"),
     ("engine", "kernels"),
     ("tests", "server"),
+    ("tests", "cache"),
     ("fuzz", "engine"),
     ("fuzz", "server"),
 ];

@@ -117,6 +117,7 @@ impl Store for MemoryStore {
             self.map.run_pending_tasks().await;
             vec![TierStats {
                 tier: Tier::Memory,
+                is_available: true,
                 num_entries: Some(self.map.entry_count()),
                 bytes: Some(self.map.weighted_size()),
                 max_bytes: Some(self.max_bytes),

@@ -3,8 +3,14 @@
 //! | file | what it is |
 //! |---|---|
 //! | `memory` | a bounded map in this process |
+//! | `disk` | files in a directory |
+//! | `redis` | Redis, behind a circuit breaker |
+//! | `tiered` | memory over the others |
 
+mod disk;
 mod memory;
+mod redis;
+mod tiered;
 
 use std::fmt;
 use std::time::Duration;
@@ -16,7 +22,10 @@ use tokio::time::Instant;
 use crate::error::CacheError;
 use crate::key::{Fingerprint, Key};
 
+pub use disk::{DiskConfig, DiskStore};
 pub use memory::MemoryStore;
+pub use redis::{RedisConfig, RedisStore};
+pub use tiered::{TieredConfig, TieredStore};
 
 /// Longest lifetime of a value.
 pub const MAX_TTL: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
@@ -109,6 +118,8 @@ pub struct Found {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TierStats {
     pub tier: Tier,
+    /// It answers.
+    pub is_available: bool,
     pub num_entries: Option<u64>,
     pub bytes: Option<u64>,
     pub max_bytes: Option<u64>,

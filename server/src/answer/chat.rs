@@ -18,7 +18,7 @@ impl Envelope {
             object: "chat.completion",
             created: self.created,
             model: self.model.clone(),
-            usage: Usage::new(PromptCount { num_tokens: prompt.len(), num_cached }, num_tokens),
+            usage: Usage::new(PromptCount { num_tokens: prompt.len(), num_cached }, num_tokens).cached(self.is_cached),
             system_fingerprint: FINGERPRINT,
             prompt_token_ids: self.output.token_ids.then(|| prompt.to_vec()),
             prompt_logprobs: prompt_logprobs.map(|known| self.prompt_logprobs(known)),

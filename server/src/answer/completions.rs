@@ -22,7 +22,7 @@ impl Envelope {
         let num_cached = choices.iter().step_by(num_per_prompt.max(1)).map(|choice| choice.num_cached_tokens).sum();
         let prompt = PromptCount { num_tokens: prompts.iter().map(|prompt| prompt.ids.len()).sum(), num_cached };
         let num_tokens = choices.iter().map(|choice| choice.token_ids.len()).sum();
-        let usage = Some(Some(Usage::new(prompt, num_tokens)));
+        let usage = Some(Some(Usage::new(prompt, num_tokens).cached(self.is_cached)));
         let choice = |(choice, index): (Collected, u32)| {
             self.completion_choice(index, &prompts[index as usize / num_per_prompt], choice)
         };

@@ -14,6 +14,7 @@ use crate::error::ApiError;
 use crate::generate::{Batch, Delta, Finish, Indexed, Output, TokenRecord};
 use crate::openai::FinishReason;
 use crate::openai::usage::{PromptCount, Usage};
+use crate::sse::to_json;
 use crate::text::Tokenizer;
 use crate::validate::{OutputOptions, StreamPlan};
 
@@ -49,6 +50,8 @@ pub struct Envelope {
     /// Whether log-probs of generated tokens were asked for.
     pub wants_logprobs: bool,
     pub vocabulary: Arc<dyn Vocabulary>,
+    /// Nothing was computed for the answer.
+    pub is_cached: bool,
 }
 
 /// All deltas of one choice put together.
@@ -77,29 +80,18 @@ impl Collected {
     }
 }
 
-/// Puts outputs together by choice.
-#[derive(Debug)]
-pub struct Collector {
-    choices: Vec<Collected>,
-}
-
-impl Collector {
-    pub fn new(num_choices: usize) -> Self {
-        Self { choices: std::iter::repeat_with(Collected::default).take(num_choices).collect() }
-    }
-
-    pub fn add(&mut self, indexed: Indexed) {
-        let choice = &mut self.choices[indexed.index as usize];
-        match indexed.output {
+/// Puts outputs together by choice, of which there are so many.
+pub fn collect(outputs: Vec<Indexed>, num_choices: usize) -> Vec<Collected> {
+    let mut choices: Vec<_> = std::iter::repeat_with(Collected::default).take(num_choices).collect();
+    for Indexed { index, output } in outputs {
+        let choice = &mut choices[index as usize];
+        match output {
             Output::Started { num_cached_tokens } => choice.num_cached_tokens = num_cached_tokens,
             Output::Prompt(logprobs) => choice.prompt_logprobs = Some(logprobs),
             Output::Delta(delta) => choice.add(delta),
         }
     }
-
-    pub fn into_choices(self) -> Vec<Collected> {
-        self.choices
-    }
+    choices
 }
 
 /// Turns outputs into the chunks of a stream.
@@ -132,6 +124,14 @@ pub fn chunks<W: ChunkWriter>(
     .flat_map(stream::iter)
 }
 
+/// The chunks of outputs that are all there, behind those that open the stream, as JSON.
+pub fn written<W: ChunkWriter>((opening, mut writer): (Vec<W::Chunk>, W), outputs: Vec<Indexed>) -> Vec<String> {
+    let mut chunks = opening;
+    outputs.into_iter().for_each(|output| chunks.extend(writer.write(output)));
+    chunks.extend(writer.closing());
+    chunks.iter().map(to_json).collect()
+}
+
 /// Counts the tokens of a stream for its usage fields.
 #[derive(Clone, Copy, Debug)]
 pub struct StreamUsage {
@@ -139,17 +139,24 @@ pub struct StreamUsage {
     prompt: PromptCount,
     num_choices: u32,
     num_completion_tokens: usize,
+    is_cached: bool,
 }
 
 impl StreamUsage {
     /// For prompts of so many tokens together, each with `num_choices`.
     pub fn new(plan: StreamPlan, num_prompt_tokens: usize, num_choices: u32) -> Self {
         let prompt = PromptCount { num_tokens: num_prompt_tokens, num_cached: 0 };
-        Self { plan, prompt, num_choices, num_completion_tokens: 0 }
+        Self { plan, prompt, num_choices, num_completion_tokens: 0, is_cached: false }
+    }
+
+    /// For an answer for which nothing was computed, or not.
+    #[must_use]
+    pub fn cached(self, is_cached: bool) -> Self {
+        Self { is_cached, ..self }
     }
 
     fn total(&self) -> Usage {
-        Usage::new(self.prompt, self.num_completion_tokens)
+        Usage::new(self.prompt, self.num_completion_tokens).cached(self.is_cached)
     }
 
     fn add(&mut self, indexed: &Indexed) {

@@ -26,7 +26,7 @@ impl Vocabulary for Letters {
 
 fn envelope(output: OutputOptions, wants_logprobs: bool) -> Envelope {
     let (id, model) = ("id-1".to_owned(), "m".to_owned());
-    Envelope { id, created: 7, model, output, wants_logprobs, vocabulary: Arc::new(Letters) }
+    Envelope { id, created: 7, model, output, wants_logprobs, vocabulary: Arc::new(Letters), is_cached: false }
 }
 
 fn text(index: u32, text: &str, token: u32) -> Indexed {
@@ -95,11 +95,8 @@ fn usage_is_absent_where_nobody_asked_and_running_where_asked_so() {
 #[test]
 fn a_whole_chat_carries_logprobs_ids_and_usage_over_all_choices() {
     let output = OutputOptions { token_ids: true, ..OutputOptions::default() };
-    let mut collector = Collector::new(2);
-    for output in [text(1, "b", 1), text(0, "a", 0), end(0, None), end(1, Some(StopReason::Token(5)))] {
-        collector.add(output);
-    }
-    let answer = values([envelope(output, true).chat_completion(&[4], collector.into_choices())]).remove(0);
+    let outputs = vec![text(1, "b", 1), text(0, "a", 0), end(0, None), end(1, Some(StopReason::Token(5)))];
+    let answer = values([envelope(output, true).chat_completion(&[4], collect(outputs, 2))]).remove(0);
     assert_eq!(answer["choices"][0]["message"], json!({"role": "assistant", "content": "a", "refusal": null}));
     assert_eq!(answer["choices"][1]["index"], 1);
     assert_eq!(answer["choices"][1]["stop_reason"], 5);
@@ -117,9 +114,8 @@ fn an_echoed_completion_puts_the_prompt_and_its_logprobs_first() {
     let known = vec![engine::PromptLogprob { token: 3, logprob: -1.5, top: vec![(3, -1.5)] }];
     let outputs = || [Indexed { index: 0, output: Output::Prompt(known.clone()) }, text(0, "a", 0), end(0, None)];
     let output = OutputOptions { echo: true, ..OutputOptions::default() };
-    let mut collector = Collector::new(1);
-    outputs().into_iter().for_each(|output| collector.add(output));
-    let answer = values([envelope(output, true).completion(&prompts, collector.into_choices())]).remove(0);
+    let choices = collect(outputs().into(), 1);
+    let answer = values([envelope(output, true).completion(&prompts, choices)]).remove(0);
     let choice = &answer["choices"][0];
     assert_eq!((&choice["text"], &choice["finish_reason"]), (&json!("cda"), &json!("stop")));
     assert_eq!(choice["logprobs"]["tokens"], json!(["c", "d", "a"]));
@@ -152,16 +148,13 @@ fn special_tokens_of_an_echoed_prompt_take_no_room_in_its_text() {
 #[test]
 fn choices_of_many_prompts_are_numbered_through() {
     let prompt = |id: u32| CompletionPrompt { ids: Arc::from([id]), text: String::new() };
-    let mut collector = Collector::new(4);
-    for index in [3, 0, 2, 1] {
+    let outputs = [3, 0, 2, 1].into_iter().flat_map(|index| {
         let num_cached_tokens = index as usize;
-        collector.add(Indexed { index, output: Output::Started { num_cached_tokens } });
-        collector.add(text(index, "x", index));
-        collector.add(end(index, None));
-    }
+        [Indexed { index, output: Output::Started { num_cached_tokens } }, text(index, "x", index), end(index, None)]
+    });
+    let choices = collect(outputs.collect(), 4);
     let output = OutputOptions { token_ids: true, ..OutputOptions::default() };
-    let answer =
-        values([envelope(output, false).completion(&[prompt(7), prompt(8)], collector.into_choices())]).remove(0);
+    let answer = values([envelope(output, false).completion(&[prompt(7), prompt(8)], choices)]).remove(0);
     assert_eq!(answer["usage"]["prompt_tokens_details"]["cached_tokens"], 2, "of the first choice of each prompt");
     for (index, prompt) in [(0, 7), (1, 7), (2, 8), (3, 8)] {
         assert_eq!(answer["choices"][index]["prompt_token_ids"], json!([prompt]));

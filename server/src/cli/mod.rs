@@ -1,6 +1,7 @@
 //! The subcommands.
 
 pub mod bench;
+pub mod cache;
 pub mod chat;
 mod client;
 pub mod eval;
@@ -24,6 +25,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Quantize(args) => quantize::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Bench(args) => bench::run(*args),
+        Command::Cache(args) => cache::run(args),
         Command::Openapi => print(&crate::routes::openapi_json()),
         Command::ConfigReference => print(&crate::config::reference()),
     }

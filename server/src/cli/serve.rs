@@ -7,15 +7,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
-use engine::{EngineConfig, GgufFile, LoadProgress};
+use cache::{Fingerprint, OutputCacheConfig};
+use engine::{EngineConfig, EngineHandle, GgufFile, LoadProgress};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use tokio::sync::oneshot;
 
-use crate::app::{App, Model, router};
+use crate::app::{App, Model, OutputCaches, router};
 use crate::args::ServeArgs;
 use crate::config::{Config, check_environment};
 use crate::demo::{self, DemoOptions};
 use crate::hub::{self, HubOptions};
+use crate::output_cache::tiers::{self, Tiers};
+use crate::output_cache::{OutputCache, fingerprint};
 use crate::text::{ChatTemplate, Tokenizer, TokenizerFiles};
 use crate::{listen, shutdown, telemetry, validate};
 
@@ -55,7 +58,8 @@ async fn serve(app: &Arc<App>) -> anyhow::Result<()> {
         format!("cannot listen on {address}; hint: choose another --host or --port (0 takes a free one)")
     })?;
     announce(app, listener.local_addr()?)?;
-    let mut loading = start_loading(Arc::clone(app))?;
+    let tiers = tiers::open(&app.config)?;
+    let mut loading = start_loading(Arc::clone(app), tiers)?;
     tokio::spawn(upkeep(Arc::clone(app)));
     let stop = &app.shutdown.close_connections;
     let server = listen::serve(listener, router(app), app.config.max_connections, stop);
@@ -82,10 +86,10 @@ async fn serve(app: &Arc<App>) -> anyhow::Result<()> {
 }
 
 /// Loads on a thread of its own, while probes are answered. The receiver hears how it went.
-fn start_loading(app: Arc<App>) -> anyhow::Result<oneshot::Receiver<anyhow::Result<()>>> {
+fn start_loading(app: Arc<App>, tiers: Option<Tiers>) -> anyhow::Result<oneshot::Receiver<anyhow::Result<()>>> {
     let (sender, receiver) = oneshot::channel();
     std::thread::Builder::new().name("load".to_owned()).spawn(move || {
-        let result = load(&app).map(|model| {
+        let result = load(&app, tiers).map(|model| {
             let summary = model.engine.model();
             tracing::info!(
                 model = %app.model_names[0],
@@ -108,7 +112,7 @@ fn start_loading(app: Arc<App>) -> anyhow::Result<oneshot::Receiver<anyhow::Resu
     Ok(receiver)
 }
 
-fn load(app: &App) -> anyhow::Result<Model> {
+fn load(app: &App, tiers: Option<Tiers>) -> anyhow::Result<Model> {
     let config = &app.config;
     let model_dir = find_model(config)?;
     let (tokenizer, template) = load_text(&model_dir, config.chat_template.as_deref())?;
@@ -116,12 +120,41 @@ fn load(app: &App) -> anyhow::Result<Model> {
         tracing::warn!("the model has no chat template: /v1/chat/completions is not available");
     }
     let mut bar = LoadBar::new(&model_dir);
-    let engine =
-        engine::load(engine_config(config, model_dir, available_memory()?), &mut |progress| bar.show(&progress))?;
+    let engine = engine::load(engine_config(config, model_dir.clone(), available_memory()?), &mut |progress| {
+        bar.show(&progress)
+    })?;
     bar.done();
     validate::model_defaults(&engine.model().generation_defaults)
         .context("generation_config.json, or general.sampling.* of a GGUF file")?;
-    Ok(Model::new(engine, tokenizer, template, app))
+    let outputs = tiers.map(|tiers| open_outputs(config, tiers, (&engine, model_dir))).transpose()?;
+    Ok(Model::new(engine, (tokenizer, template), app).with_outputs(outputs.unwrap_or_default()))
+}
+
+/// The output cache in memory at once, and over all tiers as soon as the weights' digest is known.
+fn open_outputs(
+    config: &Config,
+    tiers: Tiers,
+    (engine, model_dir): (&EngineHandle, PathBuf),
+) -> anyhow::Result<OutputCaches> {
+    let budget = Duration::from_millis(config.cache_timeout_ms);
+    let ttl = config.output_cache_ttl.duration();
+    let settings = move |fingerprint| OutputCacheConfig { fingerprint, ttl, write_budget: budget };
+    // Within one process nothing but the requests differ.
+    let of_process = Fingerprint::from_bytes(engine.fingerprint().numerics());
+    let early = OutputCache::new(tiers.memory, settings(of_process), budget);
+    let outputs = OutputCaches { early: Some(early), ..OutputCaches::default() };
+    let Some(all) = tiers.all else { return Ok(outputs) };
+    let (whole, engine, template) = (Arc::clone(&outputs.whole), engine.clone(), config.chat_template.clone());
+    std::thread::Builder::new().name("fingerprint".to_owned()).spawn(move || {
+        match fingerprint::whole(engine.fingerprint().whole(), &model_dir, template.as_deref()) {
+            Ok(fingerprint) => {
+                tracing::info!(fingerprint = %fingerprint.to_hex(), "answers are looked for in all tiers");
+                drop(whole.set(OutputCache::new(all, settings(fingerprint), budget)));
+            }
+            Err(error) => tracing::error!(%error, "the model's files cannot be read again: answers stay in memory"),
+        }
+    })?;
+    Ok(outputs)
 }
 
 /// Tokenizer and chat template of a folder or of a GGUF file.

@@ -17,7 +17,7 @@ use thiserror::Error;
 
 use reference::SettingsCommand;
 pub use reference::reference;
-pub use values::{ByteSize, IsaType, KvType, LogFormat, QuantType, Seconds, Secret, WeightType};
+pub use values::{ByteSize, IsaType, KvType, LogFormat, OutputCacheType, QuantType, Seconds, Secret, WeightType};
 
 /// Why the configuration cannot be used.
 #[derive(Debug, Error)]
@@ -30,6 +30,8 @@ pub enum ConfigError {
     UnknownVariable { name: String, known: String },
     #[error("`{setting}` is {value}, allowed are {allowed}")]
     OutOfRange { setting: &'static str, value: String, allowed: &'static str },
+    #[error("`{setting}` is not set, which the value of `{wanted_by}` needs")]
+    Missing { setting: &'static str, wanted_by: &'static str },
     #[error("{path} holds no API key; write one key per line", path = path.display())]
     NoKeys { path: PathBuf },
 }
@@ -131,6 +133,21 @@ settings! {
         /// Milliseconds, 0 to 100, that an idle engine gathers requests before its first step
         #[arg(long, env = "MOESAIC_BATCH_TIMEOUT_MS")]
         batch_timeout_ms: u64 = 0;
+        /// Bytes of cached answers in memory
+        #[arg(long, env = "MOESAIC_OUTPUT_CACHE_MEMORY")]
+        output_cache_memory: ByteSize = ByteSize(256 << 20);
+        /// Seconds that a cached answer is used, up to 30 days
+        #[arg(long, env = "MOESAIC_OUTPUT_CACHE_TTL")]
+        output_cache_ttl: Seconds = Seconds(3600.0);
+        /// Milliseconds, 1 to 10000, that one request may wait for caches in all
+        #[arg(long, env = "MOESAIC_CACHE_TIMEOUT_MS")]
+        cache_timeout_ms: u64 = 50;
+        /// Bytes of --cache-dir
+        #[arg(long, env = "MOESAIC_CACHE_DISK")]
+        cache_disk: ByteSize = ByteSize(4 << 30);
+        /// What keys in Redis start with: up to 64 letters, digits, `-`, `_`, `.` and `:`
+        #[arg(long, env = "MOESAIC_REDIS_PREFIX")]
+        redis_prefix: String = "moesaic".to_owned();
         /// Serve /metrics without an API key
         #[arg(long, env = "MOESAIC_METRICS_PUBLIC", num_args = 0..=1, require_equals = true, hide_possible_values = true, default_missing_value = "true", value_parser = BoolishValueParser::new())]
         metrics_public: bool = false;
@@ -175,6 +192,18 @@ settings! {
         /// Bytes of the KV cache (2GiB); what --max-num-seqs full sequences need, at most 40 % of free memory, where not set
         #[arg(long, env = "MOESAIC_KV_CACHE_MEMORY")]
         kv_cache_memory: ByteSize;
+        /// Deepest tier of the cache of deterministic answers; where not set, memory and each tier that has its setting below
+        #[arg(long, env = "MOESAIC_OUTPUT_CACHE")]
+        output_cache: OutputCacheType;
+        /// Folder for cached values, which outlive the server
+        #[arg(long, env = "MOESAIC_CACHE_DIR")]
+        cache_dir: PathBuf;
+        /// Redis that shares cached values among servers: redis://, rediss://, unix:// or redis+cluster://HOST:PORT,HOST:PORT
+        #[arg(long, env = "MOESAIC_REDIS_URL", hide_env_values = true)]
+        redis_url: Secret;
+        /// Key, beside the API keys, that /v1/cache wants as `Authorization: Bearer KEY`; closed where not set
+        #[arg(long, env = "MOESAIC_ADMIN_KEY", hide_env_values = true)]
+        admin_key: Secret;
         /// File with one API key per line
         #[arg(long, env = "MOESAIC_API_KEY_FILE")]
         api_key_file: PathBuf;
@@ -264,6 +293,7 @@ impl Config {
         if self.api_key.iter().any(|key| !key.is_visible_ascii()) {
             return out_of_range("api_key", "***".to_owned(), "keys of visible ASCII characters, at least one");
         }
+        self.check_caches()?;
         for (setting, seconds) in
             [("request_timeout", self.request_timeout), ("keep_alive_interval", self.keep_alive_interval)]
         {
@@ -272,6 +302,37 @@ impl Config {
             }
         }
         Ok(())
+    }
+}
+
+impl Config {
+    fn check_caches(&self) -> Result<(), ConfigError> {
+        let out_of_range = |setting, value: String, allowed| Err(ConfigError::OutOfRange { setting, value, allowed });
+        let missing = |setting| Err(ConfigError::Missing { setting, wanted_by: "output_cache" });
+        match self.output_cache {
+            Some(OutputCacheType::Disk) if self.cache_dir.is_none() => return missing("cache_dir"),
+            Some(OutputCacheType::Redis) if self.redis_url.is_none() => return missing("redis_url"),
+            _ => {}
+        }
+        if !(1..=10_000).contains(&self.cache_timeout_ms) {
+            return out_of_range("cache_timeout_ms", self.cache_timeout_ms.to_string(), "1 to 10000");
+        }
+        if !(0.001..=30.0 * 86_400.0).contains(&self.output_cache_ttl.0) {
+            return out_of_range("output_cache_ttl", self.output_cache_ttl.to_string(), "0.001 to 2592000 seconds");
+        }
+        if self.admin_key.as_ref().is_some_and(|key| !key.is_visible_ascii()) {
+            return out_of_range("admin_key", "***".to_owned(), "keys of visible ASCII characters, at least one");
+        }
+        Ok(())
+    }
+
+    /// The deepest tier of the output cache.
+    pub fn output_cache_depth(&self) -> OutputCacheType {
+        self.output_cache.unwrap_or(match (&self.redis_url, &self.cache_dir) {
+            (Some(_), _) => OutputCacheType::Redis,
+            (None, Some(_)) => OutputCacheType::Disk,
+            (None, None) => OutputCacheType::Memory,
+        })
     }
 }
 

@@ -99,6 +99,18 @@ pub enum LogFormat {
     Json,
 }
 
+/// `--output-cache`.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, PartialOrd, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum OutputCacheType {
+    Off,
+    Memory,
+    /// Memory over disk.
+    Disk,
+    /// Memory over disk, where there is one, over Redis.
+    Redis,
+}
+
 /// A value that is never shown.
 #[derive(Clone, Deserialize, PartialEq, Eq)]
 pub struct Secret(pub(super) String);
@@ -107,6 +119,10 @@ impl Secret {
     /// The bytes to compare with.
     pub fn expose(&self) -> &[u8] {
         self.0.as_bytes()
+    }
+
+    pub fn expose_text(&self) -> &str {
+        &self.0
     }
 
     pub(super) fn is_visible_ascii(&self) -> bool {

@@ -1,11 +1,13 @@
 //! Engine events to text: one choice's tokens become deltas, the choices of a request become one bounded stream.
 
 mod assembler;
+mod source;
 
 use std::pin::Pin;
 use std::sync::Arc;
 
-use engine::{Event, GenerateRequest, Generation, PromptLogprob, StopCriteria, SubmitError};
+use cache::Key;
+use engine::{Event, GenerateRequest, PromptLogprob, StopCriteria};
 use futures::StreamExt as _;
 use futures::stream::{self, SelectAll, Stream};
 
@@ -16,9 +18,12 @@ use crate::cache_salt::Salt;
 use crate::error::ApiError;
 use crate::limits::Permit;
 use crate::openai::FinishReason;
-use crate::telemetry::metrics::{ChoiceMeter, RequestFacts, rejected};
+use crate::output_cache::Origin;
+use crate::telemetry::metrics::{ChoiceMeter, RequestFacts};
 use crate::text::{DetokenizeOptions, Detokenizer};
 use crate::validate::ValidRequest;
+
+use source::{Asked, Source};
 
 /// What a choice yields: its start and prompt log-probs at most once, then deltas, the last of them with `finish`.
 #[derive(Debug)]
@@ -44,6 +49,12 @@ type ChoiceStream = Pin<Box<dyn Stream<Item = Result<Indexed, ApiError>> + Send>
 pub struct Batch {
     choices: SelectAll<ChoiceStream>,
     permit: Permit,
+    /// Where the answers come from, the dearest of them; absent where the output cache was not asked.
+    pub origin: Option<Origin>,
+    /// What the answers are stored under, of those that the output cache was asked for.
+    pub keys: Vec<Key>,
+    /// Of each sequence, by its index.
+    pub facts: Vec<RequestFacts>,
 }
 
 /// A request ready for the engine.
@@ -52,7 +63,7 @@ pub struct Job<'a> {
     pub valid: &'a ValidRequest,
     /// The field that holds the prompt, for errors about it.
     pub param: &'static str,
-    /// Who shares what is cached of the prompts.
+    /// Who shares what is cached of prompts and answers.
     pub salt: Salt,
     pub permit: Permit,
 }
@@ -62,16 +73,46 @@ impl Batch {
     ///
     /// # Errors
     /// A prompt that is empty or too long, a full queue, a server that is shutting down.
-    pub fn start(model: &Model, job: Job<'_>) -> Result<Self, ApiError> {
+    pub async fn start(model: &Model, job: Job<'_>) -> Result<Self, ApiError> {
         let mut choices = SelectAll::new();
+        let (mut origin, mut keys, mut facts) = (None, Vec::new(), Vec::new());
         for (prompt_idx, prompt) in job.prompts.iter().enumerate() {
             let max_tokens = token_budget(job.valid, prompt.len(), model.limits.max_tokens, job.param)?;
             for choice in 0..job.valid.num_choices {
                 let index = u32::try_from(prompt_idx).expect("prompts are bounded") * job.valid.num_choices + choice;
-                choices.push(start_choice(model, &job, &ChoicePlan { prompt, choice, index, max_tokens })?);
+                facts.push(RequestFacts {
+                    arrival: job.permit.arrival,
+                    num_prompt_tokens: prompt.len(),
+                    num_choices: job.valid.num_choices,
+                    max_tokens,
+                });
+                let plan = ChoicePlan { prompt, choice, index, max_tokens, facts: facts[index as usize] };
+                let (outputs, found) = start_choice(model, &job, &plan).await?;
+                choices.push(outputs);
+                if let Some((from, key)) = found {
+                    origin = origin.max(Some(from));
+                    keys.push(key);
+                }
             }
         }
-        Ok(Self { choices, permit: job.permit })
+        Ok(Self { choices, permit: job.permit, origin, keys, facts })
+    }
+
+    /// Nothing is computed for it.
+    pub fn is_cached(&self) -> bool {
+        self.origin.is_some_and(|origin| origin < Origin::Miss) && self.keys.len() == self.facts.len()
+    }
+
+    /// Everything that is to come, at once.
+    ///
+    /// # Errors
+    /// As [`Self::next`].
+    pub async fn all(&mut self) -> Result<Vec<Indexed>, ApiError> {
+        let mut outputs = Vec::new();
+        while let Some(output) = self.next().await {
+            outputs.push(output?);
+        }
+        Ok(outputs)
     }
 
     /// The next output of any choice; `None` when all have ended.
@@ -121,15 +162,21 @@ struct ChoicePlan<'a> {
     index: u32,
     /// 0 for a prompt that is only echoed.
     max_tokens: usize,
+    facts: RequestFacts,
 }
 
-fn start_choice(model: &Model, job: &Job<'_>, plan: &ChoicePlan<'_>) -> Result<ChoiceStream, ApiError> {
+/// The outputs of a choice, and where they come from where the output cache was asked.
+async fn start_choice(
+    model: &Model,
+    job: &Job<'_>,
+    plan: &ChoicePlan<'_>,
+) -> Result<(ChoiceStream, Option<(Origin, Key)>), ApiError> {
     let valid = job.valid;
     let index = plan.index;
     let prompt_only = plan.max_tokens == 0;
     if prompt_only && valid.sampling.prompt_logprobs.is_none() {
         let delta = Delta::ended(Finish { reason: FinishReason::Length, stop_reason: None });
-        return Ok(stream::iter([Ok(Indexed { index, output: Output::Delta(delta) })]).boxed());
+        return Ok((stream::iter([Ok(Indexed { index, output: Output::Delta(delta) })]).boxed(), None));
     }
     let mut sampling = valid.sampling.clone();
     sampling.choice = plan.choice;
@@ -140,44 +187,37 @@ fn start_choice(model: &Model, job: &Job<'_>, plan: &ChoicePlan<'_>) -> Result<C
         stop: StopCriteria { max_tokens: plan.max_tokens.max(1), min_tokens: valid.stop.min_tokens, stop_token_ids },
         cache_salt: job.salt.bytes(),
     };
-    let generation = model.engine.submit(request).map_err(|error| refuse(error, job.param))?;
-    let options = DetokenizeOptions {
-        skip_special_tokens: valid.output.skip_special_tokens,
-        spaces_between_special_tokens: valid.output.spaces_between_special_tokens,
-    };
-    let decoder = Detokenizer::with_prompt(Arc::clone(&model.tokenizer), options, plan.prompt).map_err(|error| {
-        tracing::error!(%error, "the prompt cannot be detokenized");
-        ApiError::Internal
-    })?;
-    let facts = RequestFacts {
-        arrival: job.permit.arrival,
-        num_prompt_tokens: plan.prompt.len(),
-        num_choices: valid.num_choices,
-        max_tokens: plan.max_tokens,
-    };
-    let choice = Choice {
-        generation: Some(generation),
-        assembler: Assembler::new(decoder, valid.stop.clone()),
-        meter: ChoiceMeter::new(facts),
-        prompt_only,
-    };
+    let assembler = new_assembler(model, valid, plan.prompt)?;
+    let (source, found) = Source::open(model, Asked { request, job, prompt_only }).await?;
+    let choice = Choice { source: Some(source), assembler, meter: ChoiceMeter::new(plan.facts), prompt_only };
     let outputs = stream::unfold(choice, move |mut choice| async move {
         let output = choice.next().await?;
         Some((output.map(|output| Indexed { index, output }), choice))
     });
-    Ok(outputs.boxed())
+    // Nothing of the prompt is computed for an answer that is there, or that another request computes.
+    let num_cached_tokens = plan.prompt.len();
+    let started = matches!(found, Some((Origin::Hit | Origin::Shared, _)))
+        .then_some(Ok(Indexed { index, output: Output::Started { num_cached_tokens } }));
+    Ok((stream::iter(started).chain(outputs).boxed(), found))
 }
 
-fn refuse(error: SubmitError, param: &'static str) -> ApiError {
-    let error = ApiError::from_submit(error, param);
-    rejected(error.code());
-    error
+/// Puts the text of one answer together.
+fn new_assembler(model: &Model, valid: &ValidRequest, prompt: &[u32]) -> Result<Assembler<Detokenizer>, ApiError> {
+    let options = DetokenizeOptions {
+        skip_special_tokens: valid.output.skip_special_tokens,
+        spaces_between_special_tokens: valid.output.spaces_between_special_tokens,
+    };
+    let decoder = Detokenizer::with_prompt(Arc::clone(&model.tokenizer), options, prompt).map_err(|error| {
+        tracing::error!(%error, "the prompt cannot be detokenized");
+        ApiError::Internal
+    })?;
+    Ok(Assembler::new(decoder, valid.stop.clone()))
 }
 
-/// One sequence on its way through the engine.
+/// One sequence on its way to the client.
 struct Choice<D> {
-    /// Gone as soon as nothing more is wanted from the engine, which frees the sequence's blocks.
-    generation: Option<Generation>,
+    /// Gone as soon as nothing more is wanted: where it is the engine itself, that frees the sequence's blocks.
+    source: Option<Source>,
     assembler: Assembler<D>,
     meter: ChoiceMeter,
     prompt_only: bool,
@@ -185,14 +225,10 @@ struct Choice<D> {
 
 impl<D: TokenText> Choice<D> {
     async fn next(&mut self) -> Option<Result<Output, ApiError>> {
-        let Some(event) = self.generation.as_mut()?.next().await else {
-            tracing::error!("the engine dropped a request without ending it");
-            self.generation = None;
-            return Some(Err(ApiError::EngineDead));
-        };
-        let output = self.on_event(event);
+        let event = self.source.as_mut()?.next().await;
+        let output = event.and_then(|event| self.on_event(event));
         if matches!(&output, Err(_) | Ok(Output::Delta(Delta { finish: Some(_), .. }))) {
-            self.generation = None;
+            self.source = None;
         }
         Some(output)
     }
@@ -251,6 +287,7 @@ mod tests {
             truncate_prompt: None,
             cache_salt: None,
             stream: None,
+            cache: cache::Access { read: false, write: false },
         };
         token_budget(&valid, prompt_len, 10, "prompt")
     }

@@ -55,3 +55,13 @@ pub struct StreamOptions {
     /// Send the usage so far with every chunk.
     pub continuous_usage_stats: Option<bool>,
 }
+
+/// `cache`: both are true where absent. Only requests with temperature 0 or a seed use the output cache.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, ToSchema)]
+#[serde(default)]
+pub struct CacheOptions {
+    /// It may be answered by what was computed before, or is being computed for another request.
+    pub read: Option<bool>,
+    /// What it computes may answer other requests.
+    pub write: Option<bool>,
+}

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use serde::Deserialize;
 use utoipa::ToSchema;
 
-use super::{OneOrMany, StreamOptions};
+use super::{CacheOptions, OneOrMany, StreamOptions};
 
 /// How tokens are drawn, when a choice ends and what is reported about it.
 #[derive(Clone, Debug, Default, Deserialize, ToSchema)]
@@ -62,4 +62,6 @@ pub struct SamplingOptions {
     /// Answer with server-sent events.
     pub stream: Option<bool>,
     pub stream_options: Option<StreamOptions>,
+    /// What the request may do with the output cache.
+    pub cache: Option<CacheOptions>,
 }

@@ -20,6 +20,25 @@ impl FromRequest<Arc<App>> for JsonBody {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, ApiError> {
+        RawBody::from_request(request, app).await?.object().map(Self)
+    }
+}
+
+/// The bytes of a body that says it is JSON.
+pub struct RawBody(pub Bytes);
+
+impl RawBody {
+    /// # Errors
+    /// The bytes are no JSON object.
+    pub fn object(&self) -> Result<Value, ApiError> {
+        parse_object(&self.0)
+    }
+}
+
+impl FromRequest<Arc<App>> for RawBody {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, ApiError> {
         check_content_type(request.headers())?;
         let limit = app.limits.max_body_bytes;
         let length = request.headers().get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
@@ -34,7 +53,7 @@ impl FromRequest<Arc<App>> for JsonBody {
             }
             _ => ApiError::BodyBroken,
         })?;
-        parse_object(&bytes).map(Self)
+        Ok(Self(bytes))
     }
 }
 

@@ -7,9 +7,10 @@ use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use futures::stream::{self, StreamExt as _};
 
-use super::body::{JsonBody, parse};
+use super::body::{RawBody, parse};
+use super::tell_origin;
 use crate::answer::chat::ChatWriter;
-use crate::answer::{Collector, Envelope, StreamUsage, chunks};
+use crate::answer::{Envelope, StreamUsage, chunks, collect, written};
 use crate::app::{App, Model, unix_seconds};
 use crate::cache_salt::{Salt, Tenant};
 use crate::conversation::Conversation;
@@ -17,8 +18,11 @@ use crate::error::ApiError;
 use crate::generate::{Batch, Job};
 use crate::openai::chat::{ChatCompletion, ChatCompletionChunk, ChatCompletionRequest};
 use crate::openai::error::ErrorResponse;
+use crate::output_cache::Origin;
+use crate::replay::{self, Asked, Stamp, Texts};
+use crate::sse::to_json;
 use crate::telemetry::http::RequestId;
-use crate::validate::{self, ValidRequest};
+use crate::validate;
 
 /// Answer a conversation
 #[utoipa::path(
@@ -39,10 +43,15 @@ pub async fn complete(
     State(app): State<Arc<App>>,
     Extension(id): Extension<RequestId>,
     Extension(tenant): Extension<Tenant>,
-    JsonBody(body): JsonBody,
+    body: RawBody,
 ) -> Result<Response, ApiError> {
     let model = app.model()?;
     let permit = app.admit()?;
+    let asked = Asked::new("chat", tenant, &body.0);
+    if let Some(response) = app.replays.answer(asked, model, (&permit, &id.0)).await {
+        return Ok(tell_origin(response, Some(Origin::Hit)));
+    }
+    let body = body.object()?;
     validate::unsupported(&body)?;
     validate::unsupported_in_chat(&body)?;
     let request = ChatCompletionRequest { chat: parse(&body)?, sampling: parse(&body)? };
@@ -51,23 +60,43 @@ pub async fn complete(
     let prompt = prompt_ids(&app, model, conversation, valid.truncate_prompt).await?;
     let prompts = [Arc::clone(&prompt)];
     let salt = Salt::new(tenant, valid.cache_salt.as_deref());
-    let batch = Batch::start(model, Job { prompts: &prompts, valid: &valid, param: "messages", salt, permit })?;
+    let mut batch =
+        Batch::start(model, Job { prompts: &prompts, valid: &valid, param: "messages", salt, permit }).await?;
+    let (origin, is_cached) = (batch.origin, batch.is_cached());
+    let stamp = Stamp { prefix: "chatcmpl-", request_id: &id.0, created: unix_seconds() };
     let envelope = Envelope {
-        id: format!("chatcmpl-{}", id.0),
-        created: unix_seconds(),
+        id: stamp.id(),
+        created: stamp.created,
         model: request.sampling.model.unwrap_or_else(|| app.model_names[0].clone()),
         output: valid.output,
         wants_logprobs: valid.sampling.logprobs.is_some(),
         vocabulary: Arc::clone(&model.tokenizer) as _,
+        is_cached,
     };
-    match valid.stream {
-        None => collect(batch, &envelope, &valid, &prompt).await,
-        Some(plan) => {
-            let usage = StreamUsage::new(plan, prompt.len(), valid.num_choices);
-            let writer = ChatWriter { envelope, usage };
-            Ok(stream_chunks(&app, batch, writer, valid.num_choices, &prompt))
+    let writer = |plan, envelope| {
+        let usage = StreamUsage::new(plan, prompt.len(), valid.num_choices).cached(is_cached);
+        let writer = ChatWriter { envelope, usage };
+        (writer.opening(valid.num_choices, &prompt), writer)
+    };
+    let whole = |outputs| envelope.chat_completion(&prompt, collect(outputs, valid.num_choices as usize));
+    let response = match (origin, valid.stream) {
+        (Some(Origin::Hit), plan) => {
+            let outputs = batch.all().await?;
+            let sequences = replay::sequences(&batch, &outputs);
+            let texts = match plan {
+                None => Texts::Object(to_json(&whole(outputs))),
+                Some(plan) => Texts::Stream(written(writer(plan, envelope), outputs)),
+            };
+            app.replays.keep(asked, (batch.keys, sequences), (texts, &stamp))
         }
-    }
+        (_, None) => Json(whole(batch.all().await?)).into_response(),
+        (_, Some(plan)) => {
+            let (opening, writer) = writer(plan, envelope);
+            let chunks = stream::iter(opening.into_iter().map(Ok)).chain(chunks(batch, writer));
+            crate::sse::respond(chunks, app.keep_alive())
+        }
+    };
+    Ok(tell_origin(response, origin))
 }
 
 /// Renders and tokenizes on the blocking pool; keeps the last `truncate` tokens where that is set.
@@ -87,22 +116,4 @@ async fn prompt_ids(
 pub(super) fn no_template() -> ApiError {
     let hint = "the model has no chat template; start the server with --chat-template, or use /v1/completions";
     ApiError::Unsupported { param: "messages".to_owned(), hint: hint.to_owned() }
-}
-
-async fn collect(
-    mut batch: Batch,
-    envelope: &Envelope,
-    valid: &ValidRequest,
-    prompt: &[u32],
-) -> Result<Response, ApiError> {
-    let mut collector = Collector::new(valid.num_choices as usize);
-    while let Some(output) = batch.next().await {
-        collector.add(output?);
-    }
-    Ok(Json(envelope.chat_completion(prompt, collector.into_choices())).into_response())
-}
-
-fn stream_chunks(app: &App, batch: Batch, writer: ChatWriter, num_choices: u32, prompt: &[u32]) -> Response {
-    let opening = stream::iter(writer.opening(num_choices, prompt)).map(Ok);
-    crate::sse::respond(opening.chain(chunks(batch, writer)), app.keep_alive())
 }

@@ -6,15 +6,19 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 
-use super::body::{JsonBody, parse};
+use super::body::{RawBody, parse};
+use super::tell_origin;
 use crate::answer::completions::{CompletionPrompt, CompletionWriter};
-use crate::answer::{Collector, Envelope, StreamUsage, chunks};
+use crate::answer::{Envelope, StreamUsage, chunks, collect, written};
 use crate::app::{App, Model, unix_seconds};
 use crate::cache_salt::{Salt, Tenant};
 use crate::error::ApiError;
 use crate::generate::{Batch, Job};
 use crate::openai::completions::{Completion, CompletionRequest, Prompt};
 use crate::openai::error::ErrorResponse;
+use crate::output_cache::Origin;
+use crate::replay::{self, Asked, Stamp, Texts};
+use crate::sse::to_json;
 use crate::telemetry::http::RequestId;
 use crate::text::{EncodeOptions, Tokenizer};
 use crate::validate;
@@ -41,10 +45,15 @@ pub async fn complete(
     State(app): State<Arc<App>>,
     Extension(id): Extension<RequestId>,
     Extension(tenant): Extension<Tenant>,
-    JsonBody(body): JsonBody,
+    body: RawBody,
 ) -> Result<Response, ApiError> {
     let model = app.model()?;
     let permit = app.admit()?;
+    let asked = Asked::new("completions", tenant, &body.0);
+    if let Some(response) = app.replays.answer(asked, model, (&permit, &id.0)).await {
+        return Ok(tell_origin(response, Some(Origin::Hit)));
+    }
+    let body = body.object()?;
     validate::unsupported(&body)?;
     let request = CompletionRequest { completion: parse(&body)?, sampling: parse(&body)? };
     let valid = validate::completion(&request.completion, &request.sampling, &model.limits)?;
@@ -59,31 +68,41 @@ pub async fn complete(
     let prompts = app.limits.run_text(move || plan.prepare(source, &tokenizer)).await?;
     let ids: Vec<_> = prompts.iter().map(|prompt| Arc::clone(&prompt.ids)).collect();
     let salt = Salt::new(tenant, valid.cache_salt.as_deref());
-    let mut batch = Batch::start(model, Job { prompts: &ids, valid: &valid, param: "prompt", salt, permit })?;
+    let mut batch = Batch::start(model, Job { prompts: &ids, valid: &valid, param: "prompt", salt, permit }).await?;
+    let (origin, is_cached) = (batch.origin, batch.is_cached());
+    let stamp = Stamp { prefix: "cmpl-", request_id: &id.0, created: unix_seconds() };
     let envelope = Envelope {
-        id: format!("cmpl-{}", id.0),
-        created: unix_seconds(),
+        id: stamp.id(),
+        created: stamp.created,
         model: request.sampling.model.unwrap_or_else(|| app.model_names[0].clone()),
         output: valid.output,
         wants_logprobs: valid.sampling.logprobs.is_some(),
         vocabulary: Arc::clone(&model.tokenizer) as _,
+        is_cached,
     };
     let num_sequences = prompts.len() * valid.num_choices as usize;
-    if let Some(plan) = valid.stream {
-        let writer = CompletionWriter {
-            envelope,
-            usage: StreamUsage::new(plan, ids.iter().map(|ids| ids.len()).sum(), valid.num_choices),
-            prompts,
-            num_choices: valid.num_choices,
-            opened: vec![false; num_sequences],
-        };
-        return Ok(crate::sse::respond(chunks(batch, writer), app.keep_alive()));
-    }
-    let mut collector = Collector::new(num_sequences);
-    while let Some(output) = batch.next().await {
-        collector.add(output?);
-    }
-    Ok(Json(envelope.completion(&prompts, collector.into_choices())).into_response())
+    let num_prompt_tokens = ids.iter().map(|ids| ids.len()).sum();
+    let writer = |plan, envelope, prompts| CompletionWriter {
+        envelope,
+        usage: StreamUsage::new(plan, num_prompt_tokens, valid.num_choices).cached(is_cached),
+        prompts,
+        num_choices: valid.num_choices,
+        opened: vec![false; num_sequences],
+    };
+    let response = match (origin, valid.stream) {
+        (Some(Origin::Hit), plan) => {
+            let outputs = batch.all().await?;
+            let sequences = replay::sequences(&batch, &outputs);
+            let texts = match plan {
+                None => Texts::Object(to_json(&envelope.completion(&prompts, collect(outputs, num_sequences)))),
+                Some(plan) => Texts::Stream(written((Vec::new(), writer(plan, envelope, prompts)), outputs)),
+            };
+            app.replays.keep(asked, (batch.keys, sequences), (texts, &stamp))
+        }
+        (_, None) => Json(envelope.completion(&prompts, collect(batch.all().await?, num_sequences))).into_response(),
+        (_, Some(plan)) => crate::sse::respond(chunks(batch, writer(plan, envelope, prompts)), app.keep_alive()),
+    };
+    Ok(tell_origin(response, origin))
 }
 
 /// How prompts become ids.

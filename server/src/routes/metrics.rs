@@ -16,6 +16,9 @@ use crate::telemetry::metrics::observe_engine;
 pub async fn render(State(app): State<Arc<App>>) -> impl IntoResponse {
     if let Some(model) = app.loaded() {
         observe_engine(&model.engine);
+        if let Some(outputs) = model.outputs() {
+            outputs.observe().await;
+        }
     }
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], app.metrics.render())
 }

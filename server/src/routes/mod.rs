@@ -1,6 +1,7 @@
 //! One handler file per endpoint, and the table that binds them to paths and to the OpenAPI document.
 
 mod body;
+mod cache;
 mod chat;
 mod completions;
 mod docs;
@@ -13,12 +14,17 @@ mod tokenize;
 use std::sync::Arc;
 
 use axum::Router;
+use axum::http::{HeaderName, HeaderValue};
+use axum::response::Response;
 use axum::routing::get;
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::app::App;
+use crate::output_cache::Origin;
+
+const CACHE_HEADER: HeaderName = HeaderName::from_static("x-moesaic-cache");
 
 /// What the document says beside the routes.
 #[derive(OpenApi)]
@@ -50,7 +56,17 @@ fn described() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(probes::version))
         .routes(routes!(metrics::render))
         .routes(routes!(server_info::show))
+        .routes(routes!(cache::stats))
+        .routes(routes!(cache::clear))
         .routes(routes!(docs::openapi))
+}
+
+/// Says where the answer comes from, where the output cache was asked.
+fn tell_origin(mut response: Response, origin: Option<Origin>) -> Response {
+    if let Some(origin) = origin {
+        response.headers_mut().insert(CACHE_HEADER, HeaderValue::from_static(origin.name()));
+    }
+    response
 }
 
 /// All routes.

@@ -88,6 +88,8 @@ pub fn install(model_name: &str) -> Result<PrometheusHandle, BuildError> {
     for (name, _) in TOKEN_COUNTS {
         builder = builder.set_buckets_for_metric(Matcher::Full((*name).to_owned()), &token_buckets())?;
     }
+    let cache_seconds = Matcher::Full("moesaic_cache_seconds".to_owned());
+    builder = builder.set_buckets_for_metric(cache_seconds, cache::SECONDS_BUCKETS)?;
     // Whatever else is recorded is a histogram too, never a summary.
     let handle = builder.set_buckets(REQUEST_SECONDS)?.install_recorder()?;
     describe();
@@ -179,6 +181,15 @@ impl ChoiceMeter {
         self.num_tokens += 1;
     }
 
+    /// The sequence was there as a whole, with so many tokens.
+    pub fn replayed(mut self, num_tokens: usize, reason: &'static str) {
+        if num_tokens > 0 {
+            histogram!("vllm:time_to_first_token_seconds").record(self.facts.arrival.elapsed());
+        }
+        self.num_tokens = num_tokens;
+        self.finished(reason);
+    }
+
     /// The sequence ended.
     pub fn finished(&mut self, reason: &'static str) {
         if std::mem::replace(&mut self.ended, true) {
@@ -222,6 +233,7 @@ fn describe() {
     for (name, text) in GAUGES {
         describe_gauge!(*name, *text);
     }
+    cache::describe();
     // Series that exist before their first event keep rates right.
     for reason in ["stop", "length", "abort", "error"] {
         counter!("vllm:request_success_total", "finished_reason" => reason).absolute(0);

@@ -6,6 +6,7 @@ mod unsupported;
 
 use std::collections::{BTreeMap, HashMap};
 
+use cache::Access;
 use engine::GenerationDefaults;
 use engine::sampling::params::SamplingParams;
 use serde_json::Value;
@@ -50,6 +51,8 @@ pub struct ValidRequest {
     pub truncate_prompt: Option<usize>,
     pub cache_salt: Option<String>,
     pub stream: Option<StreamPlan>,
+    /// What it may do with the output cache; nothing where its answer is not determined by the request.
+    pub cache: Access,
 }
 
 /// When a choice ends.
@@ -186,6 +189,7 @@ fn shared(fields: &SamplingOptions, extras: &Extras, limits: &ModelLimits) -> Re
     let stream = stream_plan(fields)?;
     let prompt_logprobs = prompt_logprobs(fields, extras, stream.is_some())?;
     let sampling = sampling_params(fields, &limits.defaults)?;
+    let cache = cache_access(fields, &sampling);
     Ok(ValidRequest {
         sampling: SamplingParams {
             logit_bias: logit_bias(fields.logit_bias.as_ref(), limits.vocab_size)?,
@@ -205,7 +209,18 @@ fn shared(fields: &SamplingOptions, extras: &Extras, limits: &ModelLimits) -> Re
         truncate_prompt: truncation(fields.truncate_prompt_tokens, limits.max_tokens)?,
         cache_salt: cache_salt(fields.cache_salt.as_deref())?.map(str::to_owned),
         stream,
+        cache,
     })
+}
+
+/// Only what is greedy or seeded has one answer.
+fn cache_access(fields: &SamplingOptions, sampling: &SamplingParams) -> Access {
+    let is_determined = sampling.temperature == 0.0 || fields.seed.is_some();
+    let options = fields.cache.unwrap_or_default();
+    Access {
+        read: is_determined && options.read.unwrap_or(true),
+        write: is_determined && options.write.unwrap_or(true),
+    }
 }
 
 fn stream_plan(fields: &SamplingOptions) -> Result<Option<StreamPlan>, ApiError> {

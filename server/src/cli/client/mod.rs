@@ -27,6 +27,8 @@ const MAX_JSON_BYTES: u64 = 256 << 20;
 /// Enough for any error object.
 const MAX_ERROR_BYTES: u64 = 1 << 20;
 
+const MODELS: &str = "/v1/models";
+
 /// Which server to talk to.
 #[derive(Args, Clone, Debug)]
 pub struct ServerArgs {
@@ -87,12 +89,21 @@ impl Client {
     /// # Errors
     /// As [`Client::post`]; [`ClientError::BadAnswer`] for an empty list.
     pub fn first_model(&self) -> Result<String, ClientError> {
-        let url = format!("{}/v1/models", self.base_url);
-        let request = self.authorized(self.agent.get(&url));
-        let models: Value =
-            self.read_json(&url, request.call().map_err(|error| ClientError::transport(&url, error))?)?;
+        let models: Value = self.get(MODELS)?;
         let id = models.pointer("/data/0/id").and_then(Value::as_str);
-        id.map(str::to_owned).ok_or_else(|| ClientError::bad_answer(&url, "it lists no model"))
+        id.map(str::to_owned)
+            .ok_or_else(|| ClientError::bad_answer(&format!("{}{MODELS}", self.base_url), "it lists no model"))
+    }
+
+    /// Reads the JSON of `path`.
+    ///
+    /// # Errors
+    /// What [`ClientError`] says, but for its stream errors.
+    pub fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        let url = format!("{}{path}", self.base_url);
+        let request = self.authorized(self.agent.get(&url));
+        let response = request.call().map_err(|error| ClientError::transport(&url, error))?;
+        self.read_json(&url, response)
     }
 
     /// Posts `body` to `path` and reads the JSON of the answer.

@@ -1,0 +1,185 @@
+//! Values in a directory: across restarts, and shared by the processes of one machine.
+//!
+//! | file | what is in it |
+//! |---|---|
+//! | `files` | reading, writing, evicting and scanning files |
+//! | `index` | sizes and order of last use |
+
+mod files;
+mod index;
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, SystemTime};
+
+use futures::future::{BoxFuture, FutureExt as _};
+use tokio::sync::Semaphore;
+use tokio::time::{Instant, timeout_at};
+
+use self::files::{Files, Look};
+use self::index::{Index, Name};
+use crate::codec;
+use crate::error::CacheError;
+use crate::store::{Address, Found, Kind, Store, Tier, TierStats, Value, check_ttl};
+use crate::telemetry::{self, Call, Notice, measured};
+
+/// Where values lie, and how much.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskConfig {
+    pub directory: PathBuf,
+    /// Bytes on disk. Each process counts what it has seen: files of others from the next scan on, or from their use.
+    pub max_bytes: u64,
+    pub max_value_bytes: usize,
+    /// Pause between scans of the directory.
+    pub scan_interval: Duration,
+}
+
+/// Files at most, so that the index stays within some 200 MB.
+const MAX_FILES: usize = 1_000_000;
+
+/// Calls that may be in the file system at once. A file system that hangs holds these threads and no more.
+const MAX_CALLS: usize = 16;
+
+/// One file per value. Full, read-only or gone, it costs hits, and is counted.
+#[derive(Debug)]
+pub struct DiskStore {
+    files: Arc<Files>,
+    calls: Arc<Semaphore>,
+    notice: Notice,
+    max_bytes: u64,
+    max_value_bytes: usize,
+}
+
+impl DiskStore {
+    /// Takes in what the directory holds in the background, again and again while the store lives. Call within a runtime.
+    ///
+    /// # Errors
+    /// The directory cannot be made: said once, at the start, where an operator reads it.
+    pub fn open(config: DiskConfig) -> Result<Self, CacheError> {
+        std::fs::create_dir_all(&config.directory).map_err(|source| CacheError::Io { tier: Tier::Disk, source })?;
+        let index = Index::new(config.max_bytes, MAX_FILES);
+        let files = Arc::new(Files::new(config.directory, config.max_value_bytes, index));
+        let calls = Arc::new(Semaphore::new(MAX_CALLS));
+        tokio::spawn(scan_for_ever(Arc::downgrade(&files), config.scan_interval));
+        Ok(Self {
+            files,
+            calls,
+            notice: Notice::default(),
+            max_bytes: config.max_bytes,
+            max_value_bytes: config.max_value_bytes,
+        })
+    }
+
+    /// Takes in what the directory holds now.
+    ///
+    /// # Errors
+    /// It cannot be read, or not by the deadline.
+    pub async fn scan(&self, deadline: Instant) -> Result<(), CacheError> {
+        self.call(deadline, |files| files.scan(SystemTime::now())).await
+    }
+
+    /// Runs blocking work; what is not done by the deadline goes on alone, within [`MAX_CALLS`].
+    async fn call<T: Send + 'static>(
+        &self,
+        deadline: Instant,
+        work: impl FnOnce(&Files) -> io::Result<T> + Send + 'static,
+    ) -> Result<T, CacheError> {
+        let late = || CacheError::Timeout { tier: Tier::Disk };
+        let permit = timeout_at(deadline, Arc::clone(&self.calls).acquire_owned()).await.map_err(|_| late())?;
+        let permit = permit.expect("the semaphore is never closed");
+        let files = Arc::clone(&self.files);
+        let task = tokio::task::spawn_blocking(move || {
+            let result = work(&files);
+            drop(permit);
+            result
+        });
+        let result = timeout_at(deadline, task).await.map_err(|_| late())?;
+        let result = result.unwrap_or_else(|panic| Err(io::Error::other(panic)));
+        result.map_err(|source| {
+            if self.notice.is_due() {
+                tracing::warn!(error = %source, "the disk tier of the cache fails; requests go on without it");
+            }
+            CacheError::Io { tier: Tier::Disk, source }
+        })
+    }
+
+    async fn find(&self, address: &Address, deadline: Instant) -> Result<Option<Found>, CacheError> {
+        let wanted = *address;
+        match self.call(deadline, move |files| files.read(&wanted, SystemTime::now())).await? {
+            Look::Found(opened) => Ok(Some(Found { payload: opened.payload, tier: Tier::Disk, ttl: opened.ttl })),
+            Look::Missing | Look::Expired => Ok(None),
+            Look::Bad(bad) => {
+                telemetry::bad_value(&bad, Tier::Disk, address.kind);
+                Ok(None)
+            }
+        }
+    }
+
+    async fn keep(&self, address: &Address, value: Value, deadline: Instant) -> Result<(), CacheError> {
+        check_ttl(value.ttl)?;
+        let (bytes, limit) = (value.payload.len(), self.max_value_bytes);
+        if bytes > limit {
+            return Err(CacheError::TooLarge { tier: Tier::Disk, bytes, limit });
+        }
+        let address = *address;
+        self.call(deadline, move |files| {
+            let now = SystemTime::now();
+            files.write(&address, &codec::seal(&address, &value, now), now)
+        })
+        .await
+    }
+}
+
+impl Store for DiskStore {
+    fn get<'a>(&'a self, address: &'a Address, deadline: Instant) -> BoxFuture<'a, Result<Option<Found>, CacheError>> {
+        measured(Call::Get, Tier::Disk, address.kind, self.find(address, deadline)).boxed()
+    }
+
+    fn put<'a>(
+        &'a self,
+        address: &'a Address,
+        value: Value,
+        deadline: Instant,
+    ) -> BoxFuture<'a, Result<(), CacheError>> {
+        measured(Call::Put, Tier::Disk, address.kind, self.keep(address, value, deadline)).boxed()
+    }
+
+    fn remove<'a>(&'a self, address: &'a Address, deadline: Instant) -> BoxFuture<'a, Result<(), CacheError>> {
+        let name = Name { kind: address.kind, key: address.key };
+        self.call(deadline, move |files| files.remove(&name)).boxed()
+    }
+
+    fn clear(&self, kind: Option<Kind>, deadline: Instant) -> BoxFuture<'_, Result<(), CacheError>> {
+        self.call(deadline, move |files| {
+            let mut kinds = Kind::ALL.into_iter().filter(|each| kind.is_none_or(|kind| kind == *each));
+            kinds.try_for_each(|kind| files.clear(kind, || Instant::now() >= deadline))
+        })
+        .boxed()
+    }
+
+    fn stats(&self, _: Instant) -> BoxFuture<'_, Vec<TierStats>> {
+        async {
+            let index = self.files.index();
+            vec![TierStats {
+                tier: Tier::Disk,
+                is_available: true,
+                num_entries: Some(index.len() as u64),
+                bytes: Some(index.bytes()),
+                max_bytes: Some(self.max_bytes),
+            }]
+        }
+        .boxed()
+    }
+}
+
+async fn scan_for_ever(files: Weak<Files>, interval: Duration) {
+    loop {
+        let Some(files) = files.upgrade() else { return };
+        let scan = tokio::task::spawn_blocking(move || files.scan(SystemTime::now()));
+        if let Ok(Err(error)) = scan.await {
+            tracing::warn!(%error, "the cache directory cannot be scanned");
+        }
+        tokio::time::sleep(interval).await;
+    }
+}

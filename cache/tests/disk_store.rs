@@ -1,0 +1,228 @@
+//! The disk tier on a real directory: kept across restarts, bounded, shared, and a miss where files are damaged or gone.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use cache::store::{Address, DiskConfig, DiskStore, Kind, Store as _, Tier, Value};
+use cache::{CacheError, Digest, Fingerprint};
+use tokio::time::Instant;
+
+const HOUR: Duration = Duration::from_secs(3600);
+const BLOCK_BYTES: u64 = 4096;
+
+/// A directory that goes with the test.
+struct Directory(PathBuf);
+
+impl Directory {
+    fn new() -> Self {
+        static NUM_MADE: AtomicU64 = AtomicU64::new(0);
+        let number = NUM_MADE.fetch_add(1, Ordering::Relaxed);
+        Self(std::env::temp_dir().join(format!("moesaic-cache-{}-{number}", std::process::id())))
+    }
+
+    fn open(&self, max_bytes: u64) -> DiskStore {
+        let config = DiskConfig { directory: self.0.clone(), max_bytes, max_value_bytes: 100_000, scan_interval: HOUR };
+        DiskStore::open(config).expect("the directory can be made")
+    }
+
+    fn file(&self, number: u64) -> PathBuf {
+        let hex = address(number).key.to_hex();
+        self.0.join("output").join(&hex[..2]).join(hex)
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        // What is left is in the folder of temporary files.
+        drop(fs::remove_dir_all(&self.0));
+    }
+}
+
+fn address(number: u64) -> Address {
+    let key = Digest::new("test").number("n", number).key();
+    Address { kind: Kind::Output, key, fingerprint: Fingerprint::from_bytes([5; 32]) }
+}
+
+fn payload_of(number: u64) -> Bytes {
+    Bytes::from(format!("value {number}"))
+}
+
+fn late() -> Instant {
+    Instant::now() + Duration::from_secs(60)
+}
+
+async fn keep(store: &DiskStore, number: u64) {
+    store.put(&address(number), Value { payload: payload_of(number), ttl: HOUR }, late()).await.expect("it is kept");
+}
+
+async fn look(store: &DiskStore, number: u64) -> Option<Bytes> {
+    let found = store.get(&address(number), late()).await.expect("it can be read")?;
+    assert_eq!((&found.payload, found.tier), (&payload_of(number), Tier::Disk));
+    assert!(found.ttl <= HOUR);
+    Some(found.payload)
+}
+
+fn files_in(folder: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(folder) else { return vec![folder.to_owned()] };
+    entries.flat_map(|entry| files_in(&entry.expect("it can be listed").path())).collect()
+}
+
+#[tokio::test]
+async fn values_outlive_the_process_and_end() {
+    let directory = Directory::new();
+    keep(&directory.open(1 << 20), 1).await;
+    let store = directory.open(1 << 20);
+    assert!(look(&store, 1).await.is_some());
+    assert_eq!(look(&store, 2).await, None);
+    let short = Value { payload: payload_of(3), ttl: Duration::from_millis(1) };
+    store.put(&address(3), short, late()).await.expect("it is kept");
+    let written = SystemTime::now();
+    while written.elapsed().is_ok_and(|passed| passed < Duration::from_millis(3)) {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(look(&store, 3).await, None);
+    assert!(!directory.file(3).exists(), "what is over is removed");
+    store.remove(&address(1), late()).await.expect("it is removed");
+    assert_eq!(look(&store, 1).await, None);
+    let large = Value { payload: Bytes::from(vec![0; 100_001]), ttl: HOUR };
+    let refused = store.put(&address(4), large, late()).await;
+    assert!(matches!(refused, Err(CacheError::TooLarge { tier: Tier::Disk, .. })), "{refused:?}");
+}
+
+#[tokio::test]
+async fn the_least_recently_used_is_evicted_in_this_life_and_the_next() {
+    let directory = Directory::new();
+    let store = directory.open(4 * BLOCK_BYTES);
+    for number in 0..4 {
+        keep(&store, number).await;
+    }
+    look(&store, 0).await.expect("there is room for four");
+    keep(&store, 4).await;
+    assert_eq!(look(&store, 1).await, None);
+    assert!(look(&store, 0).await.is_some());
+    drop(store);
+    for (number, age) in [(0, 10), (2, 40), (3, 30), (4, 20)] {
+        let file = fs::File::options().write(true).open(directory.file(number)).expect("it is there");
+        file.set_modified(SystemTime::now() - Duration::from_secs(age)).expect("it is a plain file");
+    }
+    let store = directory.open(4 * BLOCK_BYTES);
+    store.scan(late()).await.expect("the directory can be read");
+    let stats = store.stats(late()).await[0];
+    assert_eq!((stats.num_entries, stats.bytes), (Some(4), Some(4 * BLOCK_BYTES)));
+    keep(&store, 5).await;
+    assert_eq!(look(&store, 2).await, None);
+    for number in [0, 3, 4, 5] {
+        assert!(look(&store, number).await.is_some(), "{number}");
+    }
+    drop(store);
+    let smaller = directory.open(2 * BLOCK_BYTES);
+    smaller.scan(late()).await.expect("the directory can be read");
+    assert_eq!(files_in(&directory.0).len(), 2, "a smaller limit holds after the first scan");
+}
+
+#[tokio::test]
+async fn damaged_files_are_misses_and_removed() {
+    let directory = Directory::new();
+    let store = directory.open(1 << 20);
+    keep(&store, 1).await;
+    keep(&store, 2).await;
+    let (file, whole) = (directory.file(1), fs::read(directory.file(1)).expect("it is there"));
+    let check = async |bytes: &[u8], what: &str| {
+        fs::write(&file, bytes).expect("it can be written");
+        assert_eq!(look(&store, 1).await, None, "{what}");
+        assert!(!file.exists(), "{what}");
+    };
+    for at in 0..whole.len() {
+        let mut flipped = whole.clone();
+        flipped[at] ^= 1 << (at % 8);
+        check(&flipped, &format!("flipped at {at}")).await;
+        check(&whole[..at], &format!("cut at {at}")).await;
+    }
+    check(&vec![0; 1 << 20], "far too long").await;
+    check(&fs::read(directory.file(2)).expect("it is there"), "the value of another key").await;
+    fs::write(&file, &whole).expect("it can be written");
+    assert!(look(&store, 1).await.is_some());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn two_processes_share_a_directory() {
+    let directory = Directory::new();
+    let stores = [directory.open(64 * BLOCK_BYTES), directory.open(64 * BLOCK_BYTES)].map(std::sync::Arc::new);
+    let tasks = stores.clone().into_iter().map(|store| {
+        tokio::spawn(async move {
+            for round in 0..3 {
+                for number in 0..100 {
+                    keep(&store, number).await;
+                    // The other may have evicted it: then it is a miss, never half a value.
+                    drop(look(&store, (number + round * 37) % 100).await);
+                }
+            }
+        })
+    });
+    for task in tasks.collect::<Vec<_>>() {
+        task.await.expect("neither fails");
+    }
+    keep(&stores[0], 1000).await;
+    assert!(look(&stores[1], 1000).await.is_some());
+    assert!(files_in(&directory.0).iter().all(|file| file.extension().is_none()), "nothing unfinished is left");
+    for store in &stores {
+        store.scan(late()).await.expect("the directory can be read");
+    }
+    assert!(files_in(&directory.0).len() <= 64);
+}
+
+#[tokio::test]
+async fn clearing_takes_one_kind_or_all_and_leaves_what_is_not_a_value() {
+    let directory = Directory::new();
+    let store = directory.open(1 << 20);
+    let kv = Address { kind: Kind::Kv, ..address(1) };
+    for number in 0..20 {
+        keep(&store, number).await;
+    }
+    store.put(&kv, Value { payload: payload_of(1), ttl: HOUR }, late()).await.expect("it is kept");
+    let other = directory.file(1).with_file_name("notes.txt");
+    fs::write(&other, "mine").expect("it can be written");
+    store.clear(Some(Kind::Output), late()).await.expect("it is cleared");
+    assert_eq!(store.stats(late()).await[0].num_entries, Some(1));
+    assert!(store.get(&kv, late()).await.expect("it can be read").is_some());
+    store.clear(None, late()).await.expect("it is cleared");
+    assert_eq!(files_in(&directory.0.join("kv")).iter().filter(|path| path.is_file()).count(), 0);
+    assert!(other.exists());
+}
+
+#[tokio::test]
+async fn what_writers_that_died_left_is_swept_once_it_is_old() {
+    let directory = Directory::new();
+    let store = directory.open(1 << 20);
+    keep(&store, 1).await;
+    let (old, young) = (directory.file(1).with_extension("1-1-1.new"), directory.file(1).with_extension("1-1-2.new"));
+    for (path, age) in [(&old, 2 * HOUR), (&young, Duration::ZERO)] {
+        fs::write(path, "half").expect("it can be written");
+        let file = fs::File::options().write(true).open(path).expect("it is there");
+        file.set_modified(SystemTime::now() - age).expect("it is a plain file");
+    }
+    store.scan(late()).await.expect("the directory can be read");
+    assert_eq!((old.exists(), young.exists()), (false, true));
+}
+
+#[tokio::test]
+async fn a_directory_that_goes_or_cannot_be_used_fails_no_caller() {
+    let directory = Directory::new();
+    let store = directory.open(1 << 20);
+    keep(&store, 1).await;
+    fs::remove_dir_all(&directory.0).expect("it can be removed");
+    assert_eq!(look(&store, 1).await, None);
+    keep(&store, 2).await;
+    assert!(look(&store, 2).await.is_some(), "it was made again");
+    fs::remove_dir_all(&directory.0).expect("it can be removed");
+    fs::write(&directory.0, "a file in its place").expect("it can be written");
+    let kept = store.put(&address(3), Value { payload: payload_of(3), ttl: HOUR }, late()).await;
+    assert!(matches!(kept, Err(CacheError::Io { tier: Tier::Disk, .. })), "{kept:?}");
+    assert!(store.get(&address(3), late()).await.is_err());
+    fs::remove_file(&directory.0).expect("it can be removed");
+    keep(&store, 3).await;
+    assert!(look(&store, 3).await.is_some(), "it heals alone");
+}

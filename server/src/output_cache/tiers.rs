@@ -1,0 +1,60 @@
+//! The tiers that the configuration asks for.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use cache::BreakerConfig;
+use cache::store::{DiskConfig, DiskStore, MemoryStore, RedisConfig, RedisStore, Store, TieredConfig, TieredStore};
+
+use crate::app::REPLAY_SHARE;
+use crate::config::{Config, OutputCacheType};
+
+/// Largest value on disk and in Redis: the answer to a long context with many log-probs has a few MiB.
+const MAX_VALUE_BYTES: usize = 16 << 20;
+/// How often another process's files in a shared folder are noticed.
+const SCAN_INTERVAL: Duration = Duration::from_secs(300);
+
+/// Where answers are kept.
+#[derive(Debug)]
+pub struct Tiers {
+    pub memory: Arc<MemoryStore>,
+    /// Memory over those that outlive the process; absent where there are none.
+    pub all: Option<Arc<dyn Store>>,
+}
+
+/// The tiers; `None` where answers are not cached. Call within a runtime.
+///
+/// # Errors
+/// A folder that cannot be made, an address of Redis that means nothing.
+pub fn open(config: &Config) -> anyhow::Result<Option<Tiers>> {
+    let depth = config.output_cache_depth();
+    if depth == OutputCacheType::Off {
+        return Ok(None);
+    }
+    let memory = Arc::new(MemoryStore::new(config.output_cache_memory.0 - config.output_cache_memory.0 / REPLAY_SHARE));
+    let mut slow: Vec<Arc<dyn Store>> = Vec::new();
+    if let Some(directory) = config.cache_dir.as_ref().filter(|_| depth >= OutputCacheType::Disk) {
+        let disk = DiskStore::open(DiskConfig {
+            directory: directory.clone(),
+            max_bytes: config.cache_disk.0,
+            max_value_bytes: MAX_VALUE_BYTES,
+            scan_interval: SCAN_INTERVAL,
+        });
+        slow.push(Arc::new(disk.with_context(|| format!("--cache-dir {}", directory.display()))?));
+    }
+    if let Some(url) = config.redis_url.as_ref().filter(|_| depth >= OutputCacheType::Redis) {
+        let redis = RedisStore::open(&RedisConfig {
+            url: url.expose_text().to_owned(),
+            key_prefix: config.redis_prefix.clone(),
+            max_value_bytes: MAX_VALUE_BYTES,
+            breaker: BreakerConfig::default(),
+        });
+        slow.push(Arc::new(redis.context("--redis-url")?));
+    }
+    let all = match slow.is_empty() {
+        true => None,
+        false => Some(Arc::new(TieredStore::new(Arc::clone(&memory), slow, TieredConfig::default())) as Arc<dyn Store>),
+    };
+    Ok(Some(Tiers { memory, all }))
+}

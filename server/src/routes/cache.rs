@@ -1,0 +1,101 @@
+//! `/v1/cache`: what caches hold, and emptying them. Both want the admin key.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use cache::store::TierStats;
+use serde::Serialize;
+use tokio::time::{Duration, Instant};
+use utoipa::ToSchema;
+
+use crate::app::App;
+use crate::error::ApiError;
+use crate::openai::error::ErrorResponse;
+use crate::output_cache::OutputCache;
+
+/// Time that a tier gets for a count, or for emptying itself: an operator waits longer than a request may.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What the caches hold.
+#[derive(Serialize, ToSchema)]
+pub struct CacheStats {
+    /// Fastest first; empty where the output cache is off.
+    tiers: Vec<TierReport>,
+    /// Answers that are being computed and that other requests may join.
+    num_flights: usize,
+}
+
+/// One place that keeps values.
+#[derive(Serialize, ToSchema)]
+pub struct TierReport {
+    /// `memory`, `disk` or `redis`.
+    tier: &'static str,
+    /// It answers now.
+    available: bool,
+    /// Null where the tier does not tell. Of Redis these are all keys and bytes of the server, whoever wrote them.
+    entries: Option<u64>,
+    bytes: Option<u64>,
+    max_bytes: Option<u64>,
+}
+
+/// What was emptied.
+#[derive(Serialize, ToSchema)]
+pub struct CacheCleared {
+    /// False where a tier did not finish: some values may be left in it.
+    complete: bool,
+}
+
+/// Entries and bytes of each tier
+#[utoipa::path(
+    get,
+    path = "/v1/cache",
+    tag = "operation",
+    responses(
+        (status = 200, body = CacheStats),
+        (status = "4XX", description = "No admin key, or a wrong one", body = ErrorResponse),
+    )
+)]
+pub async fn stats(State(app): State<Arc<App>>) -> Result<Json<CacheStats>, ApiError> {
+    let outputs = app.loaded().ok_or(ApiError::Loading)?.outputs();
+    let tiers = match outputs {
+        None => Vec::new(),
+        Some(outputs) => outputs.store().stats(Instant::now() + PATIENCE).await,
+    };
+    let num_flights = outputs.map_or(0, OutputCache::num_flights);
+    Ok(Json(CacheStats { tiers: tiers.into_iter().map(TierReport::from).collect(), num_flights }))
+}
+
+/// Remove every cached value, in all tiers
+#[utoipa::path(
+    post,
+    path = "/v1/cache/clear",
+    tag = "operation",
+    responses(
+        (status = 200, body = CacheCleared),
+        (status = "4XX", description = "No admin key, or a wrong one", body = ErrorResponse),
+    )
+)]
+pub async fn clear(State(app): State<Arc<App>>) -> Result<Json<CacheCleared>, ApiError> {
+    app.replays.clear();
+    let Some(outputs) = app.loaded().ok_or(ApiError::Loading)?.outputs() else {
+        return Ok(Json(CacheCleared { complete: true }));
+    };
+    let result = outputs.clear(Instant::now() + PATIENCE).await;
+    if let Err(error) = &result {
+        tracing::warn!(%error, "the cache was not emptied in whole");
+    }
+    Ok(Json(CacheCleared { complete: result.is_ok() }))
+}
+
+impl From<TierStats> for TierReport {
+    fn from(stats: TierStats) -> Self {
+        Self {
+            tier: stats.tier.as_str(),
+            available: stats.is_available,
+            entries: stats.num_entries,
+            bytes: stats.bytes,
+            max_bytes: stats.max_bytes,
+        }
+    }
+}
