@@ -70,9 +70,12 @@ pub struct EngineConfig {
     pub max_num_seqs: usize,
     /// Rows (prompt and decode tokens together) in one step.
     pub max_num_batched_tokens: usize,
-    /// Blocks of computed tokens are kept and found again by later requests that begin alike. Models with recurrent layers
-    /// or an encoder reuse nothing.
+    /// Blocks of computed tokens are kept and found again by later requests that begin alike. Models with an encoder reuse
+    /// nothing.
     pub enable_prefix_caching: bool,
+    /// Tokens from one place where a recurrent state is kept to the next, at least 1, rounded up to whole blocks: where
+    /// requests that begin alike can start from, in models that have such states. No chunk of a prompt crosses such a place.
+    pub snapshot_interval: usize,
     /// Requests waiting for their first step; one more is refused with [`crate::SubmitError::QueueFull`].
     pub max_queue: usize,
     /// How long an idle engine gathers requests before the first step.
@@ -100,6 +103,7 @@ impl EngineConfig {
             max_num_seqs: 512,
             max_num_batched_tokens: 512,
             enable_prefix_caching: true,
+            snapshot_interval: 256,
             max_queue: 1024,
             batch_timeout: Duration::ZERO,
             load_mtp: false,

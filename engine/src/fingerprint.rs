@@ -6,9 +6,9 @@ use kernels::MappedFile;
 
 /// Two engines of equal fingerprints give the same bytes for the same request.
 ///
-/// It is made of two parts. The numerics are known when a model is loaded: this program's version, the instruction set,
-/// config.json, the storage of weights and of keys and values, the block size, the length that rotary tables were made
-/// for. They tell caches apart that live no longer than their engine. The weights are the digest that a packed folder
+/// It is made of two parts. The numerics are known when a model is loaded: this program's version and that of
+/// its arithmetic ([`kernels::NUMERICS_VERSION`]), the instruction set, config.json, the storage of weights and of keys
+/// and values, the block size, the length that rotary tables were made for. They tell caches apart that live no longer than their engine. The weights are the digest that a packed folder
 /// states (it is believed, as the rest of that folder's index is), else blake3 over every byte of the checkpoint:
 /// fine-tunes may differ in a few rows of one table, which no sample of the bytes would find.
 ///

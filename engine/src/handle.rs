@@ -89,6 +89,9 @@ pub struct EngineStats {
     pub num_total_blocks: usize,
     pub num_used_state_slots: usize,
     pub num_total_state_slots: usize,
+    /// Recurrent states kept for requests that begin alike.
+    pub num_snapshots: usize,
+    pub num_total_snapshot_slots: usize,
     pub num_preemptions: u64,
     /// Computed or cached.
     pub num_prompt_tokens: u64,
@@ -127,6 +130,8 @@ pub struct ModelSummary {
     pub num_blocks: usize,
     /// Sequences whose recurrent state fits at once; 0 for models that have none.
     pub num_state_slots: usize,
+    /// Recurrent states that are kept for requests that begin alike; 0 for models that have none.
+    pub num_snapshot_slots: usize,
     /// Prompts that begin alike share what is computed of them.
     pub has_prefix_cache: bool,
     /// An encoder reads the prompt: no log-probs of prompt tokens.

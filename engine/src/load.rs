@@ -97,11 +97,14 @@ fn load_files(
     let format = if kv_dtype == KvDtype::F32 { KvFormat::F32 } else { KvFormat::Bf16 };
     let settings = numerics(config, (&model_config, &weight_formats), format, configured);
     let fingerprint = Fingerprint::new(&settings, weights);
-    let has_prefix_cache = config.enable_prefix_caching && shape.prefill == Prefill::Causal && kv.num_state_slots == 0;
+    let can_resume = kv.num_state_slots == 0 || kv.num_snapshot_slots > 0;
+    let has_prefix_cache = config.enable_prefix_caching && shape.prefill == Prefill::Causal && can_resume;
     let scheduler = Scheduler::new(SchedulerConfig {
         block_size: config.block_size,
         num_blocks: kv.num_blocks,
         num_state_slots: kv.num_state_slots,
+        num_snapshot_slots: kv.num_snapshot_slots,
+        snapshot_interval: config.snapshot_interval.div_ceil(config.block_size),
         max_num_seqs: config.max_num_seqs,
         max_num_batched_tokens: config.max_num_batched_tokens,
         max_model_len: kv.max_model_len + shape.prefill.num_extra_tokens(),
@@ -110,7 +113,8 @@ fn load_files(
         prefix_cache: has_prefix_cache.then(|| fingerprint.numerics()),
         batch_timeout: config.batch_timeout,
     })?;
-    let (num_blocks, num_state_slots) = (kv.num_blocks, kv.num_state_slots);
+    let num_blocks = kv.num_blocks;
+    let num_state_slots = kv.num_state_slots + kv.num_snapshot_slots;
     let size = ArenaSize { format, block_size: config.block_size, num_blocks, num_state_slots };
     let arena = KvArena::new(&shape.cache_sites, size)?;
     let summary = ModelSummary {
@@ -129,7 +133,8 @@ fn load_files(
         max_model_len: kv.max_model_len,
         block_size: config.block_size,
         num_blocks,
-        num_state_slots,
+        num_state_slots: kv.num_state_slots,
+        num_snapshot_slots: kv.num_snapshot_slots,
         has_prefix_cache,
         has_encoder: shape.prefill != Prefill::Causal,
         kv_dtype: format.name(),
@@ -149,6 +154,7 @@ fn numerics(
 ) -> Vec<(&'static str, String)> {
     vec![
         ("version", env!("CARGO_PKG_VERSION").to_owned()),
+        ("numerics", kernels::NUMERICS_VERSION.to_string()),
         ("isa", kernels::isa().to_owned()),
         ("config", model_config.to_json()),
         ("dtype", format!("{:?}", config.dtype)),
@@ -241,6 +247,7 @@ fn check_limits(config: &EngineConfig) -> Result<(), EngineError> {
     check("block_size", config.block_size, 1..=256)?;
     check("max_num_seqs", config.max_num_seqs, 1..=1 << 16)?;
     check("max_num_batched_tokens", config.max_num_batched_tokens, 1..=1 << 20)?;
+    check("snapshot_interval", config.snapshot_interval, 1..=MAX_MODEL_LEN)?;
     check("max_queue", config.max_queue, 1..=1 << 20)?;
     check("max_model_len", config.max_model_len.unwrap_or(1), 1..=MAX_MODEL_LEN)?;
     if !config.block_size.is_power_of_two() {

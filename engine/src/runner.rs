@@ -75,7 +75,9 @@ impl Runner {
         batch: &Batch,
         request_of: impl Fn(RequestId) -> RowRequest<'a>,
     ) -> Result<Vec<ChunkOutput>, EngineError> {
+        self.arena.copy_states(&batch.restores)?;
         let hidden = self.forward(scheduler, batch)?;
+        self.arena.copy_states(&batch.snapshots)?;
         let requests: Vec<RowRequest> = batch.chunks.iter().map(|chunk| request_of(chunk.id)).collect();
         let wanted = wanted_rows(scheduler, batch, &requests);
         let mut outputs: Vec<ChunkOutput> = batch.chunks.iter().map(|_| ChunkOutput::default()).collect();

@@ -120,6 +120,8 @@ impl Shared {
         stats.num_total_blocks = scheduler.num_total_blocks;
         stats.num_used_state_slots = scheduler.num_used_state_slots;
         stats.num_total_state_slots = scheduler.num_total_state_slots;
+        stats.num_snapshots = scheduler.num_snapshots;
+        stats.num_total_snapshot_slots = scheduler.num_total_snapshot_slots;
         stats.num_preemptions = scheduler.num_preemptions;
         stats.num_prefix_queries = scheduler.num_prefix_queries;
         stats.num_prefix_hits = scheduler.num_prefix_hits;

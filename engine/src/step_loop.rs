@@ -73,6 +73,7 @@ impl StepLoop {
             num_used_blocks: 0,
             num_cached_blocks: 0,
             num_used_state_slots: 0,
+            num_snapshots: 0,
             ..self.scheduler.stats()
         };
         self.shared.publish(&idle);

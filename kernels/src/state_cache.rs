@@ -1,4 +1,4 @@
-//! Bytes of one recurrent site: what each running sequence carries from row to row.
+//! Bytes of one recurrent site: what each running sequence carries from row to row, and what is kept of that.
 
 use memmap2::MmapMut;
 
@@ -35,6 +35,18 @@ impl StateCache {
         self.num_slots
     }
 
+    /// Makes the state at `to` that at `from`. Fails if there is no such slot.
+    pub fn copy(&mut self, from: u32, to: u32) -> Result<()> {
+        let (width, num_slots) = (self.width, self.num_slots);
+        if from.max(to) as usize >= num_slots {
+            let reason = format!("state {from} copied to {to}, there are {num_slots}");
+            return Err(KernelError::Invalid { op: OP, reason });
+        }
+        let start = from as usize * width;
+        self.states_mut().copy_within(start..start + width, to as usize * width);
+        Ok(())
+    }
+
     /// All states, one after the other.
     pub(crate) fn states_mut(&mut self) -> &mut [f32] {
         view_mut(&mut self.memory)
@@ -51,5 +63,15 @@ mod tests {
         assert_eq!(cache.states_mut(), [0.0; 6]);
         assert!(StateCache::new(0, 2).is_err());
         assert!(StateCache::new(usize::MAX, 2).is_err());
+    }
+
+    #[test]
+    fn a_copy_is_the_whole_state_and_nothing_else() {
+        let mut cache = StateCache::new(2, 3).unwrap();
+        cache.states_mut().copy_from_slice(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        cache.copy(2, 0).unwrap();
+        cache.copy(1, 1).unwrap();
+        assert_eq!(cache.states_mut(), [5.0, 6.0, 3.0, 4.0, 5.0, 6.0]);
+        assert!(cache.copy(0, 3).is_err() && cache.copy(u32::MAX, 0).is_err());
     }
 }

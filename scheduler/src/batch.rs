@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::kv::StateSlot;
 use crate::request::RequestId;
 
 /// The work of one step: encoder passes alone, or else decodes and then prefills; each by arrival.
@@ -13,6 +14,17 @@ pub struct Batch {
     pub wake_at: Option<Duration>,
     /// Sequences that lost their blocks while this batch was made, in that order.
     pub preempted: Vec<RequestId>,
+    /// Recurrent states that sequences start from, copied before anything is computed.
+    pub restores: Vec<StateCopy>,
+    /// Recurrent states to be kept, copied when all is computed. One may go where a restored one came from.
+    pub snapshots: Vec<StateCopy>,
+}
+
+/// The state at one slot, to be written to another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StateCopy {
+    pub from: StateSlot,
+    pub to: StateSlot,
 }
 
 impl Batch {

@@ -9,8 +9,8 @@ pub enum ConfigError {
     Zero { name: &'static str },
     #[error("num_blocks is {num_blocks}, the limit is {limit}")]
     TooManyBlocks { num_blocks: usize, limit: u32 },
-    #[error("num_state_slots is {num_state_slots}, the limit is {limit}")]
-    TooManyStateSlots { num_state_slots: usize, limit: u32 },
+    #[error("num_state_slots and num_snapshot_slots are {num_slots} together, the limit is {limit}")]
+    TooManyStateSlots { num_slots: usize, limit: u32 },
 }
 
 /// Why a request was not accepted. Nothing is held for it.

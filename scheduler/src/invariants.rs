@@ -57,6 +57,13 @@ impl Scheduler {
         let num_accounted = num_free + stats.num_used_blocks + stats.num_cached_blocks;
         assert_eq!(num_accounted, stats.num_total_blocks, "free + used + cached != total");
         self.state_slots.assert_accounts_for(self.sequences.values().filter_map(|sequence| sequence.state_slot));
+        for sequence in self.sequences.values() {
+            let is_reserved = sequence.prefix().is_some_and(|prefix| prefix.reserved.is_some());
+            assert!(!is_reserved || sequence.num_scheduled() > 0, "a slot waits for a state that nobody computes");
+        }
+        let reserved = self.sequences.values().filter_map(|sequence| sequence.prefix()?.reserved);
+        self.blocks.assert_snapshots(self.state_slots.num_total(), reserved);
+        assert!(self.restores.is_empty(), "a state was to be copied in a batch that is made");
         self.blocks.assert_accounts_for(self.sequences.values().flat_map(|sequence| sequence.blocks.blocks()).copied());
     }
 }

@@ -9,6 +9,7 @@
 //! | `sequence` | the lengths of one request and the asserts between them |
 //! | `queue`, `budget` | who waits, how many rows are left |
 //! | `prefix` | who starts from cached blocks, who waits for those of another |
+//! | `snapshot` | where recurrent states are kept, and who starts from them |
 //! | `kv` | which block belongs to whom; their bytes live in the engine |
 //! | `invariants` | what holds after every call |
 #![forbid(unsafe_code)]
@@ -28,9 +29,10 @@ mod queue;
 mod request;
 mod scheduler;
 mod sequence;
+mod snapshot;
 mod stats;
 
-pub use batch::{Batch, Chunk, FinishReason, Outcome, Phase, Progress, Update};
+pub use batch::{Batch, Chunk, FinishReason, Outcome, Phase, Progress, StateCopy, Update};
 pub use config::SchedulerConfig;
 pub use error::{AdmissionError, ConfigError};
 pub use kv::{BlockId, BlockTable, StateSlot};

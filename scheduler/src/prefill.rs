@@ -44,14 +44,16 @@ impl Scheduler {
         self.running.values().filter(|&&id| self.may_grow(id)).count()
     }
 
-    /// Moves the next waiting sequence to the running ones, if there is a place, a state slot and room for its blocks.
+    /// True if one more may run, as far as places and state slots go.
+    pub(crate) fn has_place(&self) -> bool {
+        let most_running = self.config.max_num_seqs.min(self.config.max_num_batched_tokens);
+        self.running.len() < most_running && self.state_slots.has_room()
+    }
+
+    /// Moves the next waiting sequence, for which there is a place, to the running ones, if there is room for its blocks.
     pub(crate) fn try_admit(&mut self, id: RequestId, cached: CachedPrefix, num_growing: &mut usize) -> bool {
         let num_needed = self.blocks.blocks_for(self.seq(id).tokens().len()) - cached.num_used;
-        let most_running = self.config.max_num_seqs.min(self.config.max_num_batched_tokens);
-        if self.running.len() >= most_running
-            || !self.state_slots.has_room()
-            || num_needed + *num_growing > self.blocks.num_available()
-        {
+        if num_needed + *num_growing > self.blocks.num_available() {
             return false;
         }
         self.start_from(id, cached);
@@ -59,6 +61,7 @@ impl Scheduler {
         let sequence = self.seq_mut(id);
         sequence.state_slot = slot;
         let arrival = sequence.arrival;
+        self.resume(id, cached);
         self.waiting.remove(arrival);
         self.running.insert(arrival, id);
         *num_growing += usize::from(self.may_grow(id));
@@ -78,7 +81,7 @@ impl Scheduler {
     }
 
     fn schedule_prefill(&mut self, id: RequestId, budget: &mut TokenBudget) {
-        let num_rows = budget.take(self.seq(id).num_uncomputed());
+        let num_rows = budget.take(self.num_wanted_rows(id));
         self.seq_mut(id).schedule(num_rows);
     }
 

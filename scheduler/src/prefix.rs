@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 
-use crate::kv::{BlockHash, BlockHashes, BlockManager, CachedPrefix};
+use crate::kv::{BlockHash, BlockHashes, BlockManager, CachedPrefix, StateSlot};
 use crate::queue::Arrival;
 use crate::request::{Request, RequestId};
 use crate::scheduler::Scheduler;
@@ -16,18 +16,34 @@ use crate::sequence::Sequence;
 #[derive(Debug)]
 pub(crate) struct Prefix {
     names: BlockHashes,
+    /// Blocks from one place where a later sequence could start to the next: 1, but for models with states.
+    interval: usize,
     /// Leading blocks of its table that are in the tree.
     num_published: usize,
     /// It takes cached blocks; else it only gives.
     may_reuse: bool,
     /// The block that it was held back for when last looked at.
     awaited: Option<BlockHash>,
+    /// Where the batch in flight leaves its state for others.
+    pub(crate) reserved: Option<StateSlot>,
 }
 
 impl Prefix {
     /// The names of the blocks that others can find.
     pub(crate) fn published(&self) -> &[BlockHash] {
         &self.names.as_slice()[..self.num_published]
+    }
+
+    /// The name of a full block of `tokens`, all that the sequence has.
+    pub(crate) fn name_of(&mut self, block_idx: usize, tokens: &[u32]) -> BlockHash {
+        self.names.extend(tokens);
+        self.names.as_slice()[block_idx]
+    }
+
+    /// The names of the last blocks before places where a later sequence could start, behind the first `num_blocks`.
+    fn places_behind(&self, num_blocks: usize) -> impl Iterator<Item = BlockHash> {
+        let places = self.names.as_slice().iter().skip(self.interval - 1).step_by(self.interval);
+        places.skip(num_blocks / self.interval).copied()
     }
 
     /// Its blocks are gone.
@@ -37,16 +53,16 @@ impl Prefix {
     }
 }
 
-/// The full blocks of known tokens that running sequences hold and have yet to compute. Of two that compute the same,
-/// the first.
+/// The full blocks of known tokens that running sequences hold and have yet to compute, and behind which others could
+/// start. Of two that compute the same, the first.
 #[derive(Debug, Default)]
 pub(crate) struct InFlight {
     owners: HashMap<BlockHash, RequestId>,
 }
 
 impl InFlight {
-    fn announce(&mut self, id: RequestId, names: &[BlockHash]) {
-        for &name in names {
+    fn announce(&mut self, id: RequestId, names: impl Iterator<Item = BlockHash>) {
+        for name in names {
             self.owners.entry(name).or_insert(id);
         }
     }
@@ -70,23 +86,29 @@ impl InFlight {
 }
 
 impl Scheduler {
-    /// The prefix state of a new sequence. Models with recurrent states have none: blocks alone do not bring a state
-    /// back. Nor has what an encoder reads, for each of its positions knows the whole source.
+    /// The prefix state of a new sequence. Where blocks alone do not bring a recurrent state back and none is kept, there
+    /// is none. Nor has what an encoder reads, for each of its positions knows the whole source.
     pub(crate) fn new_prefix(&self, request: &Request) -> Option<Prefix> {
-        let fingerprint =
-            self.config.prefix_cache.filter(|_| self.state_slots.is_unused() && request.source_len == 0)?;
+        let has_states = !self.state_slots.is_unused();
+        let can_resume = !has_states || !self.blocks.snapshots.is_unused();
+        let fingerprint = self.config.prefix_cache.filter(|_| can_resume && request.source_len == 0)?;
         let root = BlockHash::root(&fingerprint, &request.cache_salt);
         Some(Prefix {
             names: BlockHashes::new(self.blocks.block_size(), root),
+            interval: if has_states { self.config.snapshot_interval } else { 1 },
             num_published: 0,
             may_reuse: !request.computes_whole_prompt,
             awaited: None,
+            reserved: None,
         })
     }
 
-    /// The first waiting sequence from `next` on that is not held back, with what is cached of it; `next` becomes its
-    /// arrival.
+    /// The first waiting sequence from `next` on that is not held back, with what is cached of it, if there is a place for
+    /// one; `next` becomes its arrival.
     pub(crate) fn next_waiting(&mut self, next: &mut Arrival) -> Option<(RequestId, CachedPrefix)> {
+        if !self.has_place() {
+            return None;
+        }
         loop {
             let (arrival, id) = self.waiting.first_from(*next)?;
             *next = arrival;
@@ -111,7 +133,13 @@ impl Scheduler {
         let most = (tokens.len() - 1) / self.config.block_size;
         let names = &prefix.names.as_slice()[..most];
         let cached = self.blocks.find(names);
-        prefix.awaited = names.get(cached.num_blocks).copied().filter(|&name| self.in_flight.has(name));
+        // The next block is what a running sequence has to compute first. With states the next place may be one whose
+        // state was given up, while one behind it is still to come.
+        let num_ahead = most / prefix.interval - cached.num_blocks / prefix.interval;
+        let num_asked = if prefix.interval == 1 { num_ahead.min(1) } else { num_ahead };
+        let is_coming = |&name: &BlockHash| self.in_flight.has(name);
+        let awaited = prefix.places_behind(cached.num_blocks).take(num_asked).find(is_coming);
+        prefix.awaited = awaited;
         prefix.awaited.is_none().then_some(cached)
     }
 
@@ -130,7 +158,7 @@ impl Scheduler {
             let names = prefix.names.as_slice();
             self.blocks.take(table, &names[..cached.num_blocks]);
             prefix.num_published = cached.num_blocks;
-            self.in_flight.announce(id, &names[cached.num_blocks..]);
+            self.in_flight.announce(id, prefix.places_behind(cached.num_blocks));
             num_queried = if prefix.may_reuse { num_tokens } else { 0 };
         }
         let is_covered = self.blocks.try_cover(table, num_tokens);
@@ -156,6 +184,9 @@ impl Scheduler {
         }
         self.in_flight.retire(id, &names[prefix.num_published..]);
         prefix.num_published = num_full;
+        if let Some(slot) = prefix.reserved.take() {
+            self.blocks.snapshots.keep(table.blocks()[num_full - 1], slot);
+        }
     }
 }
 
@@ -166,5 +197,6 @@ pub(crate) fn release(blocks: &mut BlockManager, in_flight: &mut InFlight, id: R
     if let Some(prefix) = prefix {
         in_flight.retire(id, &prefix.names.as_slice()[prefix.num_published..]);
         prefix.rewind();
+        prefix.reserved.take().into_iter().for_each(|slot| blocks.snapshots.give_back(slot));
     }
 }

@@ -3,11 +3,11 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
-use crate::batch::{Batch, FinishReason, Outcome, Phase, Progress, Update};
+use crate::batch::{Batch, FinishReason, Outcome, Phase, Progress, StateCopy, Update};
 use crate::budget::TokenBudget;
 use crate::config::SchedulerConfig;
 use crate::error::{AdmissionError, ConfigError};
-use crate::kv::{BlockManager, StateSlots};
+use crate::kv::{BlockManager, Snapshots, StateSlots};
 use crate::prefix::{InFlight, release};
 use crate::queue::{Arrival, Queue};
 use crate::request::{Request, RequestId};
@@ -29,6 +29,8 @@ pub struct Scheduler {
     pub(crate) blocks: BlockManager,
     pub(crate) state_slots: StateSlots,
     pub(crate) in_flight: InFlight,
+    /// Of the batch being made.
+    pub(crate) restores: Vec<StateCopy>,
     /// The step before was one of encoder passes, so that decodes have the turn.
     has_encoded: bool,
     next_arrival: Arrival,
@@ -44,10 +46,13 @@ impl Scheduler {
     /// Whatever [`SchedulerConfig::validate`] finds.
     pub fn new(config: SchedulerConfig) -> Result<Self, ConfigError> {
         config.validate()?;
+        let num_snapshot_slots = if config.num_state_slots > 0 { config.num_snapshot_slots } else { 0 };
+        let snapshots = Snapshots::new(config.num_state_slots, num_snapshot_slots);
         Ok(Self {
-            blocks: BlockManager::new(config.block_size, config.num_blocks),
+            blocks: BlockManager::new(config.block_size, config.num_blocks).with_snapshots(snapshots),
             state_slots: StateSlots::new(config.num_state_slots),
             in_flight: InFlight::default(),
+            restores: Vec::new(),
             has_encoded: false,
             config,
             sequences: HashMap::new(),
@@ -114,7 +119,9 @@ impl Scheduler {
         let mut chunks: Vec<_> = self.running.values().filter_map(|&id| self.seq(id).chunk()).collect();
         assert!(!chunks.is_empty() || self.sequences.is_empty(), "there is work but no row for it");
         chunks.sort_by_key(|chunk| chunk.phase == Phase::Prefill);
-        Batch { chunks, wake_at: None, preempted }
+        let restores = std::mem::take(&mut self.restores);
+        let snapshots = self.reserve_snapshots(&chunks);
+        Batch { chunks, wake_at: None, preempted, restores, snapshots }
     }
 
     /// Takes the results of the batch made last: one outcome per chunk that samples, in order. Chunks of sequences that
@@ -167,6 +174,8 @@ impl Scheduler {
             num_total_blocks: self.blocks.num_total(),
             num_used_state_slots: self.state_slots.num_used(),
             num_total_state_slots: self.state_slots.num_total(),
+            num_snapshots: self.blocks.snapshots.num_kept(),
+            num_total_snapshot_slots: self.blocks.snapshots.num_total(),
             num_preemptions: self.num_preemptions,
             num_prefix_queries: self.num_prefix_queries,
             num_prefix_hits: self.num_prefix_hits,

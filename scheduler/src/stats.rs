@@ -15,6 +15,9 @@ pub struct SchedulerStats {
     pub num_used_state_slots: usize,
     /// 0 for models without recurrent states.
     pub num_total_state_slots: usize,
+    /// Recurrent states kept for later sequences.
+    pub num_snapshots: usize,
+    pub num_total_snapshot_slots: usize,
     /// Since the start.
     pub num_preemptions: u64,
     /// Tokens of first admissions that were looked up in the cache, since the start.

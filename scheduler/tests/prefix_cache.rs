@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use scheduler::{Outcome, Phase, Request, RequestId, Scheduler, SchedulerConfig, StopCriteria};
+use scheduler::{Outcome, Phase, Request, RequestId, Scheduler, SchedulerConfig, StateCopy, StopCriteria};
 
 /// Tokens of a block.
 const BLOCK: usize = 4;
@@ -70,6 +70,8 @@ fn config(num_blocks: usize, max_num_batched_tokens: usize) -> SchedulerConfig {
         block_size: BLOCK,
         num_blocks,
         num_state_slots: 0,
+        num_snapshot_slots: 0,
+        snapshot_interval: 2,
         max_num_seqs: 8,
         max_num_batched_tokens,
         max_model_len: 1000,
@@ -249,6 +251,89 @@ fn a_shrinking_pool_gives_up_cached_blocks() {
     driver.scheduler.set_num_blocks(8);
     driver.add(request(1, 0, 16, 1));
     driver.check(&["1 8..16"]);
+}
+
+/// States of up to eight sequences, and `num_kept` that stay for others, every two blocks.
+fn with_states(num_kept: usize, max_num_batched_tokens: usize) -> Driver {
+    let config = config(100, max_num_batched_tokens);
+    Driver::with(SchedulerConfig { num_state_slots: 8, num_snapshot_slots: num_kept, ..config })
+}
+
+#[test]
+fn with_states_only_the_places_where_one_is_kept_count() {
+    let mut driver = with_states(4, 64);
+    driver.add(request(1, 18, 0, 8));
+    driver.check(&["1 0..8", "1 8..16", "1 16..18"]);
+    driver.run();
+    assert_eq!(driver.blocks(), [0, 25 / BLOCK]);
+    assert_eq!(driver.scheduler.stats().num_snapshots, 3, "one of them made while it decoded");
+    for (id, common, own, expected) in
+        [(2, 18, 1, "2 16..19"), (3, 15, 0, "3 8..15"), (4, 16, 0, "4 8..16"), (5, 7, 3, "5 0..8")]
+    {
+        driver.add(request(id, common, own, 1));
+        driver.check(&[expected]);
+        driver.run();
+    }
+    let conversation = (100..118).chain([TOKEN; 7]).chain([5]).collect();
+    driver.add(Request { prompt: conversation, ..request(7, 0, 0, 1) });
+    driver.check(&["7 24..26"]);
+}
+
+#[test]
+fn states_are_copied_before_and_after_a_step() {
+    let copies = |copies: &[StateCopy]| copies.iter().map(|copy| (copy.from.0, copy.to.0)).collect::<Vec<_>>();
+    let mut driver = with_states(1, 64);
+    driver.add(request(1, 8, 0, 1));
+    let batch = driver.scheduler.schedule(Duration::ZERO);
+    assert_eq!((copies(&batch.restores), copies(&batch.snapshots)), (vec![], vec![(0, 8)]));
+    driver.scheduler.complete(&batch, &[Outcome::Token(TOKEN)]);
+    driver.add(request(2, 8, 8, 1));
+    let batch = driver.scheduler.schedule(Duration::ZERO);
+    // The state that it started from goes in the same step.
+    assert_eq!((copies(&batch.restores), copies(&batch.snapshots)), (vec![(8, 0)], vec![(0, 8)]));
+    driver.scheduler.complete(&batch, &[Outcome::Token(TOKEN)]);
+    driver.scheduler.assert_invariants();
+    driver.add(request(3, 9, 0, 1));
+    driver.check(&["3 0..8", "3 8..9"]);
+}
+
+#[test]
+fn the_state_used_last_stays() {
+    let mut driver = with_states(2, 64);
+    for (id, first) in [(1, "1 0..8"), (2, "2 0..8"), (1, "1 8..9"), (3, "3 0..8"), (2, "2 0..8")] {
+        driver.add(request(id, 0, 9, 1));
+        driver.check(&[first]);
+        driver.run();
+    }
+}
+
+#[test]
+fn who_waits_for_a_state_waits_for_the_last_that_helps() {
+    let mut driver = with_states(4, 8);
+    driver.add(request(1, 24, 1, 1));
+    driver.add(request(2, 17, 0, 1));
+    driver.add(request(3, 7, 1, 1));
+    driver.check(&["1 0..8", "1 8..16", "1 16..24", "1 24..25, 2 16..17, 3 0..6", "3 6..8"]);
+}
+
+#[test]
+fn a_block_that_goes_takes_its_state_along() {
+    let mut driver = with_states(4, 64);
+    driver.add(request(1, 16, 0, 1));
+    driver.run();
+    assert_eq!(driver.scheduler.stats().num_snapshots, 2);
+    driver.scheduler.set_num_blocks(3);
+    assert_eq!(driver.scheduler.stats().num_snapshots, 1);
+    driver.scheduler.assert_invariants();
+    driver.scheduler.set_num_blocks(8);
+    driver.add(request(1, 16, 0, 1));
+    assert!(driver.scheduler.abort(RequestId(1)));
+    driver.add(request(1, 17, 0, 1));
+    let batch = driver.scheduler.schedule(Duration::ZERO);
+    assert!(driver.scheduler.abort(RequestId(1)), "with a state on its way");
+    driver.scheduler.complete(&batch, &[]);
+    driver.scheduler.assert_invariants();
+    assert_eq!(driver.scheduler.stats().num_snapshots, 1);
 }
 
 #[test]

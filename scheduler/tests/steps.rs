@@ -31,6 +31,8 @@ fn config(block_size: usize, num_blocks: usize, max_num_seqs: usize, max_num_bat
         block_size,
         num_blocks,
         num_state_slots: 0,
+        num_snapshot_slots: 0,
+        snapshot_interval: 1,
         max_num_seqs,
         max_num_batched_tokens,
         max_model_len: 1000,
@@ -395,8 +397,11 @@ fn limits_of_zero_are_refused() {
     let num_blocks = usize::MAX;
     check(config(1, num_blocks, 1, 1), Some(ConfigError::TooManyBlocks { num_blocks, limit: u32::MAX }));
     let num_state_slots = usize::MAX;
-    let too_many = ConfigError::TooManyStateSlots { num_state_slots, limit: u32::MAX };
-    check(SchedulerConfig { num_state_slots, ..config(1, 1, 1, 1) }, Some(too_many));
+    let too_many = ConfigError::TooManyStateSlots { num_slots: num_state_slots, limit: u32::MAX };
+    check(SchedulerConfig { num_state_slots, ..config(1, 1, 1, 1) }, Some(too_many.clone()));
+    let num_snapshot_slots = usize::MAX;
+    check(SchedulerConfig { num_state_slots: 1, num_snapshot_slots, ..config(1, 1, 1, 1) }, Some(too_many));
+    check(SchedulerConfig { snapshot_interval: 0, ..config(1, 1, 1, 1) }, zero("snapshot_interval"));
 }
 
 #[test]

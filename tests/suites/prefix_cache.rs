@@ -149,10 +149,30 @@ fn a_salt_has_one_to_256_bytes() {
     }
 }
 
+/// Recurrent states are kept every 256 tokens.
+#[test]
+fn a_model_with_states_starts_where_one_is_kept() {
+    let server = Server::start(SERVER, "qwen3_next-base", &[]);
+    let share = || server.metrics().value("moesaic_state_snapshots_usage_perc", &[]).expect("the gauge is there");
+    let off = Server::start(SERVER, "qwen3_next-base", &["--enable-prefix-caching=false"]);
+    for (len, num_cached) in [(300, 0), (300, 256), (256, 0), (530, 256), (530, 512), (257, 256)] {
+        let answer = server.ask(PATH, &completion(len, json!({})));
+        assert_eq!(cached(&answer), num_cached, "{len} tokens");
+        assert_eq!(answer["choices"], off.ask(PATH, &completion(len, json!({})))["choices"], "{len} tokens");
+    }
+    assert!(share() > 0.0);
+    let model = server.get("/server_info").json()["model"].clone();
+    assert_eq!(model["has_prefix_cache"], true);
+    assert!(model["num_snapshot_slots"].as_u64().expect("a count") >= 4);
+    assert_eq!(off.get("/server_info").json()["model"]["num_snapshot_slots"], 0);
+}
+
 #[test]
 fn models_that_reuse_nothing_say_so() {
-    for model in ["qwen3_next-base", "switch_transformers-base"] {
-        let server = Server::start(SERVER, model, &[]);
+    // Of the recurrent model one state fits, and that is for the sequence that runs.
+    let little: &[&str] = &["--kv-cache-memory", "64KiB", "--max-model-len", "64"];
+    for (model, flags) in [("qwen3_next-base", little), ("switch_transformers-base", &[])] {
+        let server = Server::start(SERVER, model, flags);
         let body = completion(40, json!({}));
         let answers = [server.ask(PATH, &body), server.ask(PATH, &body)];
         assert_eq!(answers.each_ref().map(cached), [0, 0], "{model}");

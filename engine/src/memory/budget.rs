@@ -11,6 +11,12 @@ const DEFAULT_SHARE: f64 = 0.4;
 /// first: a sequence needs both state and blocks.
 const STATE_SHARE: u64 = 2;
 
+/// One state of so many is kept for requests that begin alike, where not all have room.
+const SNAPSHOT_SHARE: u64 = 4;
+
+/// Kept states that come before all but as many running sequences: with fewer a conversation or two would push each other out.
+const FEW_SNAPSHOTS: u64 = 4;
+
 /// Blocks that hold nothing still have numbers to keep.
 const MOST_EMPTY_BLOCKS: usize = 1 << 20;
 
@@ -19,8 +25,10 @@ const MOST_EMPTY_BLOCKS: usize = 1 << 20;
 pub struct KvBudget {
     pub bytes_per_token: u64,
     pub num_blocks: usize,
-    /// 0 for models without recurrent sites.
+    /// Of running sequences; 0 for models without recurrent sites.
     pub num_state_slots: usize,
+    /// Of states that are kept for requests that begin alike; 0 also where nothing is reused, or where just one state fits.
+    pub num_snapshot_slots: usize,
     pub max_model_len: usize,
 }
 
@@ -45,21 +53,30 @@ pub fn plan(config: &EngineConfig, demand: &KvDemand) -> Result<KvBudget, Engine
     let per_sequence = (wanted_len.next_multiple_of(config.block_size) as u64)
         .saturating_mul(bytes_per_token)
         .saturating_add(state_bytes);
-    let full = (config.max_num_seqs as u64).saturating_mul(per_sequence);
+    let max_num_seqs = config.max_num_seqs as u64;
+    let wanted_snapshots = match config.enable_prefix_caching {
+        true => FEW_SNAPSHOTS.max(max_num_seqs / SNAPSHOT_SHARE),
+        false => 0,
+    };
+    let full = max_num_seqs.saturating_mul(per_sequence).saturating_add(wanted_snapshots.saturating_mul(state_bytes));
     let bytes = config.kv_cache_memory.unwrap_or_else(|| full.min(most_bytes(config, demand.weight_bytes)));
-    let num_state_slots = match state_bytes {
+    let most_states = max_num_seqs + wanted_snapshots;
+    let num_states = match state_bytes {
         0 => 0,
         _ if state_bytes > bytes => return Err(EngineError::StateTooLarge { state_bytes, capacity: bytes }),
         // There is room for every sequence at its longest.
-        _ if bytes >= full => config.max_num_seqs as u64,
-        _ => (bytes / STATE_SHARE / state_bytes).clamp(1, config.max_num_seqs as u64),
+        _ if bytes >= full => most_states,
+        _ if bytes_per_token == 0 => (bytes / state_bytes).min(most_states),
+        _ => (bytes / STATE_SHARE / state_bytes).clamp(1, most_states),
     };
-    let bytes = bytes - num_state_slots * state_bytes;
+    let bytes = bytes - num_states * state_bytes;
+    let num_state_slots = (num_states - num_kept(num_states, wanted_snapshots)).min(max_num_seqs);
+    let num_snapshot_slots = (num_states - num_state_slots) as usize;
     let num_blocks = match bytes_per_token * config.block_size as u64 {
         // Blocks that hold nothing: only their numbers are needed, of as many as can be in use.
         0 => {
             let longest = wanted_len.div_ceil(config.block_size);
-            longest.saturating_mul(num_state_slots as usize).min(longest.max(MOST_EMPTY_BLOCKS))
+            longest.saturating_mul(num_states as usize).min(longest.max(MOST_EMPTY_BLOCKS))
         }
         block_bytes => (bytes / block_bytes) as usize,
     };
@@ -77,7 +94,13 @@ pub fn plan(config: &EngineConfig, demand: &KvDemand) -> Result<KvBudget, Engine
         return Err(EngineError::Limit { what: "max_model_len", value: wanted_len as u64, allowed });
     }
     let (num_state_slots, max_model_len) = (num_state_slots as usize, wanted_len.min(capacity));
-    Ok(KvBudget { bytes_per_token, num_blocks, num_state_slots, max_model_len })
+    Ok(KvBudget { bytes_per_token, num_blocks, num_state_slots, num_snapshot_slots, max_model_len })
+}
+
+/// How many of `num_states` are kept ones at least.
+fn num_kept(num_states: u64, wanted: u64) -> u64 {
+    let few = FEW_SNAPSHOTS.min(num_states / 2);
+    few.max(num_states / SNAPSHOT_SHARE).min(wanted)
 }
 
 /// A length that no sequence passes in the pool that [`plan`] will make of tokens of at least `bytes_per_token`. Known
@@ -134,24 +157,48 @@ mod tests {
     }
 
     #[test]
+    fn a_quarter_of_many_states_is_kept_where_something_is_reused() {
+        let sites = [SITES[0], CacheSite::Recurrent { width: 256 }];
+        let check = |enable_prefix_caching, memory, expect: [usize; 2]| {
+            let config = EngineConfig {
+                kv_cache_memory: Some(memory),
+                max_num_seqs: 100,
+                enable_prefix_caching,
+                ..EngineConfig::new("")
+            };
+            let demand =
+                KvDemand { sites: &sites, dtype: KvDtype::Bf16, weight_bytes: 0, max_position_embeddings: 4096 };
+            let budget = plan(&config, &demand).unwrap();
+            assert_eq!([budget.num_state_slots, budget.num_snapshot_slots], expect);
+        };
+        check(true, 160 << 10, [60, 20]);
+        check(true, 16 << 20, [100, 25]);
+        check(false, 160 << 10, [80, 0]);
+        check(false, 16 << 20, [100, 0]);
+    }
+
+    #[test]
     fn states_and_blocks_share_the_memory() {
         // 1 KiB of state per sequence, and 64 elements per token as above.
         let sites = [SITES[0], CacheSite::Recurrent { width: 256 }, SITES[1]];
-        let check = |memory, expect: (usize, usize)| {
+        let check = |memory, expect: [usize; 3]| {
             let budget = plan_for(&sites, memory, None).unwrap();
-            assert_eq!((budget.num_state_slots, budget.num_blocks), expect);
+            assert_eq!([budget.num_state_slots, budget.num_snapshot_slots, budget.num_blocks], expect);
         };
-        // The four sequences that run at once have their states, the rest is for blocks.
-        check(Some(20 * 2048), (4, 18));
-        // Of little, half.
-        check(Some(3 * 2048), (3, 1));
+        // The four sequences that run at once have their states, a few are kept, the rest is for blocks.
+        check(Some(20 * 2048), [4, 4, 16]);
+        // Of little, half, and of that half again while it is a few.
+        check(Some(7 * 2048), [4, 3, 3]);
+        check(Some(3 * 2048), [2, 1, 1]);
+        check(Some(2 * 2048 - 1024), [1, 0, 1]);
         assert!(plan_for(&sites, Some(2048), None).is_err());
         // All that may run at once, each with its state and its longest context.
         let short = plan_for(&sites, None, Some(20)).unwrap();
-        assert_eq!((short.num_state_slots, short.num_blocks), (4, 4 * 2));
+        assert_eq!([short.num_state_slots, short.num_snapshot_slots, short.num_blocks], [4, 4, 4 * 2]);
         // A model of recurrent layers alone has blocks for no bytes.
         let budget = plan_for(&sites[1..2], Some(1 << 12), None).unwrap();
-        assert_eq!((budget.bytes_per_token, budget.num_state_slots, budget.num_blocks), (0, 4, 4 * 256));
+        assert_eq!((budget.num_state_slots, budget.num_snapshot_slots), (2, 2));
+        assert_eq!((budget.bytes_per_token, budget.num_blocks), (0, 4 * 256));
         let error = plan_for(&sites[1..2], Some(1023), None).unwrap_err().to_string();
         assert_eq!(
             error,

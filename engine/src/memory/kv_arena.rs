@@ -2,6 +2,8 @@
 
 use kernels::{KvFormat, PagedCache, StateCache};
 
+use scheduler::StateCopy;
+
 use crate::error::EngineError;
 use crate::models::CacheSite;
 
@@ -23,7 +25,7 @@ pub struct ArenaSize {
     pub format: KvFormat,
     pub block_size: usize,
     pub num_blocks: usize,
-    /// 0 for models without recurrent sites.
+    /// Those of running sequences and those that are kept for others; 0 for models without recurrent sites.
     pub num_state_slots: usize,
 }
 
@@ -51,6 +53,16 @@ impl KvArena {
             SiteCache::Paged(cache) => cache,
             SiteCache::State(_) => panic!("site {site} is recurrent"),
         }
+    }
+
+    /// Copies whole states, at every recurrent site.
+    pub fn copy_states(&mut self, copies: &[StateCopy]) -> Result<(), EngineError> {
+        for site in &mut self.sites {
+            if let SiteCache::State(states) = site {
+                copies.iter().try_for_each(|copy| states.copy(copy.from.0, copy.to.0))?;
+            }
+        }
+        Ok(())
     }
 
     /// States of a recurrent site.

@@ -28,6 +28,7 @@ impl Case {
             block_size: 4,
             kv_cache_memory: Some(8 << 20),
             max_model_len: Some(128),
+            snapshot_interval: 8,
             ..EngineConfig::new(golden_dir(folder))
         };
         Self { config, stride: 1 }
@@ -131,6 +132,16 @@ fn under_scarcity(case: &Case) {
     }
 }
 
+/// Prompts of the cached case are cut where states are kept; those of the other are not.
+fn without_a_cache(case: &Case) {
+    assert_eq!(case.alone(PROBE), case.uncached().alone(PROBE), "cut for the cache");
+}
+
+/// Tokens from one place where a request can start to the next.
+fn start_interval(driver: &Driver, case: &Case) -> usize {
+    if driver.model.summary.num_state_slots > 0 { case.config.snapshot_interval } else { case.config.block_size }
+}
+
 /// Adds the probe's way of sampling for any prompt.
 fn add_like_probe(driver: &mut Driver, id: u64, prompt: &[u32]) {
     driver.add(id, prompt, sampling(PROBE), StopCriteria { max_tokens: MAX_TOKENS, ..StopCriteria::default() });
@@ -148,12 +159,9 @@ fn from_cached_prefixes(case: &Case) {
         add(&mut driver, PROBE);
         driver.run();
         assert_eq!(driver.jobs[&PROBE].output, expected, "{num_common} tokens in common");
-        let block_size = case.config.block_size;
-        let num_cached = if driver.model.summary.has_prefix_cache {
-            num_common.min(PROBE_LEN - 1) / block_size * block_size
-        } else {
-            0
-        };
+        let interval = start_interval(&driver, case);
+        let num_cached =
+            if driver.model.summary.has_prefix_cache { num_common.min(PROBE_LEN - 1) / interval * interval } else { 0 };
         let num_hits = driver.model.scheduler.stats().num_prefix_hits;
         assert_eq!(num_hits, num_cached as u64, "{num_common} tokens in common");
     }
@@ -187,9 +195,35 @@ fn beside_itself(case: &Case) {
     (0..COPIES).for_each(|copy| add_like_probe(&mut driver, 100 + copy, &prompt(PROBE)));
     driver.run();
     assert!(driver.jobs.values().all(|job| job.output == expected), "{COPIES} at once");
-    let shared = (PROBE_LEN - 1) as u64 / 4 * 4;
+    let interval = start_interval(&driver, case) as u64;
+    let shared = (PROBE_LEN - 1) as u64 / interval * interval;
     let num_hits = if driver.model.summary.has_prefix_cache { (COPIES - 1) * shared } else { 0 };
     assert_eq!(driver.model.scheduler.stats().num_prefix_hits, num_hits);
+}
+
+/// Four kept states for all: most are given up before they are wanted again.
+fn with_few_kept_states(case: &Case) {
+    let config = EngineConfig { max_num_seqs: 2, ..case.config.clone() };
+    let few = Case { config, stride: case.stride };
+    let mut driver = few.driver(32);
+    if driver.model.summary.num_state_slots == 0 {
+        return;
+    }
+    assert_eq!(driver.model.scheduler.stats().num_total_snapshot_slots, 4);
+    for round in [100, 200] {
+        for id in 0..NUM_REQUESTS {
+            let stop = StopCriteria { max_tokens: MAX_TOKENS, ..StopCriteria::default() };
+            for copy in [0, 1000] {
+                driver.add(copy + round + id, &prompt(id), sampling(id), stop.clone());
+            }
+        }
+        driver.run();
+    }
+    let stats = driver.model.scheduler.stats();
+    assert!(stats.num_prefix_hits > 0 && stats.num_prefix_hits < stats.num_prefix_queries / 2, "{stats:?}");
+    for (id, job) in &driver.jobs {
+        assert_eq!(job.output, case.alone(id % 100), "request {id}");
+    }
 }
 
 fn check(folder: &str) {
@@ -205,6 +239,8 @@ fn check(folder: &str) {
         from_cached_prefixes(&case);
         after_its_own_output(&case);
         beside_itself(&case);
+        without_a_cache(&case);
+        with_few_kept_states(&case);
     }
 }
 

@@ -7,6 +7,8 @@ use crate::kv::block_pool::{BlockId, BlockPool};
 use crate::kv::block_table::BlockTable;
 use crate::kv::evict::Tick;
 use crate::kv::prefix_tree::PrefixTree;
+use crate::kv::snapshots::Snapshots;
+use crate::kv::state_slots::StateSlot;
 
 /// The pool, the tree of what is in it, and the promise that every accepted sequence fits in it alone.
 ///
@@ -16,6 +18,8 @@ pub(crate) struct BlockManager {
     block_size: usize,
     pool: BlockPool,
     tree: PrefixTree,
+    /// States at the ends of blocks of the tree; a block that leaves it takes its state along.
+    pub(crate) snapshots: Snapshots,
     /// Counts releases.
     now: Tick,
     /// Blocks asked for. The pool is larger while an accepted sequence needs more than these.
@@ -38,10 +42,16 @@ impl BlockManager {
             block_size,
             pool: BlockPool::new(num_blocks),
             tree: PrefixTree::default(),
+            snapshots: Snapshots::new(0, 0),
             now: Tick::default(),
             num_wanted: num_blocks,
             promises: BTreeMap::new(),
         }
+    }
+
+    /// The same for sequences that have recurrent states, of which some are kept.
+    pub(crate) fn with_snapshots(self, snapshots: Snapshots) -> Self {
+        Self { snapshots, ..self }
     }
 
     pub(crate) fn block_size(&self) -> usize {
@@ -99,14 +109,23 @@ impl BlockManager {
         self.num_total()
     }
 
-    /// The longest chain of `names` that the tree has from the first on.
+    /// The longest chain of `names` that the tree has from the first on; where sequences have states, up to the last of
+    /// its blocks at whose end one is kept.
     pub(crate) fn find(&self, names: &[BlockHash]) -> CachedPrefix {
-        let mut found = CachedPrefix::default();
+        let (mut chain, mut found) = (CachedPrefix::default(), CachedPrefix::default());
         for block in names.iter().map_while(|&name| self.tree.find(name)) {
-            found.num_blocks += 1;
-            found.num_used += usize::from(self.pool.is_used(block));
+            chain.num_blocks += 1;
+            chain.num_used += usize::from(self.pool.is_used(block));
+            if self.snapshots.is_unused() || self.snapshots.has(block) {
+                found = chain;
+            }
         }
         found
+    }
+
+    /// True if the state at the end of the block of this name is kept.
+    pub(crate) fn has_snapshot(&self, name: BlockHash) -> bool {
+        self.tree.find(name).is_some_and(|block| self.snapshots.has(block))
     }
 
     /// True if the tree has `blocks` under `names`.
@@ -161,6 +180,12 @@ impl BlockManager {
         }
     }
 
+    /// Panics unless every slot for a kept state, `first` and those behind it, is free, in `reserved` or of a block in the
+    /// tree.
+    pub(crate) fn assert_snapshots(&self, first: usize, reserved: impl Iterator<Item = StateSlot>) {
+        self.snapshots.assert_accounts_for(first, reserved, |block| self.tree.has(block));
+    }
+
     /// Panics unless `held` are exactly the used blocks and the pool has the size it must have.
     pub(crate) fn assert_accounts_for(&self, held: impl Iterator<Item = BlockId>) {
         self.pool.assert_accounts_for(held, |block| self.tree.has(block));
@@ -172,6 +197,7 @@ impl BlockManager {
     fn allocate(&mut self) -> BlockId {
         if self.pool.num_free() == 0 {
             let block = self.tree.evict().expect("enough blocks are available");
+            self.snapshots.forget(block);
             self.pool.free(block);
         }
         self.pool.allocate().expect("a block is free")
@@ -209,6 +235,7 @@ impl BlockManager {
     fn evict_above_limit(&mut self) {
         let limit = u32::try_from(self.pool.limit()).expect("limits are within u32");
         for block in self.tree.evict_from(limit) {
+            self.snapshots.forget(block);
             self.pool.free(block);
         }
     }

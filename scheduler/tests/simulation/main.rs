@@ -3,11 +3,14 @@
 //! The fake model is a chain: the entry of a position mixes the entry before it, read through the block table, with the
 //! token; a row samples from its own entry. A block given to two sequences, a position skipped or read before it was
 //! written changes the tokens. A source is read as a whole by its encoder and by every row of the decoder after it, and
-//! a recurrent state goes from row to row, so that a cut source or a state of another shows in the same way. Prompts begin alike
+//! a recurrent state goes from row to row and is kept now and then, so that a cut source or a state of another or of
+//! other tokens shows in the same way. Prompts begin alike
 //! and salts are few; the salt is in every entry, so that a cached block of other tokens or of another tenant changes
 //! the tokens too, and what is reused is compared with what it should hold. `MOESAIC_SIM_SEED=n` runs one seed alone.
 
+mod coverage;
 mod fake_model;
+mod reuse;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -15,12 +18,13 @@ use std::time::Duration;
 
 use scheduler::{
     AdmissionError, Batch, Chunk, FinishReason, Outcome, Phase, Progress, Request, RequestId, Scheduler,
-    SchedulerConfig, Sequence, StopCriteria, Update,
+    SchedulerConfig, Sequence, StateCopy, StopCriteria, Update,
 };
 
+use coverage::Coverage;
 use fake_model::{Rng, all_of, encode, entry, generate_alone, next_state, sample};
 
-const NUM_SEEDS: u64 = 600;
+const NUM_SEEDS: u64 = 1100;
 const NUM_STEPS: usize = 300;
 
 /// What the simulator knows of an accepted request that has not ended. Ids are given in order of arrival.
@@ -38,28 +42,6 @@ struct Expected {
     num_preemptions: u32,
 }
 
-/// How often the interesting things happened, so that the simulation cannot become idle unnoticed.
-#[derive(Debug, Default)]
-struct Coverage {
-    finished: u64,
-    failed: u64,
-    aborted: u64,
-    refused: u64,
-    scarcity_preemptions: u64,
-    explicit_preemptions: u64,
-    lost_in_flight: u64,
-    shrinks_delayed: u64,
-    windows: u64,
-    chunked: u64,
-    encoded: u64,
-    encoded_over_budget: u64,
-    without_a_state: u64,
-    reused: u64,
-    reused_after_preemption: u64,
-    passed: u64,
-    cached_and_full: u64,
-}
-
 struct Simulation<'a> {
     rng: Rng,
     config: SchedulerConfig,
@@ -71,8 +53,10 @@ struct Simulation<'a> {
     num_wanted: usize,
     /// Entries by block and slot.
     memory: Vec<u64>,
-    /// By state slot.
+    /// By state slot; those of snapshots come last.
     states: Vec<u64>,
+    /// Where the states of sequences admitted in this step come from, by slot.
+    restored: BTreeMap<usize, usize>,
     /// Percent of the requests that have a source.
     sources: usize,
     /// What prompts begin with.
@@ -89,10 +73,13 @@ impl<'a> Simulation<'a> {
     fn new(seed: u64, coverage: &'a mut Coverage) -> Self {
         let mut rng = Rng(seed);
         let num_blocks = rng.between(2, 60);
+        let num_state_slots = if rng.percent(50) { rng.between(1, 12) } else { 0 };
         let config = SchedulerConfig {
             block_size: rng.between(1, 8),
             num_blocks,
-            num_state_slots: if rng.percent(30) { rng.between(1, 12) } else { 0 },
+            num_state_slots,
+            num_snapshot_slots: if rng.percent(80) { rng.between(1, 16) } else { 0 },
+            snapshot_interval: rng.between(1, 3),
             max_num_seqs: rng.between(1, 24),
             max_num_batched_tokens: rng.between(1, 40),
             max_model_len: rng.between(8, 120),
@@ -107,7 +94,8 @@ impl<'a> Simulation<'a> {
             stems: (0..rng.between(1, 3)).map(|_| (0..120).map(|_| sample(rng.next())).collect()).collect(),
             computed: BTreeSet::new(),
             has_encoded: false,
-            states: vec![0; config.num_state_slots],
+            states: vec![0; config.num_state_slots + config.num_snapshot_slots],
+            restored: BTreeMap::new(),
             rng,
             config,
             live: BTreeMap::new(),
@@ -196,7 +184,8 @@ impl<'a> Simulation<'a> {
         }
         let (generated, reason) = generate_alone(&request, self.config.num_state_slots > 0);
         let (num_emitted, num_computed, num_preemptions) = (0, 0, 0);
-        let has_cache = self.config.prefix_cache.is_some() && self.config.num_state_slots == 0;
+        let can_resume = self.config.num_state_slots == 0 || self.config.num_snapshot_slots > 0;
+        let has_cache = self.config.prefix_cache.is_some() && can_resume;
         let may_reuse = has_cache && source_len == 0 && !computes_whole_prompt;
         let expected = Expected {
             prompt: request.prompt,
@@ -245,14 +234,22 @@ impl<'a> Simulation<'a> {
     fn step(&mut self) {
         let running: Vec<RequestId> = self.live.keys().copied().filter(|&id| self.is_running(id)).collect();
         let decoding: Vec<RequestId> = running.iter().copied().filter(|&id| is_decoding(self.sequence(id))).collect();
+        let before = self.scheduler.stats();
         let batch = self.scheduler.schedule(self.now);
         self.scheduler.assert_invariants();
+        if before.num_snapshots == before.num_total_snapshot_slots {
+            self.coverage.snapshots_given_up += batch.snapshots.len() as u64;
+        }
         self.check_preempted(&batch);
+        self.restored = batch.restores.iter().map(|copy| (copy.to.0 as usize, copy.from.0 as usize)).collect();
+        assert_eq!(self.restored.len(), batch.restores.len(), "two states for one sequence");
         match batch.chunks.first() {
             Some(Chunk { phase: Phase::Encode, .. }) => self.check_encoders(&batch, &running),
             _ => self.check_batch(&batch, &running, &decoding),
         }
 
+        assert!(self.restored.is_empty(), "a state was restored for nobody who starts from it");
+        self.check_snapshots(&batch);
         let rows: Vec<u64> = self.compute(&batch);
         let outcomes: Vec<Outcome> = rows
             .into_iter()
@@ -264,6 +261,15 @@ impl<'a> Simulation<'a> {
         }
         let survivors: Vec<bool> = batch.chunks.iter().map(|chunk| self.is_running(chunk.id)).collect();
         self.coverage.lost_in_flight += survivors.iter().filter(|&&survives| !survives).count() as u64;
+        let is_held = |copy: &&StateCopy| {
+            batch
+                .chunks
+                .iter()
+                .any(|chunk| self.scheduler.sequence(chunk.id).and_then(Sequence::state_slot) == Some(copy.from))
+        };
+        let num_held = batch.snapshots.iter().filter(is_held).count();
+        self.coverage.snapshots += num_held as u64;
+        self.coverage.snapshots_lost_in_flight += (batch.snapshots.len() - num_held) as u64;
         let progress = self.scheduler.complete(&batch, &outcomes);
         self.scheduler.assert_invariants();
         self.check_progress(&batch, &survivors, &outcomes, &progress);
@@ -299,58 +305,19 @@ impl<'a> Simulation<'a> {
     fn check_order(&mut self, batch: &Batch, running: &[RequestId]) {
         let admitted = batch.chunks.iter().map(|chunk| chunk.id).filter(|id| !running.contains(id)).max();
         let first_waiting = self.live.keys().copied().find(|&id| !self.is_running(id));
+        let stats = self.scheduler.stats();
         for id in first_waiting.zip(admitted).into_iter().flat_map(|(first, last)| (first.0..last.0).map(RequestId)) {
             if self.live.contains_key(&id) && !self.is_running(id) {
                 assert!(self.is_being_computed(id), "{admitted:?} was admitted before {id:?}");
-                self.coverage.passed += 1;
+                *if stats.num_total_state_slots > 0 {
+                    &mut self.coverage.passed_for_a_state
+                } else {
+                    &mut self.coverage.passed
+                } += 1;
             }
         }
-        let stats = self.scheduler.stats();
         let is_full = stats.num_total_state_slots > 0 && stats.num_used_state_slots == stats.num_total_state_slots;
         self.coverage.without_a_state += u64::from(is_full && first_waiting.is_some());
-    }
-
-    /// True if a running sequence has yet to compute a full block that `id` could start from.
-    fn is_being_computed(&self, id: RequestId) -> bool {
-        let block_size = self.config.block_size;
-        let waiting = &self.live[&id];
-        let useful = &self.sequence(id).tokens()[..self.sequence(id).tokens().len() - 1];
-        waiting.may_reuse
-            && self.live.iter().filter(|&(&other, _)| self.is_running(other)).any(|(&other, expected)| {
-                let tokens = self.sequence(other).tokens();
-                let num_common = useful.iter().zip(tokens).take_while(|(mine, theirs)| mine == theirs).count();
-                expected.salt == waiting.salt && num_common / block_size > expected.num_computed / block_size
-            })
-    }
-
-    /// Who was admitted now starts from whole blocks that hold what its tokens and salt say, and that were computed
-    /// some time before.
-    fn check_reuse(&mut self, chunk: &Chunk) {
-        let expected = &self.live[&chunk.id];
-        if chunk.start == expected.num_computed {
-            return;
-        }
-        let (salt, block_size) = (expected.salt, self.config.block_size);
-        assert_eq!(expected.num_computed, 0, "{:?} skips rows in the middle", chunk.id);
-        assert!(
-            expected.may_reuse && chunk.start.is_multiple_of(block_size),
-            "{:?} starts at {}",
-            chunk.id,
-            chunk.start
-        );
-        let sequence = self.sequence(chunk.id);
-        let tokens = &sequence.tokens()[..chunk.start];
-        assert!(self.computed.contains(&(salt, tokens.to_vec())), "{:?} starts from what nobody computed", chunk.id);
-        let mut before = None;
-        for (position, &token) in tokens.iter().enumerate() {
-            let slot = sequence.block_table().blocks()[position / block_size].0 as usize * block_size;
-            before = Some(entry(before, (salt, all_of(std::iter::empty())), token));
-            assert_eq!(Some(self.memory[slot + position % block_size]), before, "{:?} at {position}", chunk.id);
-        }
-        let is_first = expected.num_preemptions == 0;
-        assert!(!is_first || sequence.num_cached_tokens() == chunk.start);
-        self.live.get_mut(&chunk.id).expect("it is live").num_computed = chunk.start;
-        *if is_first { &mut self.coverage.reused } else { &mut self.coverage.reused_after_preemption } += 1;
     }
 
     fn check_batch(&mut self, batch: &Batch, running: &[RequestId], decoding: &[RequestId]) {
@@ -388,6 +355,7 @@ impl<'a> Simulation<'a> {
     /// Runs the fake model; returns the last entry of each chunk that samples.
     fn compute(&mut self, batch: &Batch) -> Vec<u64> {
         let mut rows = Vec::new();
+        batch.restores.iter().for_each(|copy| self.states[copy.to.0 as usize] = self.states[copy.from.0 as usize]);
         for chunk in &batch.chunks {
             let sequence = self.scheduler.sequence(chunk.id).expect("chunks name live sequences");
             let block_size = self.config.block_size;
@@ -422,6 +390,7 @@ impl<'a> Simulation<'a> {
                 rows.push(self.memory[slot(chunk.start + chunk.len - 1)] ^ seen);
             }
         }
+        batch.snapshots.iter().for_each(|copy| self.states[copy.to.0 as usize] = self.states[copy.from.0 as usize]);
         rows
     }
 
@@ -525,16 +494,7 @@ fn whatever_happens_the_invariants_hold() {
         let seed = NameSeed(seed);
         Simulation::new(seed.0, &mut coverage).run();
     }
-    println!("{coverage:?}");
-    let Coverage { finished, failed, aborted, refused, .. } = coverage;
-    assert!(finished.min(failed).min(aborted).min(refused) > 1000, "{coverage:?}");
-    let Coverage { scarcity_preemptions, explicit_preemptions, lost_in_flight, .. } = coverage;
-    assert!(scarcity_preemptions.min(explicit_preemptions).min(lost_in_flight) > 1000, "{coverage:?}");
-    let Coverage { encoded, encoded_over_budget, without_a_state, .. } = coverage;
-    assert!(encoded.min(encoded_over_budget).min(without_a_state) > 1000, "{coverage:?}");
-    assert!(coverage.shrinks_delayed.min(coverage.windows).min(coverage.chunked) > 1000, "{coverage:?}");
-    let Coverage { reused, reused_after_preemption, passed, cached_and_full, .. } = coverage;
-    assert!(reused.min(reused_after_preemption) > 1000 && passed > 100 && cached_and_full > 10, "{coverage:?}");
+    coverage.assert_busy();
 }
 
 #[test]
@@ -546,6 +506,8 @@ fn five_hundred_sequences_run_together() {
         block_size: 4,
         num_blocks: 10_000,
         num_state_slots: 0,
+        num_snapshot_slots: 0,
+        snapshot_interval: 1,
         max_num_seqs: 512,
         max_num_batched_tokens: 1024,
         max_model_len: 60,

@@ -47,7 +47,9 @@ pub struct ModelInfo {
     num_blocks: usize,
     /// Sequences whose recurrent state fits at once; 0 where the model has none.
     num_state_slots: usize,
-    /// Prompts that begin alike are computed once; never with recurrent layers or an encoder.
+    /// Recurrent states kept for prompts that begin alike; 0 where the model has none.
+    num_snapshot_slots: usize,
+    /// Prompts that begin alike are computed once; never with an encoder.
     has_prefix_cache: bool,
     /// An encoder reads the prompt.
     has_encoder: bool,
@@ -88,6 +90,7 @@ fn describe(app: &App, model: &Model) -> ModelInfo {
         block_size: summary.block_size,
         num_blocks: summary.num_blocks,
         num_state_slots: summary.num_state_slots,
+        num_snapshot_slots: summary.num_snapshot_slots,
         has_prefix_cache: summary.has_prefix_cache,
         has_encoder: summary.has_encoder,
         threads: summary.threads,

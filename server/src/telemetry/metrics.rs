@@ -64,6 +64,7 @@ const GAUGES: &[(&str, &str)] = &[
     ("vllm:num_requests_waiting_by_reason", "Sequences waiting, by what for; capacity is room in the batch"),
     ("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 1 is full; cached ones are not in use"),
     ("moesaic_state_slots_usage_perc", "Share of recurrent states in use, 1 is full; only of models that have them"),
+    ("moesaic_state_snapshots_usage_perc", "Share of the places for kept recurrent states that are taken, 1 is full"),
     ("vllm:cache_config_info", "The KV cache's settings as labels"),
     ("moesaic_weight_bytes", "Bytes of the weights in memory, with the formats of the matrices as a label"),
     ("moesaic_expert_imbalance_ratio", "Load of the busiest expert over the mean, by layer"),
@@ -106,6 +107,10 @@ pub fn observe_engine(engine: &EngineHandle) {
     if stats.num_total_state_slots > 0 {
         let share = stats.num_used_state_slots as f64 / stats.num_total_state_slots as f64;
         gauge!("moesaic_state_slots_usage_perc").set(share);
+    }
+    if stats.num_total_snapshot_slots > 0 {
+        let share = stats.num_snapshots as f64 / stats.num_total_snapshot_slots as f64;
+        gauge!("moesaic_state_snapshots_usage_perc").set(share);
     }
     counter!("vllm:prompt_tokens_total").absolute(stats.num_prompt_tokens);
     counter!("vllm:prompt_tokens_cached_total").absolute(stats.num_prefix_hits);
