@@ -119,6 +119,7 @@ impl Notice {
 /// Sets the gauges of what the tiers hold.
 pub fn observe(stats: &[TierStats]) {
     for row in stats {
+        gauge!("moesaic_cache_up", "tier" => row.tier.as_str()).set(if row.is_available { 1.0 } else { 0.0 });
         if let Some(bytes) = row.bytes {
             gauge!("moesaic_cache_bytes", "tier" => row.tier.as_str()).set(bytes as f64);
         }
@@ -140,6 +141,7 @@ pub fn describe() {
         "moesaic_cache_dropped_writes_total",
         "Values not written to slow tiers: too much waits, or Redis is left alone"
     );
+    describe_gauge!("moesaic_cache_up", "1 where the tier answers");
     describe_gauge!("moesaic_redis_circuit_open", "1 while Redis fails and is left alone");
     describe_histogram!("moesaic_cache_seconds", Unit::Seconds, "Time of a look-up in a tier");
     describe_gauge!("moesaic_cache_bytes", Unit::Bytes, "Bytes that a tier holds");

@@ -7,6 +7,7 @@ use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::http::{Method, Uri};
 use axum::middleware::{from_fn, from_fn_with_state};
+use cache::store::TieredStore;
 use engine::EngineHandle;
 use metrics_exporter_prometheus::PrometheusHandle;
 use tower_http::catch_panic::CatchPanicLayer;
@@ -45,6 +46,8 @@ pub struct OutputCaches {
     pub early: Option<OutputCache>,
     /// In all tiers, once the weights' digest is known.
     pub whole: Arc<OnceLock<OutputCache>>,
+    /// Those that outlive the process.
+    pub tiers: Option<Arc<TieredStore>>,
 }
 
 /// A loaded model with its text side.
@@ -84,6 +87,13 @@ impl Model {
     #[must_use]
     pub fn with_outputs(self, outputs: OutputCaches) -> Self {
         Self { outputs, ..self }
+    }
+
+    /// Waits until what was answered is written to slow tiers, or for the deadline.
+    pub async fn settle(&self, deadline: tokio::time::Instant) {
+        if let Some(tiers) = &self.outputs.tiers {
+            tiers.settle(deadline).await;
+        }
     }
 
     /// Where answers are found again; `None` where they are not.
@@ -146,6 +156,11 @@ impl App {
     /// True unless the process should be restarted.
     pub fn is_live(&self) -> bool {
         self.shutdown.is_draining() || self.loaded().is_none_or(|model| model.engine.is_healthy())
+    }
+
+    /// When a request that begins now stops waiting for caches.
+    pub fn cache_deadline(&self) -> tokio::time::Instant {
+        tokio::time::Instant::now() + Duration::from_millis(self.config.cache_timeout_ms)
     }
 
     pub fn keep_alive(&self) -> Duration {

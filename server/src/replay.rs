@@ -9,6 +9,7 @@ use axum::body::Body;
 use axum::http::{HeaderName, HeaderValue, header};
 use axum::response::Response;
 use cache::{Digest, Key};
+use tokio::time::Instant;
 
 use crate::app::{Model, unix_seconds};
 use crate::cache_salt::{Salt, Tenant};
@@ -36,6 +37,15 @@ impl Asked {
         let salt = Salt::new(tenant, None).bytes();
         Self(Digest::new("replay").text("path", path).field("salt", &salt).field("body", body).key())
     }
+}
+
+/// The request that asks.
+#[derive(Clone, Copy, Debug)]
+pub struct Asking<'a> {
+    pub permit: &'a Permit,
+    pub request_id: &'a str,
+    /// When it stops waiting for caches.
+    pub cache_deadline: Instant,
 }
 
 /// The JSON of an answer, or of each chunk of a stream.
@@ -98,24 +108,25 @@ impl Replays {
     }
 
     /// The answer, if the same was asked before and the output cache still has it.
-    pub async fn answer(&self, asked: Asked, model: &Model, (permit, id): (&Permit, &str)) -> Option<Response> {
+    pub async fn answer(&self, asked: Option<Asked>, model: &Model, by: &Asking<'_>) -> Option<Response> {
+        let asked = asked?;
         let replay = self.answers.get(&asked.0)?;
-        if !model.outputs()?.holds(&replay.keys).await {
+        if !model.outputs()?.holds(&replay.keys, by.cache_deadline).await {
             self.answers.invalidate(&asked.0);
             return None;
         }
         for sequence in &replay.sequences {
-            let facts = RequestFacts { arrival: permit.arrival, ..sequence.facts };
+            let facts = RequestFacts { arrival: by.permit.arrival, ..sequence.facts };
             ChoiceMeter::new(facts).replayed(sequence.num_tokens, sequence.reason);
         }
-        let stamp = Stamp { prefix: replay.prefix, request_id: id, created: unix_seconds() };
+        let stamp = Stamp { prefix: replay.prefix, request_id: by.request_id, created: unix_seconds() };
         Some(replay.respond(&stamp))
     }
 
     /// Answers with `texts`, and again where the same is asked.
     pub fn keep(
         &self,
-        asked: Asked,
+        asked: Option<Asked>,
         found: (Vec<Key>, Vec<Sequence>),
         (texts, stamp): (Texts, &Stamp<'_>),
     ) -> Response {
@@ -127,7 +138,7 @@ impl Replays {
         let parts = texts.iter().map(|text| Part::cut(text, stamp)).collect();
         let replay = Replay { is_stream, prefix: stamp.prefix, parts, sequences, keys };
         let response = replay.respond(stamp);
-        if replay.keys.len() <= MAX_SEQUENCES {
+        if let Some(asked) = asked.filter(|_| replay.keys.len() <= MAX_SEQUENCES) {
             self.answers.insert(asked.0, Arc::new(replay));
         }
         response

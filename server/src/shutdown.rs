@@ -11,6 +11,9 @@ use crate::app::App;
 /// After the engine has failed the remaining requests, time for their error events to reach the clients.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
+/// Time for the last answers to reach the disk and Redis.
+const LAST_WRITES: Duration = Duration::from_secs(2);
+
 /// The exit code of a process that ends at a second signal: 128 + SIGINT.
 const IMPATIENT: i32 = 130;
 
@@ -83,5 +86,8 @@ async fn drain(app: &App) {
         }
     }
     flush(app).await;
+    if let Some(model) = app.loaded() {
+        model.settle(tokio::time::Instant::now() + LAST_WRITES).await;
+    }
     app.shutdown.close_connections.cancel();
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use harness::checkpoint::Copy;
 use harness::faulty_proxy::{Faults, FaultyProxy};
 use harness::redis::{RedisServer, Reply};
-use harness::replica::{CHAT, MODEL, NUM_VALUES, PATIENT, Question, Replica, heal};
+use harness::replica::{CHAT, MODEL, NUM_VALUES, PATIENT, Question, Replica, SLACK, heal};
 use harness::{EventStream, PATIENCE, Request, golden, poll};
 use serde_json::json;
 
@@ -481,4 +481,27 @@ fn a_folder_that_is_damaged_or_gone_costs_hits_alone() {
     std::fs::remove_file(&folder.0).expect("it is there");
     assert_eq!(replica.ask(&question), "miss");
     heals();
+}
+
+#[test]
+fn a_request_with_many_prompts_waits_once() {
+    /// A wait for each prompt would be four of them.
+    const LONG: Duration = Duration::from_millis(800);
+    let redis = RedisServer::start();
+    let millis = LONG.as_millis().to_string();
+    let args = ["--output-cache", "redis", "--redis-url", &redis.url(), "--cache-timeout-ms", &millis];
+    let replica = forgetful(&args);
+    replica.ask(&Question::of(0));
+    let body = json!({"prompt": ["one", "two", "three", "four"], "max_tokens": 2, "temperature": 0, "logprobs": 1});
+    let ask = |fields: serde_json::Value| {
+        let mut body = body.clone();
+        body.as_object_mut().expect("a request is an object").extend(fields.as_object().expect("fields").clone());
+        replica.server.ask("/v1/completions", &body)["choices"].clone()
+    };
+    let computed = ask(json!({"cache": {"read": false, "write": false}}));
+    redis.signal("STOP");
+    let start = Instant::now();
+    assert_eq!(ask(json!({})), computed);
+    assert!(start.elapsed() < LONG + SLACK, "{:?}", start.elapsed());
+    redis.signal("CONT");
 }

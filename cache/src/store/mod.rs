@@ -22,7 +22,7 @@ use tokio::time::Instant;
 use crate::error::CacheError;
 use crate::key::{Fingerprint, Key};
 
-pub use disk::{DiskConfig, DiskStore};
+pub use disk::{DiskConfig, DiskStore, MAX_CALLS as MAX_DISK_CALLS};
 pub use memory::MemoryStore;
 pub use redis::{RedisConfig, RedisStore};
 pub use tiered::{TieredConfig, TieredStore};

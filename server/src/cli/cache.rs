@@ -30,7 +30,7 @@ pub struct CacheArgs {
 pub enum CacheCommand {
     /// Print entries and bytes of each tier
     Stats(AdminArgs),
-    /// Remove every cached value, in all tiers
+    /// Remove every cached answer, in all tiers
     Clear(AdminArgs),
     /// Ask a server for the answer to each line of a file, so that it has them
     Warm(WarmArgs),
@@ -125,7 +125,7 @@ fn clear(args: AdminArgs) -> anyhow::Result<()> {
         bail!("a tier did not finish, some values may be left; the server's log says why");
     }
     if !args.json {
-        writeln!(std::io::stdout(), "the caches are empty")?;
+        writeln!(std::io::stdout(), "no answer is cached any more")?;
     }
     Ok(())
 }
@@ -140,7 +140,8 @@ fn warm(args: &WarmArgs) -> anyhow::Result<()> {
     let (num_done, num_failed) = (AtomicU64::new(0), AtomicU64::new(0));
     let work = || {
         // A panic of another thread is reported by the scope; its lock has nothing half done.
-        while let Some((line, number)) = requests.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next() {
+        let next = || requests.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
+        while let Some((line, number)) = next() {
             let asked = line.and_then(|line| request(&line, &model)).and_then(|asked| {
                 let Some((path, body)) = asked else { return Ok(false) };
                 Ok(client.post::<Value>(path, &body).map(|_| true)?)

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
+use cache::store::MAX_DISK_CALLS;
 use cache::{Fingerprint, OutputCacheConfig};
 use engine::{EngineConfig, EngineHandle, GgufFile, LoadProgress};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
@@ -42,8 +43,9 @@ pub fn run(args: ServeArgs) -> anyhow::Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(cores.clamp(1, MAX_RUNTIME_THREADS))
-        // Text jobs are bounded by the cores, but the next one may start before the last one's thread is idle.
-        .max_blocking_threads(cores)
+        // Text jobs are bounded by the cores, but the next one may start before the last one's thread is idle; a disk that hangs
+        // must not take their threads, nor the one that looks through a folder.
+        .max_blocking_threads(cores + MAX_DISK_CALLS + 1)
         .enable_all()
         .build()?;
     let result = runtime.block_on(serve(&app));
@@ -142,7 +144,7 @@ fn open_outputs(
     // Within one process nothing but the requests differ.
     let of_process = Fingerprint::from_bytes(engine.fingerprint().numerics());
     let early = OutputCache::new(tiers.memory, settings(of_process), budget);
-    let outputs = OutputCaches { early: Some(early), ..OutputCaches::default() };
+    let outputs = OutputCaches { early: Some(early), tiers: tiers.all.clone(), ..OutputCaches::default() };
     let Some(all) = tiers.all else { return Ok(outputs) };
     let (whole, engine, template) = (Arc::clone(&outputs.whole), engine.clone(), config.chat_template.clone());
     std::thread::Builder::new().name("fingerprint".to_owned()).spawn(move || {

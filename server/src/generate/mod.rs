@@ -10,6 +10,7 @@ use cache::Key;
 use engine::{Event, GenerateRequest, PromptLogprob, StopCriteria};
 use futures::StreamExt as _;
 use futures::stream::{self, SelectAll, Stream};
+use tokio::time::Instant;
 
 pub use assembler::{Assembler, Delta, Finish, TokenRecord, TokenText};
 
@@ -66,6 +67,8 @@ pub struct Job<'a> {
     /// Who shares what is cached of prompts and answers.
     pub salt: Salt,
     pub permit: Permit,
+    /// When the request stops waiting for caches.
+    pub cache_deadline: Instant,
 }
 
 impl Batch {
@@ -189,7 +192,8 @@ async fn start_choice(
     };
     let assembler = new_assembler(model, valid, plan.prompt)?;
     let (source, found) = Source::open(model, Asked { request, job, prompt_only }).await?;
-    let choice = Choice { source: Some(source), assembler, meter: ChoiceMeter::new(plan.facts), prompt_only };
+    let meter = ChoiceMeter::new(plan.facts).stored(matches!(found, Some((Origin::Hit, _))));
+    let choice = Choice { source: Some(source), assembler, meter, prompt_only };
     let outputs = stream::unfold(choice, move |mut choice| async move {
         let output = choice.next().await?;
         Some((output.map(|output| Indexed { index, output }), choice))

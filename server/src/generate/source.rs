@@ -53,7 +53,7 @@ impl Source {
         };
         let (stop, output) = (&job.valid.stop, job.valid.output);
         let key = OutputKey { request: &request, stop, output, prompt_only };
-        let Found { follower, origin, key, leader } = cache.open(&key, access).await;
+        let Found { follower, origin, key, leader } = cache.open(&key, access, job.cache_deadline).await;
         let mut scheduled = None;
         if let Some(leader) = leader {
             let (sender, receiver) = oneshot::channel();

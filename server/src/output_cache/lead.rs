@@ -59,14 +59,13 @@ impl<D: TokenText + 'static> Computation<D> {
                 }
                 Some(Event::Token(_)) if self.prompt_only => End::Length,
                 Some(Event::Token(sampled)) => {
-                    let found_stop = match stop_found(self.assembler.as_mut(), &sampled) {
-                        Ok(found) => found,
-                        // The readers meet the same error, with a log line each.
-                        Err(_) => return,
-                    };
+                    let found_stop = stop_found(self.assembler.as_mut(), &sampled);
                     self.leader.push_token(from_engine(sampled));
-                    if !found_stop {
-                        continue;
+                    match found_stop {
+                        Ok(true) => {}
+                        Ok(false) => continue,
+                        // The readers meet the same error at this token.
+                        Err(_) => return,
                     }
                     End::Text
                 }

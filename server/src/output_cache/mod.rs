@@ -13,6 +13,8 @@ use std::time::Duration;
 use cache::{Access, End, Failure, Fingerprint, FlightEvent, Key, Lookup, OutputCacheConfig};
 use engine::{Event, FinishReason, GenerationError, PromptLogprob, SampledToken};
 
+use tokio::time::Instant;
+
 pub use key::OutputKey;
 pub use lead::{Computation, Scheduled};
 
@@ -26,7 +28,7 @@ pub type Leader = cache::Leader<GenerationError>;
 pub struct OutputCache {
     cache: cache::OutputCache<GenerationError>,
     fingerprint: Fingerprint,
-    /// Time that a look-up may take in all, whatever the state of slow tiers.
+    /// Time that the tiers get to say what they hold.
     budget: Duration,
 }
 
@@ -78,20 +80,19 @@ impl OutputCache {
 
     /// Sets the gauges of all tiers; takes the budget at most.
     pub async fn observe(&self) {
-        cache::observe(&self.store().stats(tokio::time::Instant::now() + self.budget).await);
+        cache::observe(&self.store().stats(Instant::now() + self.budget).await);
     }
 
     /// Removes every stored answer.
     ///
     /// # Errors
     /// A tier did not finish by the deadline: some may be left.
-    pub async fn clear(&self, deadline: tokio::time::Instant) -> Result<(), cache::CacheError> {
+    pub async fn clear(&self, deadline: Instant) -> Result<(), cache::CacheError> {
         self.store().clear(None, deadline).await
     }
 
-    /// Finds the answer, joins who computes it, or makes the caller lead. Takes the budget at most.
-    pub async fn open(&self, key: &OutputKey<'_>, access: Access) -> Found {
-        let deadline = tokio::time::Instant::now() + self.budget;
+    /// Finds the answer, joins who computes it, or makes the caller lead, by the deadline.
+    pub async fn open(&self, key: &OutputKey<'_>, access: Access, deadline: Instant) -> Found {
         let key = key.digest(&self.fingerprint);
         match self.cache.open(key, access, deadline).await {
             Lookup::Hit { recording, .. } => {
@@ -104,9 +105,8 @@ impl OutputCache {
 }
 
 impl OutputCache {
-    /// Whether every one of these answers is still stored; takes the budget at most.
-    pub async fn holds(&self, keys: &[Key]) -> bool {
-        let deadline = tokio::time::Instant::now() + self.budget;
+    /// Whether every one of these answers is still stored, as far as that is known by the deadline.
+    pub async fn holds(&self, keys: &[Key], deadline: Instant) -> bool {
         for key in keys {
             if !self.cache.holds(*key, deadline).await {
                 return false;

@@ -10,8 +10,10 @@ use cache::store::{DiskConfig, DiskStore, MemoryStore, RedisConfig, RedisStore, 
 use crate::app::REPLAY_SHARE;
 use crate::config::{Config, OutputCacheType};
 
-/// Largest value on disk and in Redis: the answer to a long context with many log-probs has a few MiB.
-const MAX_VALUE_BYTES: usize = 16 << 20;
+/// Largest value on disk: the answer to a long context with many log-probs has a few MiB.
+const MAX_DISK_VALUE_BYTES: usize = 16 << 20;
+/// Largest value in Redis: what takes longer than a request may wait would only keep others from theirs.
+const MAX_REDIS_VALUE_BYTES: usize = 2 << 20;
 /// How often another process's files in a shared folder are noticed.
 const SCAN_INTERVAL: Duration = Duration::from_secs(300);
 
@@ -20,7 +22,7 @@ const SCAN_INTERVAL: Duration = Duration::from_secs(300);
 pub struct Tiers {
     pub memory: Arc<MemoryStore>,
     /// Memory over those that outlive the process; absent where there are none.
-    pub all: Option<Arc<dyn Store>>,
+    pub all: Option<Arc<TieredStore>>,
 }
 
 /// The tiers; `None` where answers are not cached. Call within a runtime.
@@ -38,7 +40,7 @@ pub fn open(config: &Config) -> anyhow::Result<Option<Tiers>> {
         let disk = DiskStore::open(DiskConfig {
             directory: directory.clone(),
             max_bytes: config.cache_disk.0,
-            max_value_bytes: MAX_VALUE_BYTES,
+            max_value_bytes: MAX_DISK_VALUE_BYTES,
             scan_interval: SCAN_INTERVAL,
         });
         slow.push(Arc::new(disk.with_context(|| format!("--cache-dir {}", directory.display()))?));
@@ -47,14 +49,14 @@ pub fn open(config: &Config) -> anyhow::Result<Option<Tiers>> {
         let redis = RedisStore::open(&RedisConfig {
             url: url.expose_text().to_owned(),
             key_prefix: config.redis_prefix.clone(),
-            max_value_bytes: MAX_VALUE_BYTES,
+            max_value_bytes: MAX_REDIS_VALUE_BYTES,
             breaker: BreakerConfig::default(),
         });
         slow.push(Arc::new(redis.context("--redis-url")?));
     }
     let all = match slow.is_empty() {
         true => None,
-        false => Some(Arc::new(TieredStore::new(Arc::clone(&memory), slow, TieredConfig::default())) as Arc<dyn Store>),
+        false => Some(Arc::new(TieredStore::new(Arc::clone(&memory), slow, TieredConfig::default()))),
     };
     Ok(Some(Tiers { memory, all }))
 }

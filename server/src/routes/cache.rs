@@ -33,7 +33,7 @@ pub struct TierReport {
     tier: &'static str,
     /// It answers now.
     available: bool,
-    /// Null where the tier does not tell. Of Redis these are all keys and bytes of the server, whoever wrote them.
+    /// Null where the tier does not tell, as Redis.
     entries: Option<u64>,
     bytes: Option<u64>,
     max_bytes: Option<u64>,
@@ -66,7 +66,7 @@ pub async fn stats(State(app): State<Arc<App>>) -> Result<Json<CacheStats>, ApiE
     Ok(Json(CacheStats { tiers: tiers.into_iter().map(TierReport::from).collect(), num_flights }))
 }
 
-/// Remove every cached value, in all tiers
+/// Remove every cached answer, in all tiers; blocks of prompts stay in the KV cache
 #[utoipa::path(
     post,
     path = "/v1/cache/clear",

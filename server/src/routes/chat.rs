@@ -19,7 +19,7 @@ use crate::generate::{Batch, Job};
 use crate::openai::chat::{ChatCompletion, ChatCompletionChunk, ChatCompletionRequest};
 use crate::openai::error::ErrorResponse;
 use crate::output_cache::Origin;
-use crate::replay::{self, Asked, Stamp, Texts};
+use crate::replay::{self, Asked, Asking, Stamp, Texts};
 use crate::sse::to_json;
 use crate::telemetry::http::RequestId;
 use crate::validate;
@@ -47,8 +47,11 @@ pub async fn complete(
 ) -> Result<Response, ApiError> {
     let model = app.model()?;
     let permit = app.admit()?;
-    let asked = Asked::new("chat", tenant, &body.0);
-    if let Some(response) = app.replays.answer(asked, model, (&permit, &id.0)).await {
+    let cache_deadline = app.cache_deadline();
+    // Where answers are not cached, their bytes need no name.
+    let asked = model.outputs().map(|_| Asked::new("chat", tenant, &body.0));
+    let asking = Asking { permit: &permit, request_id: &id.0, cache_deadline };
+    if let Some(response) = app.replays.answer(asked, model, &asking).await {
         return Ok(tell_origin(response, Some(Origin::Hit)));
     }
     let body = body.object()?;
@@ -61,7 +64,8 @@ pub async fn complete(
     let prompts = [Arc::clone(&prompt)];
     let salt = Salt::new(tenant, valid.cache_salt.as_deref());
     let mut batch =
-        Batch::start(model, Job { prompts: &prompts, valid: &valid, param: "messages", salt, permit }).await?;
+        Batch::start(model, Job { prompts: &prompts, valid: &valid, param: "messages", salt, permit, cache_deadline })
+            .await?;
     let (origin, is_cached) = (batch.origin, batch.is_cached());
     let stamp = Stamp { prefix: "chatcmpl-", request_id: &id.0, created: unix_seconds() };
     let envelope = Envelope {

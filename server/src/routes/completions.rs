@@ -17,7 +17,7 @@ use crate::generate::{Batch, Job};
 use crate::openai::completions::{Completion, CompletionRequest, Prompt};
 use crate::openai::error::ErrorResponse;
 use crate::output_cache::Origin;
-use crate::replay::{self, Asked, Stamp, Texts};
+use crate::replay::{self, Asked, Asking, Stamp, Texts};
 use crate::sse::to_json;
 use crate::telemetry::http::RequestId;
 use crate::text::{EncodeOptions, Tokenizer};
@@ -49,8 +49,11 @@ pub async fn complete(
 ) -> Result<Response, ApiError> {
     let model = app.model()?;
     let permit = app.admit()?;
-    let asked = Asked::new("completions", tenant, &body.0);
-    if let Some(response) = app.replays.answer(asked, model, (&permit, &id.0)).await {
+    let cache_deadline = app.cache_deadline();
+    // Where answers are not cached, their bytes need no name.
+    let asked = model.outputs().map(|_| Asked::new("completions", tenant, &body.0));
+    let asking = Asking { permit: &permit, request_id: &id.0, cache_deadline };
+    if let Some(response) = app.replays.answer(asked, model, &asking).await {
         return Ok(tell_origin(response, Some(Origin::Hit)));
     }
     let body = body.object()?;
@@ -68,7 +71,9 @@ pub async fn complete(
     let prompts = app.limits.run_text(move || plan.prepare(source, &tokenizer)).await?;
     let ids: Vec<_> = prompts.iter().map(|prompt| Arc::clone(&prompt.ids)).collect();
     let salt = Salt::new(tenant, valid.cache_salt.as_deref());
-    let mut batch = Batch::start(model, Job { prompts: &ids, valid: &valid, param: "prompt", salt, permit }).await?;
+    let mut batch =
+        Batch::start(model, Job { prompts: &ids, valid: &valid, param: "prompt", salt, permit, cache_deadline })
+            .await?;
     let (origin, is_cached) = (batch.origin, batch.is_cached());
     let stamp = Stamp { prefix: "cmpl-", request_id: &id.0, created: unix_seconds() };
     let envelope = Envelope {

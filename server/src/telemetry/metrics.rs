@@ -45,7 +45,10 @@ const TOKEN_COUNTS: &[(&str, &str)] = &[
     ("vllm:request_params_max_tokens", "Most tokens a sequence may generate"),
 ];
 const COUNTERS: &[(&str, &str)] = &[
-    ("vllm:prompt_tokens_total", "Prompt tokens computed or taken from a cache"),
+    (
+        "vllm:prompt_tokens_total",
+        "Prompt tokens computed or taken from the prefix cache; answers of the output cache have none",
+    ),
     ("vllm:prompt_tokens_cached_total", "Prompt tokens taken from a cache"),
     ("vllm:prompt_tokens_cached_by_source_total", "Prompt tokens taken from a cache, by which"),
     ("vllm:prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache"),
@@ -155,12 +158,29 @@ pub struct ChoiceMeter {
     first_token: Option<Instant>,
     last_token: Option<Instant>,
     num_tokens: usize,
+    /// It was there as a whole: the time between its tokens says nothing.
+    is_stored: bool,
     ended: bool,
 }
 
 impl ChoiceMeter {
     pub fn new(facts: RequestFacts) -> Self {
-        Self { facts, scheduled: None, first_token: None, last_token: None, num_tokens: 0, ended: false }
+        Self {
+            facts,
+            scheduled: None,
+            first_token: None,
+            last_token: None,
+            num_tokens: 0,
+            is_stored: false,
+            ended: false,
+        }
+    }
+
+    /// For a sequence that was there as a whole, or not.
+    #[must_use]
+    pub fn stored(mut self, is_stored: bool) -> Self {
+        self.is_stored = is_stored;
+        self
     }
 
     /// The first rows of the sequence are being computed, `queue` after it was submitted.
@@ -174,6 +194,7 @@ impl ChoiceMeter {
         let now = Instant::now();
         match self.last_token {
             None => histogram!("vllm:time_to_first_token_seconds").record(now - self.facts.arrival),
+            Some(_) if self.is_stored => {}
             Some(last) => histogram!("vllm:inter_token_latency_seconds").record(now - last),
         }
         self.first_token.get_or_insert(now);
@@ -201,7 +222,8 @@ impl ChoiceMeter {
         histogram!("vllm:request_generation_tokens").record(self.num_tokens as f64);
         histogram!("vllm:request_params_n").record(f64::from(self.facts.num_choices));
         histogram!("vllm:request_params_max_tokens").record(self.facts.max_tokens as f64);
-        if let (Some(first), Some(last), 2..) = (self.first_token, self.last_token, self.num_tokens) {
+        let is_timed = !self.is_stored;
+        if let (true, Some(first), Some(last), 2..) = (is_timed, self.first_token, self.last_token, self.num_tokens) {
             let per_token = (last - first).as_secs_f64() / (self.num_tokens - 1) as f64;
             histogram!("vllm:request_time_per_output_token_seconds").record(per_token);
         }

@@ -78,11 +78,13 @@ impl Files {
         if matches!(look, Look::Found(_)) {
             let is_old = file.metadata()?.modified()? + TOUCH_INTERVAL < now;
             if is_old {
-                file.set_modified(now)?;
+                // A file of another user, or on a disk that is read-only, is as good.
+                drop(file.set_modified(now));
             }
             self.index().note(name, len, now);
         } else {
-            self.remove(&name)?;
+            // What cannot be removed stays bad, and a miss.
+            drop(self.remove(&name));
         }
         Ok(look)
     }
@@ -105,10 +107,10 @@ impl Files {
 
     fn write_whole(&self, unfinished: &Path, path: &Path, sealed: &[u8]) -> io::Result<()> {
         let folder = path.parent().expect("a file of the cache lies in a folder");
-        let mut file = match File::create(unfinished) {
+        let mut file = match create(unfinished) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                fs::create_dir_all(folder)?;
-                File::create(unfinished)?
+                make_folder(folder)?;
+                create(unfinished)?
             }
             file => file?,
         };
@@ -200,4 +202,19 @@ fn read_folder(path: &Path) -> io::Result<impl Iterator<Item = io::Result<fs::Di
         }
         Err(error) => Err(error),
     }
+}
+
+/// Makes a folder that only this user reads: values are what users asked and were told.
+pub(super) fn make_folder(path: &Path) -> io::Result<()> {
+    let mut builder = fs::DirBuilder::new();
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    builder.recursive(true).create(path)
+}
+
+fn create(path: &Path) -> io::Result<File> {
+    let mut options = File::options();
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options.write(true).create(true).truncate(true).open(path)
 }

@@ -39,7 +39,7 @@ pub struct DiskConfig {
 const MAX_FILES: usize = 1_000_000;
 
 /// Calls that may be in the file system at once. A file system that hangs holds these threads and no more.
-const MAX_CALLS: usize = 16;
+pub const MAX_CALLS: usize = 16;
 
 /// One file per value. Full, read-only or gone, it costs hits, and is counted.
 #[derive(Debug)]
@@ -57,7 +57,7 @@ impl DiskStore {
     /// # Errors
     /// The directory cannot be made: said once, at the start, where an operator reads it.
     pub fn open(config: DiskConfig) -> Result<Self, CacheError> {
-        std::fs::create_dir_all(&config.directory).map_err(|source| CacheError::Io { tier: Tier::Disk, source })?;
+        files::make_folder(&config.directory).map_err(|source| CacheError::Io { tier: Tier::Disk, source })?;
         let index = Index::new(config.max_bytes, MAX_FILES);
         let files = Arc::new(Files::new(config.directory, config.max_value_bytes, index));
         let calls = Arc::new(Semaphore::new(MAX_CALLS));
