@@ -29,6 +29,8 @@ pub(super) struct Answer {
     has_begun: bool,
     /// When the computation was scheduled, where this request leads it.
     scheduled: Option<oneshot::Receiver<Scheduled>>,
+    /// Read together with the news that it was scheduled, which goes first.
+    held: Option<Event>,
     again: Again,
 }
 
@@ -67,7 +69,7 @@ impl Source {
             Computation { leader, generation, assembler, num_prompt_tokens, prompt_only, scheduled: sender }.spawn();
         }
         let again = Again { engine: model.engine.clone(), request, param: job.param };
-        let answer = Answer { follower, has_begun: false, scheduled, again };
+        let answer = Answer { follower, has_begun: false, scheduled, held: None, again };
         Ok((Self::Answer(Box::new(answer)), Some((origin, key))))
     }
 
@@ -96,21 +98,34 @@ impl Source {
 impl Answer {
     /// `None` where whoever computed it is gone.
     async fn next(&mut self) -> Option<Event> {
-        if let Some(scheduled) = &mut self.scheduled {
-            // It was sent before any other event.
-            tokio::select! {
-                biased;
-                now = scheduled => {
-                    self.scheduled = None;
-                    if let Ok(Scheduled { queue, num_cached_tokens }) = now {
-                        return Some(Event::Scheduled { queue, num_cached_tokens });
-                    }
-                }
-                event = self.follower.next() => return self.begin(event),
-            }
+        if let Some(event) = self.held.take() {
+            return Some(event);
         }
-        let event = self.follower.next().await;
-        self.begin(event)
+        let Some(scheduled) = &mut self.scheduled else {
+            let event = self.follower.next().await;
+            return self.begin(event);
+        };
+        let (now, event) = tokio::select! {
+            biased;
+            now = &mut *scheduled => (now.ok(), None),
+            // It was sent before any other event, but this one may have come between the two looks.
+            event = self.follower.next() => (scheduled.try_recv().ok(), Some(event)),
+        };
+        self.scheduled = None;
+        let event = event.and_then(|event| self.begin(event));
+        match now {
+            Some(Scheduled { queue, num_cached_tokens }) => {
+                self.held = event;
+                Some(Event::Scheduled { queue, num_cached_tokens })
+            }
+            None => match event {
+                Some(event) => Some(event),
+                None => {
+                    let event = self.follower.next().await;
+                    self.begin(event)
+                }
+            },
+        }
     }
 
     fn begin(&mut self, event: Option<FlightEvent<GenerationError>>) -> Option<Event> {
