@@ -39,13 +39,14 @@ pub fn run(args: ServeArgs) -> anyhow::Result<()> {
     telemetry::logging::start(&config).map_err(|reason| anyhow!(reason))?;
     let names = model_names(&config);
     let metrics = telemetry::metrics::install(&names[0])?;
+    // A disk that hangs must not take the threads of text jobs, nor the one that looks through a folder.
+    let num_disk_threads = if config.cache_dir.is_some() { MAX_DISK_CALLS + 1 } else { 0 };
     let app = Arc::new(App::new(config, names, metrics));
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(cores.clamp(1, MAX_RUNTIME_THREADS))
-        // Text jobs are bounded by the cores, but the next one may start before the last one's thread is idle; a disk that hangs
-        // must not take their threads, nor the one that looks through a folder.
-        .max_blocking_threads(cores + MAX_DISK_CALLS + 1)
+        // Text jobs are bounded by the cores, but the next one may start before the last one's thread is idle.
+        .max_blocking_threads(cores + num_disk_threads)
         .enable_all()
         .build()?;
     let result = runtime.block_on(serve(&app));
