@@ -10,11 +10,20 @@ pub struct ForwardInput {
     pub input_ids: Vec<u32>,
     /// Position of each row in its sequence, `[num_tokens]`.
     pub positions: Vec<u32>,
+    /// For sites that keep every position.
+    pub paged: PagedRows,
+    /// For sites that keep a window; of no use where the model has none.
+    pub windowed: PagedRows,
+    pub pass: Pass,
+}
+
+/// Rows and sequences of a step in one kind of cache.
+#[derive(Debug, Default)]
+pub struct PagedRows {
     /// Where each row's keys and values go: `block * block_size + offset`, `[num_tokens]`.
     pub slot_mapping: Vec<u32>,
     /// Row ranges, context lengths, block tables and state slots of the sequences.
-    pub paged: PagedBatch,
-    pub pass: Pass,
+    pub batch: PagedBatch,
 }
 
 /// Which half of the model the rows of a step are for.
@@ -35,7 +44,17 @@ pub struct ChunkRows<'a> {
     pub source_len: usize,
     /// Blocks of the whole sequence.
     pub blocks: &'a [BlockId],
+    /// Of the blocks that hold its window; `None` for models without windows.
+    pub window: Option<WindowRows<'a>>,
     pub state_slot: Option<StateSlot>,
+}
+
+/// The blocks of a sequence for sites with a window.
+#[derive(Clone, Copy, Debug)]
+pub struct WindowRows<'a> {
+    /// Leading blocks that no row sees any more.
+    pub start: usize,
+    pub blocks: &'a [BlockId],
 }
 
 impl ForwardInput {
@@ -44,15 +63,8 @@ impl ForwardInput {
         self.pass = pass;
         self.input_ids.clear();
         self.positions.clear();
-        self.slot_mapping.clear();
-        for list in [&mut self.paged.cu_seqlens, &mut self.paged.block_offsets] {
-            list.clear();
-            list.push(0);
-        }
-        for list in [&mut self.paged.context_lens, &mut self.paged.source_lens, &mut self.paged.state_slots] {
-            list.clear();
-        }
-        self.paged.block_tables.clear();
+        self.paged.clear();
+        self.windowed.clear();
     }
 
     pub fn num_tokens(&self) -> usize {
@@ -61,20 +73,44 @@ impl ForwardInput {
 
     pub fn push(&mut self, chunk: ChunkRows, block_size: usize) {
         let end = chunk.start + chunk.tokens.len();
-        let num_blocks = end.div_ceil(block_size);
-        assert!(num_blocks <= chunk.blocks.len(), "every row of a chunk has a block");
         self.input_ids.extend_from_slice(chunk.tokens);
+        self.positions.extend(chunk.start as u32..end as u32);
+        self.paged.push(&chunk, WindowRows { start: 0, blocks: chunk.blocks }, block_size);
+        if let Some(window) = chunk.window {
+            self.windowed.push(&chunk, window, block_size);
+        }
+    }
+}
+
+impl PagedRows {
+    fn clear(&mut self) {
+        self.slot_mapping.clear();
+        let batch = &mut self.batch;
+        for list in [&mut batch.cu_seqlens, &mut batch.block_offsets] {
+            list.clear();
+            list.push(0);
+        }
+        for list in [&mut batch.context_lens, &mut batch.source_lens, &mut batch.state_slots, &mut batch.block_tables] {
+            list.clear();
+        }
+    }
+
+    fn push(&mut self, chunk: &ChunkRows, table: WindowRows, block_size: usize) {
+        let end = chunk.start + chunk.tokens.len();
+        let num_held = end.div_ceil(block_size).saturating_sub(table.start);
+        assert!(num_held <= table.blocks.len(), "every row of a chunk has a block");
         for position in chunk.start..end {
-            let block = chunk.blocks[position / block_size].0 as usize;
-            self.positions.push(position as u32);
+            let block = table.blocks[position / block_size - table.start].0 as usize;
             self.slot_mapping.push((block * block_size + position % block_size) as u32);
         }
-        self.paged.cu_seqlens.push(self.input_ids.len() as u32);
-        self.paged.context_lens.push(end as u32);
-        self.paged.source_lens.push(chunk.source_len as u32);
-        self.paged.state_slots.extend(chunk.state_slot.map(|slot| slot.0));
-        self.paged.block_tables.extend(chunk.blocks[..num_blocks].iter().map(|block| block.0));
-        self.paged.block_offsets.push(self.paged.block_tables.len() as u32);
+        let batch = &mut self.batch;
+        batch.cu_seqlens.push(self.slot_mapping.len() as u32);
+        batch.context_lens.push(end as u32);
+        batch.source_lens.push(chunk.source_len as u32);
+        batch.state_slots.extend(chunk.state_slot.map(|slot| slot.0));
+        batch.block_tables.extend(std::iter::repeat_n(PagedBatch::NO_BLOCK, table.start));
+        batch.block_tables.extend(table.blocks[..num_held].iter().map(|block| block.0));
+        batch.block_offsets.push(batch.block_tables.len() as u32);
     }
 }
 
@@ -91,25 +127,31 @@ mod tests {
             tokens: &[7, 8],
             source_len: 2,
             blocks: &[BlockId(5), BlockId(2)],
+            window: Some(WindowRows { start: 0, blocks: &[BlockId(1), BlockId(3)] }),
             state_slot: Some(StateSlot(6)),
         };
         input.push(first, 4);
         let second = ChunkRows {
-            start: 0,
+            start: 8,
             tokens: &[9],
             source_len: 0,
-            blocks: &[BlockId(0), BlockId(1)],
+            blocks: &[BlockId(0), BlockId(1), BlockId(4)],
+            window: Some(WindowRows { start: 1, blocks: &[BlockId(7), BlockId(0)] }),
             state_slot: Some(StateSlot(0)),
         };
         input.push(second, 4);
         assert_eq!(input.input_ids, [7, 8, 9]);
-        assert_eq!(input.positions, [3, 4, 0]);
-        assert_eq!(input.slot_mapping, [23, 8, 0]);
-        assert_eq!(input.paged.cu_seqlens, [0, 2, 3]);
-        assert_eq!(input.paged.context_lens, [5, 1]);
-        assert_eq!(input.paged.source_lens, [2, 0]);
-        assert_eq!(input.paged.state_slots, [6, 0]);
-        assert_eq!(input.paged.block_tables, [5, 2, 0]);
-        assert_eq!(input.paged.block_offsets, [0, 2, 3]);
+        assert_eq!(input.positions, [3, 4, 8]);
+        assert_eq!(input.paged.slot_mapping, [23, 8, 16]);
+        let batch = &input.paged.batch;
+        assert_eq!(batch.cu_seqlens, [0, 2, 3]);
+        assert_eq!(batch.context_lens, [5, 9]);
+        assert_eq!(batch.source_lens, [2, 0]);
+        assert_eq!(batch.state_slots, [6, 0]);
+        assert_eq!(batch.block_tables, [5, 2, 0, 1, 4]);
+        assert_eq!(batch.block_offsets, [0, 2, 5]);
+        assert_eq!(input.windowed.slot_mapping, [7, 12, 0]);
+        let expected = PagedBatch { block_tables: vec![1, 3, PagedBatch::NO_BLOCK, 7, 0], ..batch.clone() };
+        assert_eq!(input.windowed.batch, expected);
     }
 }

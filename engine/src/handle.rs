@@ -87,6 +87,10 @@ pub struct EngineStats {
     /// Held by nobody, and given up where a free block is missing.
     pub num_cached_blocks: usize,
     pub num_total_blocks: usize,
+    /// Of layers with a window, in use and kept for requests that begin alike.
+    pub num_used_window_blocks: usize,
+    pub num_cached_window_blocks: usize,
+    pub num_total_window_blocks: usize,
     pub num_used_state_slots: usize,
     pub num_total_state_slots: usize,
     /// Recurrent states kept for requests that begin alike.
@@ -121,6 +125,7 @@ pub struct ModelSummary {
     pub weight_bytes: u64,
     /// Formats of the matrices in memory, most bytes first.
     pub weight_formats: Vec<&'static str>,
+    /// Of layers with a window only while the token is in it.
     pub kv_bytes_per_token: u64,
     /// Of recurrent layers; 0 where there are none.
     pub state_bytes_per_sequence: u64,
@@ -128,6 +133,8 @@ pub struct ModelSummary {
     pub max_model_len: usize,
     pub block_size: usize,
     pub num_blocks: usize,
+    /// For layers with a window, with ids of their own; 0 for models that have none.
+    pub num_window_blocks: usize,
     /// Sequences whose recurrent state fits at once; 0 for models that have none.
     pub num_state_slots: usize,
     /// Recurrent states that are kept for requests that begin alike; 0 for models that have none.

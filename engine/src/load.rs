@@ -79,7 +79,7 @@ fn load_files(
         return Err(EngineError::Limit { what: "max_model_len", value: configured as u64, allowed });
     }
     // Half of what was inspected, which may have been f32 where bf16 will be kept.
-    let max_len = configured.min(budget::longest_sequence(config, inspection.kv_bytes_per_token / 2));
+    let max_len = configured.min(budget::longest_sequence(config, inspection.least_kv_bytes_per_token / 2));
     let max_table_bytes = config.available_memory / TABLE_SHARE;
     let len = ContextLen { configured, reachable: max_len, max_table_bytes };
     let Loaded { model, weights, weight_bytes, weight_formats } =
@@ -104,6 +104,7 @@ fn load_files(
         num_blocks: kv.num_blocks,
         num_state_slots: kv.num_state_slots,
         num_snapshot_slots: kv.num_snapshot_slots,
+        window: kv.window,
         snapshot_interval: config.snapshot_interval.div_ceil(config.block_size),
         max_num_seqs: config.max_num_seqs,
         max_num_batched_tokens: config.max_num_batched_tokens,
@@ -115,7 +116,7 @@ fn load_files(
     })?;
     let num_blocks = kv.num_blocks;
     let num_state_slots = kv.num_state_slots + kv.num_snapshot_slots;
-    let size = ArenaSize { format, block_size: config.block_size, num_blocks, num_state_slots };
+    let size = ArenaSize { format, block_size: config.block_size, num_blocks, window: kv.window, num_state_slots };
     let arena = KvArena::new(&shape.cache_sites, size)?;
     let summary = ModelSummary {
         architecture: model_config.model_type()?.to_owned(),
@@ -128,11 +129,12 @@ fn load_files(
         num_active_parameters: inspection.num_active_parameters,
         weight_bytes,
         weight_formats,
-        kv_bytes_per_token: kv.bytes_per_token,
+        kv_bytes_per_token: kv.bytes_per_token + kv.window_bytes_per_token,
         state_bytes_per_sequence: shape.cache_sites.iter().map(CacheSite::state_bytes).sum(),
         max_model_len: kv.max_model_len,
         block_size: config.block_size,
         num_blocks,
+        num_window_blocks: kv.window.map_or(0, |window| window.num_blocks),
         num_state_slots: kv.num_state_slots,
         num_snapshot_slots: kv.num_snapshot_slots,
         has_prefix_cache,

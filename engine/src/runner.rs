@@ -7,7 +7,7 @@ use scheduler::{Batch, BlockId, Chunk, Phase, RequestId, Scheduler, Sequence, St
 
 use crate::error::EngineError;
 use crate::experts::RoutingStats;
-use crate::forward_input::{ChunkRows, ForwardInput, Pass};
+use crate::forward_input::{ChunkRows, ForwardInput, Pass, WindowRows};
 use crate::handle::{PromptLogprob, SampledToken};
 use crate::layers::decoder::gather_rows;
 use crate::memory::KvArena;
@@ -124,15 +124,16 @@ impl Runner {
         let blocks: Vec<BlockId> = (0..num_blocks as u32).map(BlockId).collect();
         let has_states = self.model.shape().cache_sites.iter().any(|site| site.state_bytes() > 0);
         let state_slot = has_states.then_some(StateSlot(0));
+        let window = Some(WindowRows { start: 0, blocks: &blocks });
         let source_len = source.len();
         if source_len > 0 {
             self.input.clear(Pass::Encoder);
-            let rows = ChunkRows { start: 0, tokens: source, source_len, blocks: &blocks, state_slot };
+            let rows = ChunkRows { start: 0, tokens: source, source_len, blocks: &blocks, window, state_slot };
             self.input.push(rows, self.block_size);
             self.hidden()?;
         }
         self.input.clear(Pass::Decoder);
-        let rows = ChunkRows { start: source_len, tokens, source_len, blocks: &blocks, state_slot };
+        let rows = ChunkRows { start: source_len, tokens, source_len, blocks: &blocks, window, state_slot };
         self.input.push(rows, self.block_size);
         let hidden = self.hidden()?;
         Ok(self.model.logits(&hidden)?.to_vec2::<f32>()?)
@@ -147,7 +148,8 @@ impl Runner {
         }
         let blocks: Vec<BlockId> = (0..tokens.len().div_ceil(self.block_size) as u32).map(BlockId).collect();
         // No family that has such layers keeps recurrent states or an encoder.
-        let mut rows = ChunkRows { start: 0, tokens, source_len: 0, blocks: &blocks, state_slot: None };
+        let window = Some(WindowRows { start: 0, blocks: &blocks });
+        let mut rows = ChunkRows { start: 0, tokens, source_len: 0, blocks: &blocks, window, state_slot: None };
         self.input.clear(Pass::Decoder);
         self.input.push(rows, self.block_size);
         let mut hidden = self.hidden()?;
@@ -175,11 +177,14 @@ impl Runner {
         self.input.clear(if is_encoder { Pass::Encoder } else { Pass::Decoder });
         for chunk in &batch.chunks {
             let sequence = scheduler.sequence(chunk.id).expect("a scheduled sequence is known");
+            let table = sequence.block_table();
+            let window = WindowRows { start: table.window_start(), blocks: table.window() };
             let rows = ChunkRows {
                 start: chunk.start,
                 tokens: &sequence.tokens()[chunk.start..chunk.start + chunk.len],
                 source_len: sequence.source_len(),
-                blocks: sequence.block_table().blocks(),
+                blocks: table.blocks(),
+                window: self.arena.has_windows().then_some(window),
                 state_slot: sequence.state_slot(),
             };
             self.input.push(rows, self.block_size);

@@ -118,6 +118,9 @@ impl Shared {
         stats.num_used_blocks = scheduler.num_used_blocks;
         stats.num_cached_blocks = scheduler.num_cached_blocks;
         stats.num_total_blocks = scheduler.num_total_blocks;
+        stats.num_used_window_blocks = scheduler.num_used_window_blocks;
+        stats.num_cached_window_blocks = scheduler.num_cached_window_blocks;
+        stats.num_total_window_blocks = scheduler.num_total_window_blocks;
         stats.num_used_state_slots = scheduler.num_used_state_slots;
         stats.num_total_state_slots = scheduler.num_total_state_slots;
         stats.num_snapshots = scheduler.num_snapshots;

@@ -72,6 +72,8 @@ impl StepLoop {
             num_waiting: 0,
             num_used_blocks: 0,
             num_cached_blocks: 0,
+            num_used_window_blocks: 0,
+            num_cached_window_blocks: 0,
             num_used_state_slots: 0,
             num_snapshots: 0,
             ..self.scheduler.stats()
@@ -341,7 +343,8 @@ mod tests {
                 experts_per_moe_layer,
                 prefill,
             };
-            let size = ArenaSize { format: KvFormat::F32, block_size: 16, num_blocks: 1, num_state_slots: 0 };
+            let size =
+                ArenaSize { format: KvFormat::F32, block_size: 16, num_blocks: 1, window: None, num_state_slots: 0 };
             let arena = KvArena::new(&[], size).unwrap();
             let runner = Runner::new(Box::new(Broken { shape, fail }), arena, 16);
             let shared = Arc::new(Shared::new(summary, fingerprint, 4));

@@ -196,13 +196,16 @@ pub struct PagedBatch {
     pub source_lens: Vec<u32>,
     /// Where the recurrent state of each sequence is, `[num_seqs]`, no two the same; empty for models that have none.
     pub state_slots: Vec<u32>,
-    /// Blocks of all sequences, one after the other.
+    /// Blocks of all sequences, one after the other; [`Self::NO_BLOCK`] where no row reaches.
     pub block_tables: Vec<u32>,
     /// First entry of each sequence in `block_tables`, then their number; `[num_seqs + 1]`.
     pub block_offsets: Vec<u32>,
 }
 
 impl PagedBatch {
+    /// Stands in a block table for a block that the sequence gave back.
+    pub const NO_BLOCK: u32 = u32::MAX;
+
     pub(crate) fn num_seqs(&self) -> usize {
         self.context_lens.len()
     }
@@ -225,9 +228,6 @@ impl PagedBatch {
     pub(crate) fn check(&self, op: &'static str, num_rows: usize, cache: &PagedCache, reach: Reach) -> Result<()> {
         self.check_rows(op, num_rows)?;
         check_offsets(op, "block_offsets", &self.block_offsets, (self.num_seqs(), self.block_tables.len()))?;
-        for &block in &self.block_tables {
-            check::below(op, "block", block as usize, cache.num_blocks())?;
-        }
         for (seq_idx, (&context_len, &source_len)) in self.context_lens.iter().zip(&self.source_lens).enumerate() {
             let reaches_something = match reach {
                 Reach::Source => (1..=context_len).contains(&source_len),
@@ -241,6 +241,13 @@ impl PagedBatch {
             if num_blocks * cache.block_size() < context_len as usize {
                 let reason = format!("sequence {seq_idx} has {num_blocks} blocks for a context of {context_len}");
                 return Err(KernelError::Invalid { op, reason });
+            }
+            let first_row = context_len as usize - self.seq_rows(seq_idx).len();
+            let first_seen = reach.start(first_row, source_len as usize) / cache.block_size();
+            for (idx, &block) in self.block_table(seq_idx).iter().enumerate() {
+                if block != Self::NO_BLOCK || idx >= first_seen {
+                    check::below(op, "block", block as usize, cache.num_blocks())?;
+                }
             }
         }
         Ok(())

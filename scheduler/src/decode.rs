@@ -15,7 +15,7 @@ impl Scheduler {
             next = arrival.next();
             if self.seq(id).is_decoding() && self.make_room(id, &mut preempted) {
                 let num_rows = budget.take(1);
-                self.seq_mut(id).schedule(num_rows);
+                self.give_rows(id, num_rows);
             }
         }
         preempted

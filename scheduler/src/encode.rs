@@ -19,7 +19,7 @@ impl Scheduler {
                 break;
             }
             budget.take(source_len);
-            self.seq_mut(id).schedule(source_len);
+            self.give_rows(id, source_len);
             is_first = false;
         }
         !is_first

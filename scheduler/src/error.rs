@@ -11,6 +11,8 @@ pub enum ConfigError {
     TooManyBlocks { num_blocks: usize, limit: u32 },
     #[error("num_state_slots and num_snapshot_slots are {num_slots} together, the limit is {limit}")]
     TooManyStateSlots { num_slots: usize, limit: u32 },
+    #[error("the windows have {num_blocks} blocks, at least {needed} are needed, at most 2^32 - 1 can be named")]
+    WindowBlocks { num_blocks: usize, needed: usize },
 }
 
 /// Why a request was not accepted. Nothing is held for it.

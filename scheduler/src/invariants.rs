@@ -39,6 +39,11 @@ impl Scheduler {
                 let shared = &sequence.blocks.blocks()[..published.len()];
                 assert!(self.blocks.has_chain(published, shared), "{id:?} holds other blocks than those of its names");
             }
+            if let Some(windows) = self.blocks.windows() {
+                let end = self.blocks.blocks_for(sequence.num_computed() + sequence.num_scheduled());
+                let num_published = sequence.prefix().map_or(0, |prefix| prefix.published().len());
+                windows.assert_window(&sequence.blocks, sequence.num_computed(), [num_published, end]);
+            }
             assert!(num_held >= num_covered, "{id:?} holds {num_held} blocks, its tokens need {num_covered}");
             assert!(num_held <= self.blocks.blocks_for(sequence.max_positions()), "{id:?} holds more than it may");
         }
@@ -46,7 +51,8 @@ impl Scheduler {
             let sequence = self.seq(id);
             assert_eq!(sequence.arrival, arrival, "{id:?} waits under another's arrival");
             assert_eq!(sequence.num_computed() + sequence.num_scheduled(), 0, "{id:?} waits but was computed");
-            assert!(sequence.blocks.blocks().is_empty(), "{id:?} waits but holds blocks");
+            let table = &sequence.blocks;
+            assert!(table.blocks.is_empty() && table.window.is_empty(), "{id:?} waits but holds blocks");
             assert!(sequence.state_slot.is_none(), "{id:?} waits but holds a state");
         }
         let is_waited_for =
@@ -64,6 +70,6 @@ impl Scheduler {
         let reserved = self.sequences.values().filter_map(|sequence| sequence.prefix()?.reserved);
         self.blocks.assert_snapshots(self.state_slots.num_total(), reserved);
         assert!(self.restores.is_empty(), "a state was to be copied in a batch that is made");
-        self.blocks.assert_accounts_for(self.sequences.values().flat_map(|sequence| sequence.blocks.blocks()).copied());
+        self.blocks.assert_accounts_for(self.sequences.values().map(|sequence| &sequence.blocks));
     }
 }

@@ -82,7 +82,7 @@ impl Scheduler {
 
     fn schedule_prefill(&mut self, id: RequestId, budget: &mut TokenBudget) {
         let num_rows = budget.take(self.num_wanted_rows(id));
-        self.seq_mut(id).schedule(num_rows);
+        self.give_rows(id, num_rows);
     }
 
     fn may_grow(&self, id: RequestId) -> bool {

@@ -7,7 +7,7 @@ use crate::batch::{Batch, FinishReason, Outcome, Phase, Progress, StateCopy, Upd
 use crate::budget::TokenBudget;
 use crate::config::SchedulerConfig;
 use crate::error::{AdmissionError, ConfigError};
-use crate::kv::{BlockManager, Snapshots, StateSlots};
+use crate::kv::{BlockManager, Snapshots, StateSlots, WindowBlocks};
 use crate::prefix::{InFlight, release};
 use crate::queue::{Arrival, Queue};
 use crate::request::{Request, RequestId};
@@ -48,8 +48,10 @@ impl Scheduler {
         config.validate()?;
         let num_snapshot_slots = if config.num_state_slots > 0 { config.num_snapshot_slots } else { 0 };
         let snapshots = Snapshots::new(config.num_state_slots, num_snapshot_slots);
+        let windows = config.window.map(|window| WindowBlocks::new(window, config.block_size));
+        let blocks = BlockManager::new(config.block_size, config.num_blocks);
         Ok(Self {
-            blocks: BlockManager::new(config.block_size, config.num_blocks).with_snapshots(snapshots),
+            blocks: blocks.with_snapshots(snapshots).with_windows(windows),
             state_slots: StateSlots::new(config.num_state_slots),
             in_flight: InFlight::default(),
             restores: Vec::new(),
@@ -142,6 +144,7 @@ impl Scheduler {
             assert_eq!(sequence.chunk().as_ref(), Some(chunk), "the batch completed is not the one made last");
             sequence.advance();
             self.publish(chunk.id);
+            self.leave_window(chunk.id);
             let Some(&outcome) = outcome else { continue };
             let (update, has_ended) = match outcome {
                 Outcome::Failed => (Update::Failed, true),
@@ -176,6 +179,9 @@ impl Scheduler {
             num_total_state_slots: self.state_slots.num_total(),
             num_snapshots: self.blocks.snapshots.num_kept(),
             num_total_snapshot_slots: self.blocks.snapshots.num_total(),
+            num_used_window_blocks: self.blocks.windows().map_or(0, WindowBlocks::num_used),
+            num_cached_window_blocks: self.blocks.windows().map_or(0, WindowBlocks::num_cached),
+            num_total_window_blocks: self.blocks.windows().map_or(0, WindowBlocks::num_total),
             num_preemptions: self.num_preemptions,
             num_prefix_queries: self.num_prefix_queries,
             num_prefix_hits: self.num_prefix_hits,
@@ -187,11 +193,25 @@ impl Scheduler {
         !self.sequences.is_empty()
     }
 
-    /// Changes the size of the pool to ids `0..total` (at least one block, at most `u32::MAX`); returns the blocks it
+    /// Changes the size of the pool to ids `0..total` (at least one block, at most `u32::MAX` or those whose windows have room); returns the blocks it
     /// has now. Growth is immediate. A shrink takes free and cached blocks now and held ones when they are freed, and stops at what
     /// the largest accepted request needs until that request ends; new requests are measured by `total` at once.
     pub fn set_num_blocks(&mut self, total: usize) -> usize {
-        self.blocks.set_num_wanted(total)
+        self.blocks.set_num_wanted(total.min(self.config.most_blocks()))
+    }
+
+    /// Puts the next rows of a sequence into the batch being made; their blocks are there, but for those of windows.
+    pub(crate) fn give_rows(&mut self, id: RequestId, num_rows: usize) {
+        let sequence = self.sequences.get_mut(&id).expect("queues name only known sequences");
+        sequence.schedule(num_rows);
+        let end = sequence.num_computed() + num_rows;
+        self.blocks.cover_window(&mut sequence.blocks, end);
+    }
+
+    fn leave_window(&mut self, id: RequestId) {
+        let sequence = self.sequences.get_mut(&id).expect("the caller knows the sequence");
+        let num_computed = sequence.num_computed();
+        self.blocks.leave_window(&mut sequence.blocks, num_computed);
     }
 
     pub(crate) fn seq(&self, id: RequestId) -> &Sequence {

@@ -12,6 +12,12 @@ pub struct SchedulerStats {
     pub num_cached_blocks: usize,
     /// Free, used and cached blocks. More than [`crate::Scheduler::set_num_blocks`] asked for while a shrink is under way.
     pub num_total_blocks: usize,
+    /// Those of layers with a window; they have a pool of their own.
+    pub num_used_window_blocks: usize,
+    /// Held by nobody, and kept for sequences that start behind them.
+    pub num_cached_window_blocks: usize,
+    /// 0 for models without windows.
+    pub num_total_window_blocks: usize,
     pub num_used_state_slots: usize,
     /// 0 for models without recurrent states.
     pub num_total_state_slots: usize,

@@ -3,7 +3,9 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use scheduler::{Outcome, Phase, Request, RequestId, Scheduler, SchedulerConfig, StateCopy, StopCriteria};
+use scheduler::{
+    Outcome, Phase, Request, RequestId, Scheduler, SchedulerConfig, StateCopy, StopCriteria, WindowConfig,
+};
 
 /// Tokens of a block.
 const BLOCK: usize = 4;
@@ -72,6 +74,7 @@ fn config(num_blocks: usize, max_num_batched_tokens: usize) -> SchedulerConfig {
         num_state_slots: 0,
         num_snapshot_slots: 0,
         snapshot_interval: 2,
+        window: None,
         max_num_seqs: 8,
         max_num_batched_tokens,
         max_model_len: 1000,
@@ -334,6 +337,89 @@ fn a_block_that_goes_takes_its_state_along() {
     driver.scheduler.complete(&batch, &[]);
     driver.scheduler.assert_invariants();
     assert_eq!(driver.scheduler.stats().num_snapshots, 1);
+}
+
+/// Rows see 9 positions; of the ten blocks for them two sequences may hold all.
+fn with_windows(prefix_cache: Option<[u8; 32]>) -> Driver {
+    let num_blocks = WindowConfig::most_blocks(9, BLOCK, 2, 8);
+    assert_eq!(num_blocks, 10);
+    let window = Some(WindowConfig { len: 9, num_blocks });
+    Driver::with(SchedulerConfig { window, max_num_seqs: 2, prefix_cache, ..config(100, 8) })
+}
+
+impl Driver {
+    fn window_blocks(&self) -> [usize; 2] {
+        let stats = self.scheduler.stats();
+        [stats.num_used_window_blocks, stats.num_cached_window_blocks]
+    }
+}
+
+#[test]
+fn a_window_holds_what_rows_see() {
+    let mut driver = with_windows(None);
+    driver.add(request(1, 40, 0, 20));
+    for (step, held) in [("1 0..8", 2), ("1 8..16", 2), ("1 16..24", 2), ("1 24..32", 2), ("1 32..40", 2)] {
+        driver.check(&[step]);
+        assert_eq!(driver.window_blocks(), [held, 0], "after {step}");
+    }
+    let held: Vec<usize> = (40..48)
+        .map(|_| {
+            driver.step();
+            driver.window_blocks()[0]
+        })
+        .collect();
+    assert_eq!(held, [3, 3, 3, 2, 3, 3, 3, 2], "eight positions before the next row");
+    assert_eq!(driver.blocks(), [12, 0], "other layers see all");
+    driver.run();
+    assert_eq!((driver.window_blocks(), driver.blocks()), ([0, 0], [0, 0]));
+}
+
+#[test]
+fn a_sequence_starts_where_its_window_is_kept() {
+    let mut driver = with_windows(Some([3; 32]));
+    driver.add(request(1, 40, 0, 1));
+    driver.run();
+    assert_eq!((driver.window_blocks(), driver.blocks()), ([0, 10], [0, 10]));
+    // Four of the ten go, those of the beginning.
+    driver.add(request(2, 0, 16, 1));
+    driver.run();
+    assert_eq!((driver.window_blocks(), driver.blocks()), ([0, 10], [0, 14]));
+    for (id, common, steps) in [(3, 40, "3 40..41"), (4, 20, "4 0..8, 4 8..16, 4 16..21"), (5, 20, "5 20..21")] {
+        driver.add(request(id, common, 1, 1));
+        driver.check(&steps.split(", ").collect::<Vec<_>>());
+    }
+    assert_eq!(driver.window_blocks(), [0, 9], "a block that was not full is free");
+    driver.scheduler.set_num_blocks(2);
+    assert_eq!(driver.window_blocks(), [0, driver.blocks()[1]], "a block that goes takes its window along");
+    driver.scheduler.assert_invariants();
+}
+
+#[test]
+fn windows_are_shared_while_they_are_in_use() {
+    let mut driver = with_windows(Some([3; 32]));
+    driver.add(request(1, 24, 0, 9));
+    driver.check(&["1 0..8", "1 8..16", "1 16..24"]);
+    driver.add(request(2, 24, 1, 9));
+    driver.check(&["d1 24..25, 2 24..25"]);
+    assert_eq!(driver.window_blocks(), [4, 4], "two of their own, two together, four behind them");
+    driver.scheduler.abort(RequestId(1));
+    assert_eq!(driver.window_blocks(), [3, 4]);
+    driver.scheduler.assert_invariants();
+    driver.run();
+    assert_eq!(driver.window_blocks()[0], 0);
+}
+
+#[test]
+fn too_few_blocks_for_windows_are_refused_and_never_outgrown() {
+    let window = |num_blocks| Some(WindowConfig { len: 9, num_blocks });
+    let config = |window| SchedulerConfig { window, max_num_seqs: 2, ..config(9, 8) };
+    assert!(Scheduler::new(config(window(8))).is_err());
+    assert!(Scheduler::new(config(Some(WindowConfig { len: 0, num_blocks: 100 }))).is_err());
+    // As many as there are others: enough while those are no more.
+    let mut scheduler = Scheduler::new(config(window(9))).expect("enough");
+    assert_eq!(scheduler.set_num_blocks(50), 9);
+    let mut scheduler = Scheduler::new(config(window(10))).expect("enough for all");
+    assert_eq!(scheduler.set_num_blocks(50), 50);
 }
 
 #[test]

@@ -33,6 +33,7 @@ fn config(block_size: usize, num_blocks: usize, max_num_seqs: usize, max_num_bat
         num_state_slots: 0,
         num_snapshot_slots: 0,
         snapshot_interval: 1,
+        window: None,
         max_num_seqs,
         max_num_batched_tokens,
         max_model_len: 1000,

@@ -186,7 +186,8 @@ impl Attention {
     }
 
     pub fn cache_site(&self) -> CacheSite {
-        CacheSite::Gqa { num_kv_heads: self.spec.num_kv_heads, head_dim: self.spec.head_dim }
+        let GqaSpec { num_kv_heads, head_dim, reach, .. } = self.spec;
+        CacheSite::Gqa { num_kv_heads, head_dim, window: reach.window() }
     }
 
     /// `x`: `[num_tokens, hidden_size]`, normalised.
@@ -222,10 +223,10 @@ impl Attention {
             let factors: Vec<f32> = positions.iter().map(|&position| temperature.factor(position)).collect();
             q = q.broadcast_mul(&Tensor::from_vec(factors, (num_tokens, 1, 1), q.device())?)?;
         }
-        let cache = context.arena.paged_mut(self.site);
-        cache.write_parts(&[&k.reshape((num_tokens, kv_width))?, &v], &context.input.slot_mapping)?;
+        let (cache, rows) = context.paged(self.site);
+        cache.write_parts(&[&k.reshape((num_tokens, kv_width))?, &v], &rows.slot_mapping)?;
         let learned = LearnedScores { sinks: self.sinks.as_deref(), position_bias: None };
-        let attended = kernels::paged_attention(&q, cache, &context.input.paged, &self.spec, learned)?;
+        let attended = kernels::paged_attention(&q, cache, &rows.batch, &self.spec, learned)?;
         match gate {
             None => self.out.forward(&attended),
             Some(gate) => self.out.forward(&(attended * kernels::pointwise(&gate, Pointwise::Sigmoid)?)?),

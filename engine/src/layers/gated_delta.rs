@@ -66,7 +66,7 @@ impl GatedDelta {
         let DeltaSpec { num_value_heads, value_dim, .. } = self.weights.spec();
         let (qkv, gates) = (self.qkv.forward(x)?, self.gates.forward(x)?);
         let states = context.arena.states_mut(self.site);
-        let recalled = kernels::gated_delta(&qkv, &gates, &self.weights, states, &context.input.paged)?;
+        let recalled = kernels::gated_delta(&qkv, &gates, &self.weights, states, &context.input.paged.batch)?;
         let (num_tokens, width) = recalled.dims2()?;
         let heads = recalled.reshape((num_tokens, num_value_heads, value_dim))?;
         let normed = self.norm.forward(&heads)?.reshape((num_tokens, width))?;

@@ -123,10 +123,10 @@ impl MlaAttention {
         let latent = self.kv_a_norm.forward(&kv.narrow(1, 0, latent_dim)?.contiguous()?)?;
         let k_rope = kv.narrow(1, latent_dim, rope_dim)?.contiguous()?.reshape((num_tokens, 1, rope_dim))?;
         let k_rope = kernels::rope(&k_rope, &self.config.rope, positions, self.config.rope_style)?;
-        let cache = context.arena.paged_mut(self.site);
-        cache.write_parts(&[&latent, &k_rope.reshape((num_tokens, rope_dim))?], &context.input.slot_mapping)?;
+        let (cache, rows) = context.paged(self.site);
+        cache.write_parts(&[&latent, &k_rope.reshape((num_tokens, rope_dim))?], &rows.slot_mapping)?;
 
-        let attended = kernels::mla_attention(&q_latent, &q_rope, cache, &context.input.paged, &self.spec)?;
+        let attended = kernels::mla_attention(&q_latent, &q_rope, cache, &rows.batch, &self.spec)?;
         let values = kernels::head_linear(&attended, &self.from_latent)?;
         self.out.forward(&values.reshape((num_tokens, num_heads * self.config.v_head_dim))?)
     }

@@ -73,7 +73,7 @@ impl MoaAttention {
     }
 
     pub fn cache_site(&self) -> CacheSite {
-        CacheSite::Gqa { num_kv_heads: self.config.num_kv_heads, head_dim: self.config.head_dim }
+        CacheSite::Gqa { num_kv_heads: self.config.num_kv_heads, head_dim: self.config.head_dim, window: None }
     }
 
     pub fn num_experts(&self) -> usize {
@@ -95,14 +95,14 @@ impl MoaAttention {
         let kv = self.kv.forward(x)?;
         let k = kv.narrow(1, 0, width)?.contiguous()?.reshape((num_tokens, num_kv_heads, head_dim))?;
         let k = kernels::rope(&k, rope, positions, RopeStyle::Halves)?.reshape((num_tokens, width))?;
-        let cache = context.arena.paged_mut(self.place.site);
-        cache.write_parts(&[&k, &kv.narrow(1, width, width)?], &context.input.slot_mapping)?;
+        let (cache, rows) = context.paged(self.place.site);
+        cache.write_parts(&[&k, &kv.narrow(1, width, width)?], &rows.slot_mapping)?;
 
         // Experts make heads in the order [slot, kv head]; the op wants those of one kv head together.
         let q = swap(&q, [num_tokens, topk.k, num_kv_heads, head_dim])?;
         let q = q.reshape((num_tokens, num_heads, head_dim))?;
         let learned = LearnedScores::default();
-        let attended = kernels::paged_attention(&q, cache, &context.input.paged, &self.attention, learned)?;
+        let attended = kernels::paged_attention(&q, cache, &rows.batch, &self.attention, learned)?;
         let attended = swap(&attended, [num_tokens, num_kv_heads, topk.k, head_dim])?;
         let out = grouped_linear(&attended.reshape((num_tokens * topk.k, width))?, &topk, &self.outputs)?;
         self.combine(&out, &topk)

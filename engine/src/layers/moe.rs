@@ -123,7 +123,8 @@ impl Moe {
         let mut topk = kernels::route(&self.gate.forward(x)?, &self.spec)?;
         context.routing.record(self.moe_idx, &topk);
         if let Some(capacity) = self.capacity {
-            let num_dropped = drop_overflow(&mut topk, &context.input.paged.cu_seqlens, (capacity, self.experts.len()));
+            let num_dropped =
+                drop_overflow(&mut topk, &context.input.paged.batch.cu_seqlens, (capacity, self.experts.len()));
             context.routing.record_dropped(num_dropped);
         }
         let routed = match self.weighting {

@@ -5,7 +5,7 @@ use kernels::{GqaSpec, LearnedScores, PositionBias, Reach};
 
 use super::linear::{Bias, Linear};
 use crate::error::EngineError;
-use crate::forward_input::Pass;
+use crate::forward_input::{PagedRows, Pass};
 use crate::models::{CacheSite, ForwardContext};
 use crate::weights::loader::Loader;
 
@@ -18,7 +18,7 @@ pub struct AttentionSize {
 
 impl AttentionSize {
     pub fn cache_site(&self) -> CacheSite {
-        CacheSite::Gqa { num_kv_heads: self.num_heads, head_dim: self.head_dim }
+        CacheSite::Gqa { num_kv_heads: self.num_heads, head_dim: self.head_dim, window: None }
     }
 
     fn width(&self) -> usize {
@@ -58,15 +58,15 @@ impl SelfAttention {
         let qkv = self.qkv.forward(x)?;
         let q = heads(&qkv.narrow(1, 0, self.size.width())?, self.size)?;
         let kv = qkv.narrow(1, self.size.width(), 2 * self.size.width())?.contiguous()?;
-        let cache = context.arena.paged_mut(site);
-        cache.write(&kv, &context.input.slot_mapping)?;
         let reach = match context.input.pass {
             Pass::Encoder => Reach::Source,
             Pass::Decoder => Reach::Full,
         };
+        let (cache, rows) = context.paged(site);
+        cache.write(&kv, &rows.slot_mapping)?;
         let learned = LearnedScores { sinks: None, position_bias: Some(bias) };
         let spec = self.size.spec(reach);
-        self.out.forward(&kernels::paged_attention(&q, cache, &context.input.paged, &spec, learned)?)
+        self.out.forward(&kernels::paged_attention(&q, cache, &rows.batch, &spec, learned)?)
     }
 }
 
@@ -94,15 +94,17 @@ impl CrossAttention {
     /// Keys and values of the encoder's output, `[num_tokens, hidden_size]`, go where the source's positions are.
     pub fn keep_source(&self, encoded: &Tensor, site: usize, context: &mut ForwardContext) -> Result<(), EngineError> {
         let rows = self.kv.forward(encoded)?;
-        Ok(context.arena.paged_mut(site).write(&rows, &context.input.slot_mapping)?)
+        let (cache, PagedRows { slot_mapping, .. }) = context.paged(site);
+        Ok(cache.write(&rows, slot_mapping)?)
     }
 
     /// `x`: `[num_tokens, hidden_size]`, normalised.
     pub fn forward(&self, x: &Tensor, site: usize, context: &mut ForwardContext) -> Result<Tensor, EngineError> {
         let q = heads(&self.q.forward(x)?, self.size)?;
-        let (cache, spec) = (context.arena.paged_mut(site), self.size.spec(Reach::Source));
+        let (cache, rows) = context.paged(site);
+        let spec = self.size.spec(Reach::Source);
         let learned = LearnedScores::default();
-        self.out.forward(&kernels::paged_attention(&q, cache, &context.input.paged, &spec, learned)?)
+        self.out.forward(&kernels::paged_attention(&q, cache, &rows.batch, &spec, learned)?)
     }
 }
 

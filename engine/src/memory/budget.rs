@@ -1,5 +1,7 @@
 //! How many KV blocks and state slots an engine gets.
 
+use scheduler::WindowConfig;
+
 use crate::config::{EngineConfig, KvDtype};
 use crate::error::EngineError;
 use crate::models::CacheSite;
@@ -17,14 +19,22 @@ const SNAPSHOT_SHARE: u64 = 4;
 /// Kept states that come before all but as many running sequences: with fewer a conversation or two would push each other out.
 const FEW_SNAPSHOTS: u64 = 4;
 
+/// One block of so many that windows could have is for windows of sequences that ended, beside those of running ones.
+const KEPT_WINDOW_SHARE: usize = 4;
+
 /// Blocks that hold nothing still have numbers to keep.
 const MOST_EMPTY_BLOCKS: usize = 1 << 20;
 
 /// The size of the block pool and what it follows from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvBudget {
+    /// At the sites that keep every position.
     pub bytes_per_token: u64,
     pub num_blocks: usize,
+    /// At the sites that keep a window, while the token is in it.
+    pub window_bytes_per_token: u64,
+    /// The longest window, and the blocks of the sites that have one; `None` where no window is shorter than a sequence.
+    pub window: Option<WindowConfig>,
     /// Of running sequences; 0 for models without recurrent sites.
     pub num_state_slots: usize,
     /// Of states that are kept for requests that begin alike; 0 also where nothing is reused, or where just one state fits.
@@ -45,20 +55,28 @@ pub struct KvDemand<'a> {
 /// Fits the pool to the configured or available bytes. Without a configured length, the model's own limit shrinks to what
 /// the pool can hold; with one, a pool that cannot hold a single such sequence is an error.
 pub fn plan(config: &EngineConfig, demand: &KvDemand) -> Result<KvBudget, EngineError> {
-    let element_bytes = if demand.dtype == KvDtype::F32 { 4 } else { 2 };
-    let width: usize = demand.sites.iter().map(CacheSite::token_width).sum();
-    let bytes_per_token = (width * element_bytes) as u64;
-    let state_bytes: u64 = demand.sites.iter().map(CacheSite::state_bytes).sum();
     let wanted_len = config.max_model_len.unwrap_or(demand.max_position_embeddings);
-    let per_sequence = (wanted_len.next_multiple_of(config.block_size) as u64)
-        .saturating_mul(bytes_per_token)
-        .saturating_add(state_bytes);
-    let max_num_seqs = config.max_num_seqs as u64;
+    let widths = Widths::new(demand, wanted_len);
+    let state_bytes: u64 = demand.sites.iter().map(CacheSite::state_bytes).sum();
+    let longest = wanted_len.div_ceil(config.block_size);
+    let [block_bytes, window_block_bytes] =
+        [widths.bytes_per_token, widths.window_bytes_per_token].map(|bytes| bytes * config.block_size as u64);
+    let per_sequence = (longest as u64).saturating_mul(block_bytes).saturating_add(state_bytes);
+    let num_seqs = config.max_num_seqs;
+    let most_window_blocks = widths.window.map_or(0, |len| {
+        let of_full_windows =
+            WindowConfig::most_blocks(len, config.block_size, num_seqs, config.max_num_batched_tokens);
+        of_full_windows.min(longest.saturating_mul(num_seqs))
+    });
+    let max_num_seqs = num_seqs as u64;
     let wanted_snapshots = match config.enable_prefix_caching {
         true => FEW_SNAPSHOTS.max(max_num_seqs / SNAPSHOT_SHARE),
         false => 0,
     };
-    let full = max_num_seqs.saturating_mul(per_sequence).saturating_add(wanted_snapshots.saturating_mul(state_bytes));
+    let full = max_num_seqs
+        .saturating_mul(per_sequence)
+        .saturating_add((most_window_blocks as u64).saturating_mul(window_block_bytes))
+        .saturating_add(wanted_snapshots.saturating_mul(state_bytes));
     let bytes = config.kv_cache_memory.unwrap_or_else(|| full.min(most_bytes(config, demand.weight_bytes)));
     let most_states = max_num_seqs + wanted_snapshots;
     let num_states = match state_bytes {
@@ -66,35 +84,73 @@ pub fn plan(config: &EngineConfig, demand: &KvDemand) -> Result<KvBudget, Engine
         _ if state_bytes > bytes => return Err(EngineError::StateTooLarge { state_bytes, capacity: bytes }),
         // There is room for every sequence at its longest.
         _ if bytes >= full => most_states,
-        _ if bytes_per_token == 0 => (bytes / state_bytes).min(most_states),
+        _ if block_bytes + window_block_bytes == 0 => (bytes / state_bytes).min(most_states),
         _ => (bytes / STATE_SHARE / state_bytes).clamp(1, most_states),
     };
     let bytes = bytes - num_states * state_bytes;
     let num_state_slots = (num_states - num_kept(num_states, wanted_snapshots)).min(max_num_seqs);
     let num_snapshot_slots = (num_states - num_state_slots) as usize;
-    let num_blocks = match bytes_per_token * config.block_size as u64 {
-        // Blocks that hold nothing: only their numbers are needed, of as many as can be in use.
-        0 => {
-            let longest = wanted_len.div_ceil(config.block_size);
-            longest.saturating_mul(num_states as usize).min(longest.max(MOST_EMPTY_BLOCKS))
-        }
-        block_bytes => (bytes / block_bytes) as usize,
-    };
     // Slots are numbered in 32 bits.
-    let num_blocks = num_blocks.min(u32::MAX as usize / config.block_size);
+    let most_blocks = u32::MAX as usize / config.block_size;
+    let num_window_blocks = match bytes.checked_div(block_bytes + window_block_bytes) {
+        Some(of_each) if widths.window.is_some() => {
+            let of_each = usize::try_from(of_each).map_or(most_blocks, |blocks| blocks.min(most_blocks));
+            let to_spare = of_each.saturating_sub(most_window_blocks);
+            of_each.min(most_window_blocks)
+                + if config.enable_prefix_caching { to_spare / KEPT_WINDOW_SHARE } else { 0 }
+        }
+        _ => 0,
+    };
+    let bytes_left = bytes - num_window_blocks as u64 * window_block_bytes;
+    let num_blocks = match bytes_left.checked_div(block_bytes) {
+        // Windows find room whoever runs where all fit, or where there are as many blocks as others.
+        _ if num_window_blocks < most_window_blocks => num_window_blocks,
+        Some(num_blocks) => usize::try_from(num_blocks).unwrap_or(most_blocks),
+        // Blocks that hold nothing: only their numbers are needed, of as many as can be in use.
+        None => {
+            let most_running = if state_bytes > 0 { num_states as usize } else { num_seqs };
+            longest.saturating_mul(most_running).min(longest.max(MOST_EMPTY_BLOCKS))
+        }
+    };
+    let num_blocks = num_blocks.min(most_blocks);
     let capacity = num_blocks * config.block_size;
     if num_blocks == 0 {
-        return Err(EngineError::KvTooSmall {
-            capacity: (bytes / bytes_per_token) as usize,
-            block_size: config.block_size,
-        });
+        let per_token = widths.bytes_per_token + widths.window_bytes_per_token;
+        return Err(EngineError::KvTooSmall { capacity: (bytes / per_token) as usize, block_size: config.block_size });
     }
     if config.max_model_len.is_some_and(|len| len > capacity) {
         let allowed = format!("at most {capacity}, the tokens the KV cache has room for (see --kv-cache-memory)");
         return Err(EngineError::Limit { what: "max_model_len", value: wanted_len as u64, allowed });
     }
-    let (num_state_slots, max_model_len) = (num_state_slots as usize, wanted_len.min(capacity));
-    Ok(KvBudget { bytes_per_token, num_blocks, num_state_slots, num_snapshot_slots, max_model_len })
+    Ok(KvBudget {
+        bytes_per_token: widths.bytes_per_token,
+        num_blocks,
+        window_bytes_per_token: widths.window_bytes_per_token,
+        window: widths.window.map(|len| WindowConfig { len, num_blocks: num_window_blocks }),
+        num_state_slots: num_state_slots as usize,
+        num_snapshot_slots,
+        max_model_len: wanted_len.min(capacity),
+    })
+}
+
+/// What a token takes, at both kinds of sites.
+struct Widths {
+    bytes_per_token: u64,
+    window_bytes_per_token: u64,
+    /// The longest that is shorter than a sequence may be.
+    window: Option<usize>,
+}
+
+impl Widths {
+    fn new(demand: &KvDemand, longest: usize) -> Self {
+        let window = demand.sites.iter().filter_map(CacheSite::window).filter(|&len| len < longest).max();
+        let element_bytes = if demand.dtype == KvDtype::F32 { 4 } else { 2 };
+        let bytes = |windowed: bool| {
+            let sites = demand.sites.iter().filter(|site| site.has_window_within(window) == windowed);
+            (sites.map(CacheSite::token_width).sum::<usize>() * element_bytes) as u64
+        };
+        Self { bytes_per_token: bytes(false), window_bytes_per_token: bytes(true), window }
+    }
 }
 
 /// How many of `num_states` are kept ones at least.
@@ -120,7 +176,7 @@ mod tests {
     use super::*;
 
     const SITES: [CacheSite; 2] =
-        [CacheSite::Gqa { num_kv_heads: 2, head_dim: 8 }, CacheSite::Mla { latent_dim: 24, rope_dim: 8 }];
+        [CacheSite::Gqa { num_kv_heads: 2, head_dim: 8, window: None }, CacheSite::Mla { latent_dim: 24, rope_dim: 8 }];
 
     fn plan_for(
         sites: &[CacheSite],
@@ -205,5 +261,36 @@ mod tests {
             "the recurrent state of one sequence takes 1024 bytes, the KV cache has 1023 (see --kv-cache-memory)"
         );
         assert_eq!(budget.max_model_len, 4096);
+    }
+
+    #[test]
+    fn windows_take_what_running_sequences_can_use_and_a_share_of_the_rest() {
+        // 32 elements of 2 bytes a token at each kind of site, 16 tokens a block: 1024 bytes per block.
+        let full = CacheSite::Gqa { num_kv_heads: 2, head_dim: 8, window: None };
+        let of = |window| CacheSite::Gqa { num_kv_heads: 2, head_dim: 8, window: Some(window) };
+        let check = |sites: &[CacheSite], num_kib: u64, enable_prefix_caching, expect: [usize; 4]| {
+            let config = EngineConfig {
+                kv_cache_memory: Some(num_kib << 10),
+                max_num_seqs: 4,
+                max_num_batched_tokens: 64,
+                enable_prefix_caching,
+                ..EngineConfig::new("")
+            };
+            let demand = KvDemand { sites, dtype: KvDtype::Bf16, weight_bytes: 0, max_position_embeddings: 4096 };
+            let budget = plan(&config, &demand).unwrap();
+            let (len, num_window_blocks) = budget.window.map_or((0, 0), |window| (window.len, window.num_blocks));
+            assert_eq!([budget.num_blocks, num_window_blocks, len, budget.max_model_len], expect, "{num_kib} KiB");
+        };
+        // Four windows of 8 + 2 blocks, and the rows of a step: 44.
+        check(&[full, of(128)], 300, false, [256, 44, 128, 4096]);
+        check(&[full, of(128)], 300, true, [230, 70, 128, 3680]);
+        check(&[full, of(128), of(60)], 300, false, [212, 44, 128, 3392]);
+        // As many of each where not all windows fit.
+        check(&[full, of(128)], 20, true, [10, 10, 128, 160]);
+        // No sequence is longer than this one.
+        check(&[full, of(4096)], 20, true, [10, 0, 0, 160]);
+        // Blocks that hold nothing are numbers.
+        check(&[of(128)], 50, false, [4 * 256, 44, 128, 4096]);
+        check(&[of(128)], 10, false, [10, 10, 128, 160]);
     }
 }

@@ -1,8 +1,9 @@
-//! The bytes behind the scheduler's blocks and state slots: one cache per site of the model, all with the same numbers.
+//! The bytes behind the scheduler's blocks and state slots: one cache per site of the model. All sites of a kind have the
+//! same numbers: those that keep every position, those that keep a window, those that keep a state.
 
 use kernels::{KvFormat, PagedCache, StateCache};
 
-use scheduler::StateCopy;
+use scheduler::{StateCopy, WindowConfig};
 
 use crate::error::EngineError;
 use crate::models::CacheSite;
@@ -15,7 +16,7 @@ pub struct KvArena {
 }
 
 enum SiteCache {
-    Paged(PagedCache),
+    Paged { cache: PagedCache, has_window: bool },
     State(StateCache),
 }
 
@@ -25,32 +26,41 @@ pub struct ArenaSize {
     pub format: KvFormat,
     pub block_size: usize,
     pub num_blocks: usize,
+    /// Of the sites with a window of at most this length.
+    pub window: Option<WindowConfig>,
     /// Those of running sequences and those that are kept for others; 0 for models without recurrent sites.
     pub num_state_slots: usize,
 }
 
 impl KvArena {
-    /// Room for at least `size.num_blocks` blocks at every site that keeps something per token, and for
-    /// `size.num_state_slots` states at the others.
+    /// Room for at least `size.num_blocks` or `size.window.num_blocks` blocks at every site that keeps something per token,
+    /// and for `size.num_state_slots` states at the others.
     pub fn new(sites: &[CacheSite], size: ArenaSize) -> Result<Self, EngineError> {
-        let blocks_per_slab = size.num_blocks.clamp(1, BLOCKS_PER_SLAB);
         let new_site = |site: &CacheSite| {
             if let CacheSite::Recurrent { width } = *site {
                 return Ok(SiteCache::State(StateCache::new(width, size.num_state_slots)?));
             }
+            let window = size.window.filter(|window| site.has_window_within(Some(window.len)));
+            let num_blocks = window.map_or(size.num_blocks, |window| window.num_blocks);
+            let blocks_per_slab = num_blocks.clamp(1, BLOCKS_PER_SLAB);
             let mut cache = PagedCache::new(size.format, size.block_size, site.token_width(), blocks_per_slab)?;
-            while cache.num_blocks() < size.num_blocks {
+            while cache.num_blocks() < num_blocks {
                 cache.add_slab()?;
             }
-            Ok(SiteCache::Paged(cache))
+            Ok(SiteCache::Paged { cache, has_window: window.is_some() })
         };
         Ok(Self { sites: sites.iter().map(new_site).collect::<Result<_, EngineError>>()? })
     }
 
-    /// Keys and values, or latents, of a site that keeps them.
-    pub fn paged_mut(&mut self, site: usize) -> &mut PagedCache {
+    /// True if some sites keep a window in blocks of their own.
+    pub fn has_windows(&self) -> bool {
+        self.sites.iter().any(|site| matches!(site, SiteCache::Paged { has_window: true, .. }))
+    }
+
+    /// Keys and values, or latents, of a site that keeps them, and whether in the blocks of windows.
+    pub fn paged_mut(&mut self, site: usize) -> (&mut PagedCache, bool) {
         match &mut self.sites[site] {
-            SiteCache::Paged(cache) => cache,
+            SiteCache::Paged { cache, has_window } => (cache, *has_window),
             SiteCache::State(_) => panic!("site {site} is recurrent"),
         }
     }
@@ -69,7 +79,7 @@ impl KvArena {
     pub fn states_mut(&mut self, site: usize) -> &mut StateCache {
         match &mut self.sites[site] {
             SiteCache::State(cache) => cache,
-            SiteCache::Paged(_) => panic!("site {site} keeps something per token"),
+            SiteCache::Paged { .. } => panic!("site {site} keeps something per token"),
         }
     }
 }

@@ -12,6 +12,8 @@ pub struct Footprint {
     pub num_layers: usize,
     /// Numbers per token.
     pub token_width: u64,
+    /// Those of them that stay, whatever windows leave behind: at least so many.
+    pub least_token_width: u64,
     /// f32 per sequence, whatever its length.
     pub state_width: u64,
 }
@@ -30,6 +32,9 @@ pub struct Positions {
 /// Longest sequence of any model; the longest published one has 10 million tokens.
 pub const MAX_MODEL_LEN: usize = 1 << 24;
 
+/// Where families keep the length of their windows.
+const WINDOW_KEYS: [&str; 2] = ["sliding_window", "attention_chunk_size"];
+
 /// `max_position_embeddings`: as many as the model was made for.
 pub fn max_position_embeddings(config: &ModelConfig) -> Result<Positions, EngineError> {
     let trained = config.size("max_position_embeddings")?;
@@ -41,9 +46,12 @@ pub fn max_position_embeddings(config: &ModelConfig) -> Result<Positions, Engine
     Ok(Positions { default: trained.min(MAX_MODEL_LEN), most, limited_by })
 }
 
-/// One attention with keys and values in every layer.
+/// One attention with keys and values in every layer. Where some layers may have a window, at least one has none.
 pub fn attentions(config: &ModelConfig) -> Result<Footprint, EngineError> {
-    per_layer(config, attention_width(config, config.head_dim()?)?)
+    let width = attention_width(config, config.head_dim()?)?;
+    let footprint = per_layer(config, width)?;
+    let has_windows = WINDOW_KEYS.iter().any(|key| config.get(key).is_some_and(|value| !value.is_null()));
+    Ok(if has_windows { Footprint { least_token_width: width, ..footprint } } else { footprint })
 }
 
 /// So many latent attentions in every layer.
@@ -66,5 +74,6 @@ pub fn attention_width(config: &ModelConfig, head_dim: usize) -> Result<u64, Eng
 
 fn per_layer(config: &ModelConfig, token_width: u64) -> Result<Footprint, EngineError> {
     let num_layers = config.first_count(&["num_hidden_layers", "num_layers"])?;
-    Ok(Footprint { num_layers, token_width: token_width.saturating_mul(num_layers as u64), state_width: 0 })
+    let token_width = token_width.saturating_mul(num_layers as u64);
+    Ok(Footprint { num_layers, token_width, least_token_width: token_width, state_width: 0 })
 }

@@ -25,13 +25,14 @@ mod switch;
 use std::sync::Arc;
 
 use candle_core::Tensor;
+use kernels::PagedCache;
 
 pub use footprint::{Footprint, MAX_MODEL_LEN, Positions};
 pub use mtp::MtpStorage;
 
 use crate::error::EngineError;
 use crate::experts::RoutingStats;
-use crate::forward_input::ForwardInput;
+use crate::forward_input::{ForwardInput, PagedRows};
 use crate::layers::rope::ContextLen;
 use crate::memory::KvArena;
 use crate::weights::loader::Loader;
@@ -124,8 +125,8 @@ impl Prefill {
 /// One place where a model keeps something of a sequence. A layer may have several.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CacheSite {
-    /// Keys, then values.
-    Gqa { num_kv_heads: usize, head_dim: usize },
+    /// Keys, then values; of every position, or where rows see a window only, of the last so many.
+    Gqa { num_kv_heads: usize, head_dim: usize, window: Option<usize> },
     /// The compressed latent, then the shared rotary key.
     Mla { latent_dim: usize, rope_dim: usize },
     /// So many f32 per sequence, whatever its length.
@@ -136,10 +137,23 @@ impl CacheSite {
     /// Elements per token.
     pub fn token_width(&self) -> usize {
         match self {
-            Self::Gqa { num_kv_heads, head_dim } => 2 * num_kv_heads * head_dim,
+            Self::Gqa { num_kv_heads, head_dim, .. } => 2 * num_kv_heads * head_dim,
             Self::Mla { latent_dim, rope_dim } => latent_dim + rope_dim,
             Self::Recurrent { .. } => 0,
         }
+    }
+
+    /// Positions that a row sees, if not all.
+    pub fn window(&self) -> Option<usize> {
+        match *self {
+            Self::Gqa { window, .. } => window,
+            Self::Mla { .. } | Self::Recurrent { .. } => None,
+        }
+    }
+
+    /// True if the site has a window, and none longer than `longest`, for which there are blocks.
+    pub fn has_window_within(&self, longest: Option<usize>) -> bool {
+        self.window().zip(longest).is_some_and(|(window, longest)| window <= longest)
     }
 
     /// Bytes per sequence, beside those of its tokens.
@@ -156,6 +170,14 @@ pub struct ForwardContext<'a> {
     pub input: &'a ForwardInput,
     pub arena: &'a mut KvArena,
     pub routing: &'a mut RoutingStats,
+}
+
+impl<'a> ForwardContext<'a> {
+    /// The cache of a site that keeps something per token, and where this step's rows and sequences are in it.
+    pub fn paged(&mut self, site: usize) -> (&mut PagedCache, &'a PagedRows) {
+        let (cache, has_window) = self.arena.paged_mut(site);
+        (cache, if has_window { &self.input.windowed } else { &self.input.paged })
+    }
 }
 
 /// What a family's loader works from.

@@ -46,9 +46,11 @@ pub fn footprint(config: &ModelConfig) -> Result<Footprint, EngineError> {
     let num_layers = config.size("num_hidden_layers")?;
     let num_attentions = num_attentions(config, num_layers)?;
     let attention = footprint::attention_width(config, config.head_dim()?)?;
+    let token_width = attention.saturating_mul(num_attentions as u64);
     Ok(Footprint {
         num_layers,
-        token_width: attention.saturating_mul(num_attentions as u64),
+        token_width,
+        least_token_width: token_width,
         state_width: (delta_heads(config)?.state_width() as u64).saturating_mul((num_layers - num_attentions) as u64),
     })
 }

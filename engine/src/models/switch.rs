@@ -120,7 +120,8 @@ pub fn footprint(config: &ModelConfig) -> Result<Footprint, EngineError> {
     let [num_encoder, num_decoder] = num_layers(config)?;
     let num_layers = num_encoder.saturating_add(num_decoder);
     let heads = (2 * config.size("num_heads")? as u64).saturating_mul(config.size("d_kv")? as u64);
-    Ok(Footprint { num_layers, token_width: heads.saturating_mul(num_decoder as u64), state_width: 0 })
+    let token_width = heads.saturating_mul(num_decoder as u64);
+    Ok(Footprint { num_layers, token_width, least_token_width: token_width, state_width: 0 })
 }
 
 pub fn positions(config: &ModelConfig) -> Result<Positions, EngineError> {

@@ -50,8 +50,10 @@ pub struct Inspection {
     pub memory_bytes_f32: u64,
     /// `f32` where the checkpoint stores f32, else `bf16`: what `--kv-cache-dtype auto` takes.
     pub kv_dtype: String,
-    /// Bytes of keys and values, or latents, that one token adds, over all layers.
+    /// Bytes of keys and values, or latents, that one token adds, over all layers; some give them back where they have a window.
     pub kv_bytes_per_token: u64,
+    /// Those of them that stay, whatever windows leave behind: at least so many.
+    pub least_kv_bytes_per_token: u64,
     /// Bytes of recurrent state that one sequence has, over all layers.
     pub state_bytes_per_sequence: u64,
     /// Storage types of the tensors, most bytes first.
@@ -119,6 +121,7 @@ pub fn inspect_files(files: &ModelFiles) -> Result<Inspection, EngineError> {
         memory_bytes_f32: tally.memory_bytes[1],
         kv_dtype: kv_dtype.to_owned(),
         kv_bytes_per_token: footprint.token_width.saturating_mul(kv_element_bytes),
+        least_kv_bytes_per_token: footprint.least_token_width.saturating_mul(kv_element_bytes),
         state_bytes_per_sequence: footprint.state_width.saturating_mul(size_of::<f32>() as u64),
         dtypes: dtypes.iter().map(|dtype| dtype.to_string().to_lowercase()).collect(),
         classes: tally.classes.into_values().collect(),

@@ -226,6 +226,31 @@ fn with_few_kept_states(case: &Case) {
     }
 }
 
+/// Windows and other layers share the memory of a few dozen blocks, so that kept windows go before they are wanted again.
+fn with_few_window_blocks(case: &Case) {
+    const NUM_BLOCKS: usize = 32;
+    let summary = case.driver(16).model.summary;
+    if summary.num_window_blocks == 0 {
+        return;
+    }
+    let block_bytes = summary.kv_bytes_per_token * case.config.block_size as u64;
+    let config = EngineConfig { kv_cache_memory: Some(NUM_BLOCKS as u64 * block_bytes), ..case.config.clone() };
+    let few = Case { config, stride: case.stride };
+    let mut driver = few.driver(16);
+    let stats = driver.model.scheduler.stats();
+    assert_eq!((stats.num_total_blocks, stats.num_total_window_blocks), (NUM_BLOCKS, NUM_BLOCKS));
+    for round in [100, 200] {
+        (0..NUM_REQUESTS).for_each(|id| {
+            let stop = StopCriteria { max_tokens: MAX_TOKENS, ..StopCriteria::default() };
+            driver.add(round + id, &prompt(id), sampling(id), stop);
+        });
+        driver.run();
+    }
+    for (id, job) in &driver.jobs {
+        assert_eq!(job.output, case.alone(id % 100), "request {id}");
+    }
+}
+
 fn check(folder: &str) {
     let plain = [WeightDtype::F32, WeightDtype::Bf16].map(|dtype| Case::new(folder, dtype));
     let quantized =
@@ -241,6 +266,7 @@ fn check(folder: &str) {
         beside_itself(&case);
         without_a_cache(&case);
         with_few_kept_states(&case);
+        with_few_window_blocks(&case);
     }
 }
 

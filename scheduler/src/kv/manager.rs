@@ -9,6 +9,7 @@ use crate::kv::evict::Tick;
 use crate::kv::prefix_tree::PrefixTree;
 use crate::kv::snapshots::Snapshots;
 use crate::kv::state_slots::StateSlot;
+use crate::kv::windows::WindowBlocks;
 
 /// The pool, the tree of what is in it, and the promise that every accepted sequence fits in it alone.
 ///
@@ -20,6 +21,8 @@ pub(crate) struct BlockManager {
     tree: PrefixTree,
     /// States at the ends of blocks of the tree; a block that leaves it takes its state along.
     pub(crate) snapshots: Snapshots,
+    /// Of models that have layers with a window; the pool is for their other layers, and for the names of blocks.
+    windows: Option<WindowBlocks>,
     /// Counts releases.
     now: Tick,
     /// Blocks asked for. The pool is larger while an accepted sequence needs more than these.
@@ -43,6 +46,7 @@ impl BlockManager {
             pool: BlockPool::new(num_blocks),
             tree: PrefixTree::default(),
             snapshots: Snapshots::new(0, 0),
+            windows: None,
             now: Tick::default(),
             num_wanted: num_blocks,
             promises: BTreeMap::new(),
@@ -52,6 +56,15 @@ impl BlockManager {
     /// The same for sequences that have recurrent states, of which some are kept.
     pub(crate) fn with_snapshots(self, snapshots: Snapshots) -> Self {
         Self { snapshots, ..self }
+    }
+
+    /// The same for sequences that have windows.
+    pub(crate) fn with_windows(self, windows: Option<WindowBlocks>) -> Self {
+        Self { windows, ..self }
+    }
+
+    pub(crate) fn windows(&self) -> Option<&WindowBlocks> {
+        self.windows.as_ref()
     }
 
     pub(crate) fn block_size(&self) -> usize {
@@ -109,14 +122,21 @@ impl BlockManager {
         self.num_total()
     }
 
-    /// The longest chain of `names` that the tree has from the first on; where sequences have states, up to the last of
-    /// its blocks at whose end one is kept.
+    /// The longest chain of `names` that the tree has from the first on and behind which a sequence can start: where
+    /// sequences have states one is kept there, where they have windows all blocks of the window are.
     pub(crate) fn find(&self, names: &[BlockHash]) -> CachedPrefix {
         let (mut chain, mut found) = (CachedPrefix::default(), CachedPrefix::default());
+        // Last blocks of the chain whose windows are kept.
+        let mut num_windows = 0;
         for block in names.iter().map_while(|&name| self.tree.find(name)) {
             chain.num_blocks += 1;
             chain.num_used += usize::from(self.pool.is_used(block));
-            if self.snapshots.is_unused() || self.snapshots.has(block) {
+            let has_state = self.snapshots.is_unused() || self.snapshots.has(block);
+            let has_window = self.windows.as_ref().is_none_or(|windows| {
+                num_windows = if windows.has(block) { num_windows + 1 } else { 0 };
+                windows.first_seen(chain.num_blocks * self.block_size) + num_windows >= chain.num_blocks
+            });
+            if has_state && has_window {
                 found = chain;
             }
         }
@@ -141,6 +161,23 @@ impl BlockManager {
             self.share(block);
             table.blocks.push(block);
         }
+        if let Some(windows) = &mut self.windows {
+            windows.take(table);
+        }
+    }
+
+    /// Makes the window of `table` reach to the end of `num_tokens` positions, which [`Self::try_cover`] covered.
+    pub(crate) fn cover_window(&mut self, table: &mut BlockTable, num_tokens: usize) {
+        if let Some(windows) = &mut self.windows {
+            windows.cover(table, num_tokens);
+        }
+    }
+
+    /// Lets go of what no row behind `num_tokens` positions sees through a window.
+    pub(crate) fn leave_window(&mut self, table: &mut BlockTable, num_tokens: usize) {
+        if let Some(windows) = &mut self.windows {
+            windows.leave(table, num_tokens);
+        }
     }
 
     /// Makes the full block at `idx` of `table` one that can be found by `name`. Where another has the name already the
@@ -151,10 +188,13 @@ impl BlockManager {
             self.share(same);
             table.blocks[idx] = same;
             self.let_go(block);
-            return;
+        } else {
+            let parent = idx.checked_sub(1).map(|before| table.blocks[before]);
+            self.tree.insert(name, block, parent);
         }
-        let parent = idx.checked_sub(1).map(|before| table.blocks[before]);
-        self.tree.insert(name, block, parent);
+        if let Some(windows) = &mut self.windows {
+            windows.publish(table, idx);
+        }
     }
 
     /// Makes `table` cover `num_tokens` positions. False, with nothing changed, where too few blocks are available.
@@ -170,6 +210,9 @@ impl BlockManager {
     /// Lets go of all of `table`. What was published stays cached, the rest is free.
     pub(crate) fn release(&mut self, table: &mut BlockTable) {
         self.now = self.now.next();
+        if let Some(windows) = &mut self.windows {
+            windows.release(table);
+        }
         let is_above = table.blocks.iter().any(|block| block.0 as usize >= self.pool.limit());
         // Backwards: leaves before what they follow, and the next sequence gets free blocks in the same order.
         for block in table.blocks.drain(..).rev() {
@@ -186,9 +229,13 @@ impl BlockManager {
         self.snapshots.assert_accounts_for(first, reserved, |block| self.tree.has(block));
     }
 
-    /// Panics unless `held` are exactly the used blocks and the pool has the size it must have.
-    pub(crate) fn assert_accounts_for(&self, held: impl Iterator<Item = BlockId>) {
+    /// Panics unless those of `tables` are exactly the used blocks and the pool has the size it must have.
+    pub(crate) fn assert_accounts_for<'a>(&self, tables: impl Iterator<Item = &'a BlockTable> + Clone) {
+        let held = tables.clone().flat_map(|table| table.blocks.iter().copied());
         self.pool.assert_accounts_for(held, |block| self.tree.has(block));
+        if let Some(windows) = &self.windows {
+            windows.assert_accounts_for(tables, |block| self.tree.has(block));
+        }
         self.tree.assert_invariants(|block| self.pool.is_used(block));
         assert_eq!(self.pool.limit(), self.limit(), "the pool is not as large as asked for and promised");
         assert!(self.num_total() >= self.pool.limit(), "blocks were lost");
@@ -197,8 +244,7 @@ impl BlockManager {
     fn allocate(&mut self) -> BlockId {
         if self.pool.num_free() == 0 {
             let block = self.tree.evict().expect("enough blocks are available");
-            self.snapshots.forget(block);
-            self.pool.free(block);
+            self.give_up(block);
         }
         self.pool.allocate().expect("a block is free")
     }
@@ -235,9 +281,17 @@ impl BlockManager {
     fn evict_above_limit(&mut self) {
         let limit = u32::try_from(self.pool.limit()).expect("limits are within u32");
         for block in self.tree.evict_from(limit) {
-            self.snapshots.forget(block);
-            self.pool.free(block);
+            self.give_up(block);
         }
+    }
+
+    /// A block that left the tree is free, and what was kept beside it is gone.
+    fn give_up(&mut self, block: BlockId) {
+        self.snapshots.forget(block);
+        if let Some(windows) = &mut self.windows {
+            windows.forget(block);
+        }
+        self.pool.free(block);
     }
 }
 
@@ -278,7 +332,7 @@ mod tests {
 
     fn check(manager: &BlockManager, tables: &[&BlockTable], [free, used, cached]: [usize; 3]) {
         assert_eq!([manager.num_free(), manager.num_used(), manager.num_cached()], [free, used, cached]);
-        manager.assert_accounts_for(tables.iter().flat_map(|table| table.blocks()).copied());
+        manager.assert_accounts_for(tables.iter().copied());
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Who holds which KV block: `block_pool` what is free and how many hold the others, `block_table` what one sequence
 //! holds, `block_hash` the names of full blocks, `prefix_tree` which of them can be found, `evict` which goes first,
-//! `manager` what fits, `state_slots` who holds which recurrent state, `snapshots` which of them are kept.
+//! `manager` what fits, `windows` the blocks of layers that see a window only, `state_slots` who holds which recurrent
+//! state, `snapshots` which of them are kept.
 
 mod block_hash;
 mod block_pool;
@@ -10,6 +11,7 @@ mod manager;
 mod prefix_tree;
 mod snapshots;
 mod state_slots;
+mod windows;
 
 pub(crate) use block_hash::{BlockHash, BlockHashes};
 pub use block_pool::BlockId;
@@ -18,3 +20,4 @@ pub(crate) use manager::{BlockManager, CachedPrefix};
 pub(crate) use snapshots::Snapshots;
 pub use state_slots::StateSlot;
 pub(crate) use state_slots::StateSlots;
+pub(crate) use windows::WindowBlocks;

@@ -27,6 +27,9 @@ pub struct Coverage {
     pub passed: u64,
     pub passed_for_a_state: u64,
     pub cached_and_full: u64,
+    pub reused_windows: u64,
+    pub windows_kept: u64,
+    pub windows_full: u64,
 }
 
 impl Coverage {
@@ -42,6 +45,7 @@ impl Coverage {
         assert!(self.shrinks_delayed.min(self.windows).min(self.chunked) > 1000, "{self:?}");
         let Coverage { reused, reused_after_preemption, passed, cached_and_full, .. } = self;
         assert!(reused.min(reused_after_preemption) > &1000 && passed > &100 && cached_and_full > &10, "{self:?}");
+        assert!(self.reused_windows.min(self.windows_kept).min(self.windows_full) > 1000, "{self:?}");
         let Coverage { resumed, resumed_after_preemption, snapshots, snapshots_given_up, .. } = self;
         assert!(resumed.min(snapshots).min(snapshots_given_up) > &1000, "{self:?}");
         assert!(resumed_after_preemption > &500, "{self:?}");

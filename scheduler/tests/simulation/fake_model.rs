@@ -1,6 +1,8 @@
 //! A model of numbers in which every mistake shows, and the random numbers of the simulation.
 
-use scheduler::{FinishReason, Request};
+use std::ops::RangeInclusive;
+
+use scheduler::{FinishReason, Request, WindowConfig};
 
 const VOCAB_SIZE: u64 = 40;
 
@@ -50,19 +52,27 @@ pub fn next_state(state: u64, token: u32) -> u64 {
     mix(state ^ 3, u64::from(token))
 }
 
+/// Positions that a row sees through a window.
+pub fn seen_at(position: usize, window: WindowConfig) -> RangeInclusive<usize> {
+    (position + 1).saturating_sub(window.len)..=position
+}
+
 pub fn sample(entry: u64) -> u32 {
     (entry % VOCAB_SIZE) as u32
 }
 
 /// What the request generates when nothing else exists.
-pub fn generate_alone(request: &Request, has_states: bool) -> (Vec<u32>, FinishReason) {
+pub fn generate_alone(request: &Request, has_states: bool, window: Option<WindowConfig>) -> (Vec<u32>, FinishReason) {
     let Request { prompt, source_len, stop, .. } = request;
     let source = all_of(encode(&prompt[..*source_len]).into_iter());
-    let (mut last, mut state) = (None, 0);
+    let (mut entries, mut state) = (Vec::new(), 0);
     let mut read = |token| {
-        last = Some(entry(last, (request.cache_salt[0], source), token));
+        let last = entry(entries.last().copied(), (request.cache_salt[0], source), token);
+        entries.push(last);
         state = next_state(state, token);
-        last.expect("just written") ^ if has_states { state } else { 0 }
+        let in_window =
+            window.map_or(0, |window| all_of(seen_at(entries.len() - 1, window).map(|position| entries[position])));
+        last ^ in_window ^ if has_states { state } else { 0 }
     };
     let mut row = prompt[*source_len..].iter().map(|&token| read(token)).last().expect("the decoder reads something");
     let mut generated = Vec::new();

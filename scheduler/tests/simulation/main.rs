@@ -3,7 +3,7 @@
 //! The fake model is a chain: the entry of a position mixes the entry before it, read through the block table, with the
 //! token; a row samples from its own entry. A block given to two sequences, a position skipped or read before it was
 //! written changes the tokens. A source is read as a whole by its encoder and by every row of the decoder after it, and
-//! a recurrent state goes from row to row and is kept now and then, so that a cut source or a state of another or of
+//! a recurrent state goes from row to row and is kept now and then, and a row that samples reads its window from blocks of their own, so that a cut source or a state of another or of
 //! other tokens shows in the same way. Prompts begin alike
 //! and salts are few; the salt is in every entry, so that a cached block of other tokens or of another tenant changes
 //! the tokens too, and what is reused is compared with what it should hold. `MOESAIC_SIM_SEED=n` runs one seed alone.
@@ -17,15 +17,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use scheduler::{
-    AdmissionError, Batch, Chunk, FinishReason, Outcome, Phase, Progress, Request, RequestId, Scheduler,
-    SchedulerConfig, Sequence, StateCopy, StopCriteria, Update,
+    AdmissionError, Batch, BlockTable, Chunk, FinishReason, Outcome, Phase, Progress, Request, RequestId, Scheduler,
+    SchedulerConfig, Sequence, StateCopy, StopCriteria, Update, WindowConfig,
 };
 
 use coverage::Coverage;
-use fake_model::{Rng, all_of, encode, entry, generate_alone, next_state, sample};
+use fake_model::{Rng, all_of, encode, entry, generate_alone, next_state, sample, seen_at};
 
 const NUM_SEEDS: u64 = 1100;
 const NUM_STEPS: usize = 300;
+const MOST_BLOCKS: usize = 60;
 
 /// What the simulator knows of an accepted request that has not ended. Ids are given in order of arrival.
 struct Expected {
@@ -53,6 +54,8 @@ struct Simulation<'a> {
     num_wanted: usize,
     /// Entries by block and slot.
     memory: Vec<u64>,
+    /// The same in the blocks of windows.
+    window_memory: Vec<u64>,
     /// By state slot; those of snapshots come last.
     states: Vec<u64>,
     /// Where the states of sequences admitted in this step come from, by slot.
@@ -72,16 +75,27 @@ struct Simulation<'a> {
 impl<'a> Simulation<'a> {
     fn new(seed: u64, coverage: &'a mut Coverage) -> Self {
         let mut rng = Rng(seed);
-        let num_blocks = rng.between(2, 60);
+        let num_blocks = rng.between(2, MOST_BLOCKS);
         let num_state_slots = if rng.percent(50) { rng.between(1, 12) } else { 0 };
+        let [block_size, max_num_seqs, max_num_batched_tokens] = [8, 24, 40].map(|most| rng.between(1, most));
+        let window = rng.percent(50).then(|| {
+            let len = rng.between(1, 30);
+            let most = WindowConfig::most_blocks(len, block_size, max_num_seqs, max_num_batched_tokens);
+            // Some have room to keep what nobody uses; what is set later stays within the others.
+            WindowConfig {
+                len,
+                num_blocks: most.min(MOST_BLOCKS) + if rng.percent(50) { rng.between(1, 60) } else { 0 },
+            }
+        });
         let config = SchedulerConfig {
-            block_size: rng.between(1, 8),
+            block_size,
             num_blocks,
             num_state_slots,
             num_snapshot_slots: if rng.percent(80) { rng.between(1, 16) } else { 0 },
             snapshot_interval: rng.between(1, 3),
-            max_num_seqs: rng.between(1, 24),
-            max_num_batched_tokens: rng.between(1, 40),
+            window,
+            max_num_seqs,
+            max_num_batched_tokens,
             max_model_len: rng.between(8, 120),
             max_queue: rng.between(1, 30),
             prefix_cache: rng.percent(80).then_some([9; 32]),
@@ -90,7 +104,7 @@ impl<'a> Simulation<'a> {
         Self {
             scheduler: Scheduler::new(config.clone()).expect("the limits are valid"),
             trouble: [0, 3, 15][rng.between(0, 2)],
-            sources: [0, 50, 100][rng.between(0, 2)],
+            sources: if window.is_some() { 0 } else { [0, 50, 100][rng.between(0, 2)] },
             stems: (0..rng.between(1, 3)).map(|_| (0..120).map(|_| sample(rng.next())).collect()).collect(),
             computed: BTreeSet::new(),
             has_encoded: false,
@@ -103,6 +117,7 @@ impl<'a> Simulation<'a> {
             now: Duration::ZERO,
             num_wanted: num_blocks,
             memory: Vec::new(),
+            window_memory: Vec::new(),
             coverage,
         }
     }
@@ -132,8 +147,8 @@ impl<'a> Simulation<'a> {
         }
         assert!(self.live.is_empty() && !self.scheduler.has_work(), "not done after {} steps", 2 * bound);
         let stats = self.scheduler.stats();
-        let held = [stats.num_running, stats.num_waiting, stats.num_used_blocks, stats.num_used_state_slots];
-        assert_eq!(held, [0; 4], "idle");
+        let held = [stats.num_used_blocks, stats.num_used_window_blocks, stats.num_used_state_slots];
+        assert_eq!((stats.num_running, stats.num_waiting, held), (0, 0, [0; 3]), "idle");
         assert_eq!(stats.num_total_blocks, self.num_wanted, "an idle pool has the size that was asked for");
         self.coverage.cached_and_full += u64::from(stats.num_cached_blocks == stats.num_total_blocks);
         assert_eq!(self.scheduler.schedule(self.now), Batch::default());
@@ -182,7 +197,7 @@ impl<'a> Simulation<'a> {
             self.coverage.refused += 1;
             return;
         }
-        let (generated, reason) = generate_alone(&request, self.config.num_state_slots > 0);
+        let (generated, reason) = generate_alone(&request, self.config.num_state_slots > 0, self.config.window);
         let (num_emitted, num_computed, num_preemptions) = (0, 0, 0);
         let can_resume = self.config.num_state_slots == 0 || self.config.num_snapshot_slots > 0;
         let has_cache = self.config.prefix_cache.is_some() && can_resume;
@@ -223,7 +238,7 @@ impl<'a> Simulation<'a> {
             }
         }
         if self.rng.percent(self.trouble) {
-            self.num_wanted = self.rng.between(1, 60);
+            self.num_wanted = self.rng.between(1, MOST_BLOCKS);
             let actual = self.scheduler.set_num_blocks(self.num_wanted);
             assert!(actual >= self.num_wanted);
             self.coverage.shrinks_delayed += u64::from(actual > self.num_wanted);
@@ -272,6 +287,10 @@ impl<'a> Simulation<'a> {
         self.coverage.snapshots_lost_in_flight += (batch.snapshots.len() - num_held) as u64;
         let progress = self.scheduler.complete(&batch, &outcomes);
         self.scheduler.assert_invariants();
+        let stats = self.scheduler.stats();
+        let num_held = stats.num_used_window_blocks + stats.num_cached_window_blocks;
+        self.coverage.windows_kept += u64::from(stats.num_cached_window_blocks > 0);
+        self.coverage.windows_full += u64::from(num_held > 0 && num_held == stats.num_total_window_blocks);
         self.check_progress(&batch, &survivors, &outcomes, &progress);
     }
 
@@ -379,7 +398,13 @@ impl<'a> Simulation<'a> {
             let mut state = state_slot.filter(|_| chunk.start > source_len).map_or(0, |slot| self.states[slot]);
             for position in positions {
                 let before = (position > source_len).then(|| self.memory[slot(position - 1)]);
-                self.memory[slot(position)] = entry(before, (salt, source), tokens[position]);
+                let entry = entry(before, (salt, source), tokens[position]);
+                self.memory[slot(position)] = entry;
+                if self.config.window.is_some() {
+                    let slot = window_slot(sequence.block_table(), position, block_size);
+                    self.window_memory.resize(self.window_memory.len().max(slot + 1), 0);
+                    self.window_memory[slot] = entry;
+                }
                 state = next_state(state, tokens[position]);
             }
             if let Some(slot) = state_slot {
@@ -387,7 +412,13 @@ impl<'a> Simulation<'a> {
             }
             if chunk.samples {
                 let seen = if state_slot.is_some() { state } else { 0 };
-                rows.push(self.memory[slot(chunk.start + chunk.len - 1)] ^ seen);
+                let last = chunk.start + chunk.len - 1;
+                let in_window = self.config.window.map_or(0, |window| {
+                    let entries =
+                        seen_at(last, window).map(|seen| window_slot(sequence.block_table(), seen, block_size));
+                    all_of(entries.map(|slot| self.window_memory[slot]))
+                });
+                rows.push(self.memory[slot(last)] ^ seen ^ in_window);
             }
         }
         batch.snapshots.iter().for_each(|copy| self.states[copy.to.0 as usize] = self.states[copy.from.0 as usize]);
@@ -468,6 +499,12 @@ impl<'a> Simulation<'a> {
     }
 }
 
+/// Where the window's part of a position is, which the window must hold.
+fn window_slot(table: &BlockTable, position: usize, block_size: usize) -> usize {
+    let idx = position / block_size - table.window_start();
+    table.window()[idx].0 as usize * block_size + position % block_size
+}
+
 fn is_decoding(sequence: &Sequence) -> bool {
     sequence.num_generated() > 0 && sequence.num_computed() + 1 == sequence.tokens().len()
 }
@@ -508,6 +545,7 @@ fn five_hundred_sequences_run_together() {
         num_state_slots: 0,
         num_snapshot_slots: 0,
         snapshot_interval: 1,
+        window: None,
         max_num_seqs: 512,
         max_num_batched_tokens: 1024,
         max_model_len: 60,

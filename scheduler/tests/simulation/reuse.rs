@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 
 use scheduler::{Batch, Chunk, RequestId};
 
-use crate::Simulation;
 use crate::coverage::Coverage;
-use crate::fake_model::{all_of, entry, next_state};
+use crate::fake_model::{all_of, entry, next_state, seen_at};
+use crate::{Simulation, window_slot};
 
 impl Simulation<'_> {
     /// Tokens from one place where a sequence may start to the next.
@@ -52,6 +52,10 @@ impl Simulation<'_> {
             let slot = sequence.block_table().blocks()[position / block_size].0 as usize * block_size;
             before = Some(entry(before, (salt, all_of(std::iter::empty())), token));
             assert_eq!(Some(self.memory[slot + position % block_size]), before, "{:?} at {position}", chunk.id);
+            if self.config.window.is_some_and(|window| seen_at(chunk.start, window).contains(&position)) {
+                let slot = window_slot(sequence.block_table(), position, block_size);
+                assert_eq!(Some(self.window_memory[slot]), before, "{:?} at {position} in its window", chunk.id);
+            }
         }
         let is_first = expected.num_preemptions == 0;
         assert!(!is_first || sequence.num_cached_tokens() == chunk.start);
@@ -61,6 +65,7 @@ impl Simulation<'_> {
             assert_eq!(self.states[from], state, "{:?} starts from the state of other tokens", chunk.id);
         }
         self.live.get_mut(&chunk.id).expect("it is live").num_computed = chunk.start;
+        self.coverage.reused_windows += u64::from(self.config.window.is_some());
         let Coverage { reused, reused_after_preemption, resumed, resumed_after_preemption, .. } = self.coverage;
         *match (state_slot.is_some(), is_first) {
             (false, true) => reused,

@@ -163,6 +163,7 @@ mod tests {
             memory_bytes_f32: 6 << 30,
             kv_dtype: "bf16".into(),
             kv_bytes_per_token: 2048,
+            least_kv_bytes_per_token: 2048,
             state_bytes_per_sequence: 1 << 20,
             dtypes: vec!["bf16".into()],
             classes: vec![class(TensorClass::Router, 1, 5), class(TensorClass::Experts, 720, 999_999)],

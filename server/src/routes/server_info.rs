@@ -45,6 +45,7 @@ pub struct ModelInfo {
     max_model_len: usize,
     block_size: usize,
     num_blocks: usize,
+    num_window_blocks: usize,
     /// Sequences whose recurrent state fits at once; 0 where the model has none.
     num_state_slots: usize,
     /// Recurrent states kept for prompts that begin alike; 0 where the model has none.
@@ -89,6 +90,7 @@ fn describe(app: &App, model: &Model) -> ModelInfo {
         max_model_len: summary.max_model_len,
         block_size: summary.block_size,
         num_blocks: summary.num_blocks,
+        num_window_blocks: summary.num_window_blocks,
         num_state_slots: summary.num_state_slots,
         num_snapshot_slots: summary.num_snapshot_slots,
         has_prefix_cache: summary.has_prefix_cache,

@@ -67,6 +67,14 @@ const GAUGES: &[(&str, &str)] = &[
     ("vllm:num_requests_waiting_by_reason", "Sequences waiting, by what for; capacity is room in the batch"),
     ("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 1 is full; cached ones are not in use"),
     ("moesaic_state_slots_usage_perc", "Share of recurrent states in use, 1 is full; only of models that have them"),
+    (
+        "moesaic_window_blocks_usage_perc",
+        "Share of the blocks of layers with a window that running requests hold, 1 is full",
+    ),
+    (
+        "moesaic_window_blocks_kept_perc",
+        "Share of the blocks of layers with a window that are kept for requests that begin alike",
+    ),
     ("moesaic_state_snapshots_usage_perc", "Share of the places for kept recurrent states that are taken, 1 is full"),
     ("vllm:cache_config_info", "The KV cache's settings as labels"),
     ("moesaic_weight_bytes", "Bytes of the weights in memory, with the formats of the matrices as a label"),
@@ -110,6 +118,11 @@ pub fn observe_engine(engine: &EngineHandle) {
     if stats.num_total_state_slots > 0 {
         let share = stats.num_used_state_slots as f64 / stats.num_total_state_slots as f64;
         gauge!("moesaic_state_slots_usage_perc").set(share);
+    }
+    if stats.num_total_window_blocks > 0 {
+        let share = |blocks: usize| blocks as f64 / stats.num_total_window_blocks as f64;
+        gauge!("moesaic_window_blocks_usage_perc").set(share(stats.num_used_window_blocks));
+        gauge!("moesaic_window_blocks_kept_perc").set(share(stats.num_cached_window_blocks));
     }
     if stats.num_total_snapshot_slots > 0 {
         let share = stats.num_snapshots as f64 / stats.num_total_snapshot_slots as f64;

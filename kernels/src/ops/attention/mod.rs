@@ -90,13 +90,8 @@ impl Attention<'_> {
     /// Positions that the row at `position` of a sequence sees, as a half-open range.
     fn visible(&self, seq_idx: usize, position: usize) -> Range<usize> {
         let source_len = self.batch.source_lens[seq_idx] as usize;
-        let start = match self.reach {
-            Reach::Source => return 0..source_len,
-            Reach::Full => 0,
-            Reach::Window(window) => (position + 1).saturating_sub(window),
-            Reach::Chunk(chunk) => position / chunk * chunk,
-        };
-        start.max(source_len)..position + 1
+        let end = if self.reach == Reach::Source { source_len } else { position + 1 };
+        self.reach.start(position, source_len)..end
     }
 }
 

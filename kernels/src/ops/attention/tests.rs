@@ -334,6 +334,38 @@ fn a_nan_in_the_cache_spoils_no_row_that_cannot_see_it() {
 }
 
 #[test]
+fn what_lies_before_a_window_need_not_be_there() {
+    let mut numbers = Numbers::new(9);
+    for spec in gqa_specs() {
+        let Some(window) = spec.reach.window() else { continue };
+        let (q, kv) = gqa_rows(&mut numbers, &spec);
+        let world = World::new(KvFormat::F32, 4, &kv);
+        for (first, end) in [(69, 70), (50, 70), (61, 64)] {
+            let chunks = [Chunk { seq: 2, first, end }, Chunk { seq: 1, first: 36, end: 37 }];
+            let whole = world.batch(&chunks);
+            let mut cut = whole.clone();
+            let mut num_cut = 0;
+            for (chunk, &start) in chunks.iter().zip(&whole.block_offsets) {
+                let num_blocks = (chunk.first + 1).saturating_sub(window) / 4;
+                cut.block_tables[start as usize..][..num_blocks].fill(PagedBatch::NO_BLOCK);
+                num_cut += num_blocks;
+            }
+            assert!(num_cut > 0, "{spec:?} sees everything");
+            let attend = |batch: &PagedBatch| {
+                paged_attention(&gather(&q, &chunks), &world.cache, batch, &spec, LearnedScores::default())
+            };
+            assert_eq!(values(&attend(&cut).unwrap()), values(&attend(&whole).unwrap()), "{spec:?}");
+            if let Reach::Window(_) = spec.reach {
+                // One block more is one too many.
+                let num_blocks = (first + 1).saturating_sub(window) / 4 + 1;
+                cut.block_tables[..num_blocks].fill(PagedBatch::NO_BLOCK);
+                assert!(attend(&cut).is_err(), "{spec:?}");
+            }
+        }
+    }
+}
+
+#[test]
 fn no_rows_are_no_output() {
     let spec = GqaSpec { num_heads: 2, num_kv_heads: 1, head_dim: 16, scale: 0.25, reach: Reach::Full };
     let cache = PagedCache::new(KvFormat::F32, 4, 32, 1).unwrap();
@@ -375,6 +407,7 @@ fn refuses_what_does_not_fit() {
         PagedBatch { source_lens: vec![], ..good.clone() },
         PagedBatch { context_lens: vec![13], ..good.clone() },
         PagedBatch { block_tables: vec![0, 1, 4], ..good.clone() },
+        PagedBatch { block_tables: vec![PagedBatch::NO_BLOCK, 1, 2], ..good.clone() },
         PagedBatch { block_offsets: vec![0, 2], ..good.clone() },
         PagedBatch { block_offsets: vec![1, 3], ..good.clone() },
     ];

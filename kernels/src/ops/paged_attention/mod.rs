@@ -34,6 +34,27 @@ pub enum Reach {
     Source,
 }
 
+impl Reach {
+    /// The first position that the row at `position` sees in a sequence that begins with a source of `source_len`; never
+    /// less for a later row.
+    pub(crate) fn start(self, position: usize, source_len: usize) -> usize {
+        match self {
+            Self::Source => 0,
+            Self::Full => source_len,
+            Self::Window(window) => (position + 1).saturating_sub(window).max(source_len),
+            Self::Chunk(chunk) => (position / chunk * chunk).max(source_len),
+        }
+    }
+
+    /// Positions that a row sees at most, its own included, where that is less than all.
+    pub fn window(self) -> Option<usize> {
+        match self {
+            Self::Window(len) | Self::Chunk(len) => Some(len),
+            Self::Full | Self::Source => None,
+        }
+    }
+}
+
 /// Learned parts of the scores, beside what queries and keys give.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct LearnedScores<'a> {
