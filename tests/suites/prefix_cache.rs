@@ -167,6 +167,31 @@ fn a_model_with_states_starts_where_one_is_kept() {
     assert_eq!(off.get("/server_info").json()["model"]["num_snapshot_slots"], 0);
 }
 
+/// Two of three layers see eight tokens, so that a token of a long sequence costs a third of what it does at first.
+#[test]
+fn windows_keep_what_they_need() {
+    const MEMORY: u64 = 1 << 20;
+    let memory = ["--kv-cache-memory", "1MiB", "--max-num-seqs", "4", "--max-num-batched-tokens", "64"];
+    let server = Server::start(SERVER, "gpt_oss-mxfp4", &memory);
+    let off = Server::start(SERVER, "gpt_oss-mxfp4", &[&memory[..], &["--enable-prefix-caching=false"]].concat());
+    let share = |name| server.metrics().value(name, &[]).expect("the gauge is there");
+    assert_eq!(share("moesaic_window_blocks_kept_perc"), 0.0);
+    for (len, num_cached) in [(100, 0), (100, 96), (50, 48), (40, 32), (120, 96)] {
+        let answer = server.ask(PATH, &completion(len, json!({})));
+        assert_eq!(cached(&answer), num_cached, "{len} tokens");
+        assert_eq!(answer["choices"], off.ask(PATH, &completion(len, json!({})))["choices"], "{len} tokens");
+    }
+    server.wait_idle();
+    assert!(share("moesaic_window_blocks_kept_perc") > 0.0);
+    assert_eq!(share("moesaic_window_blocks_usage_perc"), 0.0);
+    let model = off.get("/server_info").json()["model"].clone();
+    let count = |key: &str| model[key].as_u64().expect("a count");
+    // Four windows of a block, up to two more at their ends, and the four blocks of a step's rows.
+    assert_eq!(count("num_window_blocks"), 4 * 3 + 4);
+    let all_alike = MEMORY / (count("kv_bytes_per_token") * count("block_size"));
+    assert!(count("num_blocks") > 2 * all_alike, "{model}");
+}
+
 #[test]
 fn models_that_reuse_nothing_say_so() {
     // Of the recurrent model one state fits, and that is for the sequence that runs.
