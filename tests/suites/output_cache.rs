@@ -381,3 +381,23 @@ fn a_request_that_is_refused_leaves_nothing_behind() {
     });
     assert_eq!(origin(&answered), Some("miss"));
 }
+
+#[test]
+fn a_hit_of_many_tokens_leaves_others_their_turn_and_is_the_computed_answer() {
+    let server = server(&[]);
+    let body = completion(json!({"max_tokens": 1500, "logprobs": 5}));
+    let computed = post(&server, COMPLETIONS, &body);
+    assert_eq!(origin(&computed), Some("miss"));
+    // Other bytes each time: put together each time.
+    let hit = post(&server, COMPLETIONS, &with(body.clone(), json!({"user": "a"})));
+    assert_eq!(origin(&hit), Some("hit"));
+    assert_eq!(hit.json()["choices"], computed.json()["choices"]);
+    let streamed = with(body.clone(), json!({"user": "b"}));
+    let chunks = server.stream(COMPLETIONS, &streamed).chunks();
+    let text: String = chunks.iter().filter_map(|chunk| chunk["choices"][0]["text"].as_str()).collect();
+    assert_eq!(computed.json()["choices"][0]["text"], text);
+    let talk = chat(json!({"max_tokens": 1500}));
+    let (computed, hit) = (post(&server, CHAT, &talk), post(&server, CHAT, &talk));
+    assert_eq!((origin(&computed), origin(&hit)), (Some("miss"), Some("hit")));
+    assert_eq!(hit.json()["choices"], computed.json()["choices"]);
+}
