@@ -383,6 +383,41 @@ fn a_request_that_is_refused_leaves_nothing_behind() {
 }
 
 #[test]
+fn what_says_shared_was_computed_for_another_also_where_the_queue_is_full() {
+    let server = server(&["--max-num-seqs", "4", "--max-queue", "4"]);
+    // As many sequences as the engine takes, in two requests: more are let in, and refused by the engine.
+    let long = |seed: u64| {
+        let fields = json!({"max_tokens": 300, "temperature": 1.0, "seed": seed, "n": 4, "logprobs": null});
+        server.stream(COMPLETIONS, &completion(fields))
+    };
+    let mut first = long(1);
+    first.next_chunk();
+    let mut second = long(2);
+    let body = completion(json!({"prompt": [10, 11], "stop": ["no such text"]}));
+    let num_refused = std::sync::atomic::AtomicUsize::new(0);
+    let ask = || loop {
+        let response = post(&server, COMPLETIONS, &body);
+        if response.status == 200 {
+            return origin(&response).expect("it may be cached").to_owned();
+        }
+        assert_eq!(response.status, 429, "{}", response.text());
+        num_refused.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    };
+    let origins: Vec<_> = thread::scope(|scope| {
+        let askers: Vec<_> = (0..6).map(|_| scope.spawn(ask)).collect();
+        poll("refusals", PATIENCE, || (num_refused.load(std::sync::atomic::Ordering::Relaxed) > 50).then_some(()));
+        for stream in [&mut first, &mut second] {
+            let chunks = stream.chunks();
+            assert_eq!(chunks.iter().filter(|chunk| chunk["choices"][0]["finish_reason"] == "length").count(), 4);
+        }
+        askers.into_iter().map(|asker| asker.join().unwrap()).collect()
+    });
+    let num_misses = origins.iter().filter(|origin| *origin == "miss").count() as f64;
+    assert!(num_misses >= 1.0, "{origins:?}");
+    assert_eq!(tokens_generated(&server), 8.0 * 300.0 + 12.0 * num_misses, "{origins:?}");
+}
+
+#[test]
 fn a_hit_of_many_tokens_leaves_others_their_turn_and_is_the_computed_answer() {
     let server = server(&[]);
     let body = completion(json!({"max_tokens": 1500, "logprobs": 5}));
