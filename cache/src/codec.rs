@@ -24,7 +24,8 @@ use crate::store::{Address, MAX_TTL, Value};
 pub const HEADER_BYTES: usize = 120;
 
 const MAGIC: &[u8; 4] = b"MSC1";
-const VERSION: u16 = 1;
+/// Of the envelope and of what is in it.
+const VERSION: u16 = 2;
 const CHECKSUM: std::ops::Range<usize> = 88..120;
 
 /// Why stored bytes are not the value that was asked for.

@@ -15,12 +15,12 @@ pub enum CacheError {
     TooLarge { tier: Tier, bytes: usize, limit: usize },
     #[error("the lifetime {ttl:?} is not between 1 ms and 10 years")]
     Lifetime { ttl: Duration },
-    #[error("Redis failed before and is left alone for now")]
-    CircuitOpen,
-    #[error("{tier}: {source}")]
-    Io { tier: Tier, source: std::io::Error },
+    #[error("{tier} failed before and is left alone for now")]
+    CircuitOpen { tier: Tier },
+    #[error("disk: {0}")]
+    Disk(#[from] std::io::Error),
     #[error("Redis: {0}")]
-    Redis(RedisError),
+    Redis(#[from] RedisError),
     #[error("Redis answered something else than {expected}")]
     Reply { expected: &'static str },
     #[error("Redis address: {reason}")]

@@ -27,6 +27,8 @@ pub enum FlightEvent<E> {
 /// What a flight has given so far.
 #[derive(Debug)]
 pub(crate) struct Progress<E> {
+    /// Whoever leads was granted what it takes to compute.
+    pub is_under_way: bool,
     pub prompt: Option<Arc<[PromptLogprob]>>,
     pub tokens: Vec<Token>,
     pub outcome: Option<Outcome<E>>,
@@ -40,12 +42,12 @@ pub(crate) enum Outcome<E> {
 
 impl<E> Default for Progress<E> {
     fn default() -> Self {
-        Self { prompt: None, tokens: Vec::new(), outcome: None }
+        Self { is_under_way: false, prompt: None, tokens: Vec::new(), outcome: None }
     }
 }
 
-/// Reads one flight, or a recording as if it were one. A clone reads on from the same place, on its own. A follower that is
-/// dropped has left: a flight without followers is abandoned.
+/// Reads one flight, or a recording as if it were one. A follower that is dropped has left: a flight without followers is
+/// abandoned.
 #[derive(Debug)]
 pub struct Follower<E> {
     source: Source<E>,
@@ -60,16 +62,6 @@ enum Source<E> {
     Recorded(Arc<Recording>),
 }
 
-impl<E> Clone for Follower<E> {
-    fn clone(&self) -> Self {
-        let source = match &self.source {
-            Source::Live(progress) => Source::Live(progress.clone()),
-            Source::Recorded(recording) => Source::Recorded(Arc::clone(recording)),
-        };
-        Self { source, ..*self }
-    }
-}
-
 impl<E: Clone> Follower<E> {
     pub(crate) fn live(progress: watch::Receiver<Progress<E>>) -> Self {
         Self::new(Source::Live(progress))
@@ -82,6 +74,16 @@ impl<E: Clone> Follower<E> {
 
     fn new(source: Source<E>) -> Self {
         Self { source, prompt_was_read: false, num_read: 0, is_over: false }
+    }
+
+    /// Whether the answer comes; waits until that is known. It does not where whoever led is gone before the computation was under
+    /// way.
+    pub(crate) async fn is_led(&mut self) -> bool {
+        let Source::Live(progress) = &mut self.source else { return true };
+        let known = progress.wait_for(|progress| progress.is_under_way || progress.outcome.is_some()).await;
+        known.is_ok_and(|progress| {
+            progress.is_under_way || !matches!(progress.outcome, Some(Outcome::Failed(Failure::Gone)))
+        })
     }
 
     /// The next event; `None` only after `End` or `Failed`. Dropping the future loses nothing.
@@ -99,8 +101,8 @@ impl<E: Clone> Follower<E> {
         None
     }
 
-    /// The next event if it is there already: what a reader takes in one go before it writes.
-    pub fn take(&mut self) -> Option<FlightEvent<E>> {
+    /// The next event if it is there already.
+    fn take(&mut self) -> Option<FlightEvent<E>> {
         if self.is_over {
             return None;
         }
@@ -128,23 +130,6 @@ impl<E: Clone> Follower<E> {
             None => {}
         }
         event
-    }
-
-    /// Waits for the end and gives the whole.
-    ///
-    /// # Errors
-    /// The flight failed.
-    pub async fn recording(mut self) -> Result<Arc<Recording>, Failure<E>> {
-        match &mut self.source {
-            Source::Recorded(recording) => Ok(Arc::clone(recording)),
-            Source::Live(progress) => match progress.wait_for(|progress| progress.outcome.is_some()).await {
-                Err(_) => Err(Failure::Gone),
-                Ok(progress) => match progress.outcome.as_ref().expect("it was waited for") {
-                    Outcome::Ended(recording) => Ok(Arc::clone(recording)),
-                    Outcome::Failed(failure) => Err(failure.clone()),
-                },
-            },
-        }
     }
 }
 

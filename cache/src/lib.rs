@@ -8,13 +8,15 @@
 //! | `store` | the one `Store` trait, and its tiers |
 //! | `flight` | one computation, read by many |
 //! | `output` | the output cache: look up, join, or lead |
-//! | `breaker` | when to leave Redis alone, and when to look again |
+//! | `breaker` | when to leave a place alone, and when to look again |
+//! | `circuit` | calls to a slow tier behind a breaker, and the probe that heals it |
 //! | `telemetry` | counters of every tier |
 //!
 //! A cache is never why a request fails: whatever goes wrong in here is a miss, and counted.
 #![forbid(unsafe_code)]
 
 mod breaker;
+mod circuit;
 pub mod codec;
 mod error;
 mod flight;

@@ -6,12 +6,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 
 use crate::flight::{Failure, Follower, Outcome, Progress};
 use crate::key::{Fingerprint, Key};
 use crate::recording::{End, PromptLogprob, Recording, Token};
-use crate::store::{Address, Kind, Store, Tier, Value};
+use crate::store::{Address, Kind, Store, Value};
 use crate::telemetry;
 
 /// Looks at the store per request: more than one only where a flight ended between a look and the next step.
@@ -42,11 +42,9 @@ pub struct Access {
 /// What a request found.
 #[derive(Debug)]
 pub enum Lookup<E: Clone> {
-    Hit {
-        recording: Arc<Recording>,
-        tier: Tier,
-    },
-    /// Nobody has it: compute it through `leader`; this request reads `follower` like all others.
+    Hit(Arc<Recording>),
+    /// Nobody has it: compute it through `leader`, which begins or is dropped at once, for others wait to hear which; this request
+    /// reads `follower` like all others.
     Lead {
         leader: Leader<E>,
         follower: Follower<E>,
@@ -97,38 +95,43 @@ impl<E: Clone> OutputCache<E> {
     /// Finds the answer, whoever computes it, or that nobody does. Ends by `deadline` whatever the store does. `key` holds all that
     /// decides the answer, the fingerprint and the tenant's salt among it.
     pub async fn open(&self, key: Key, access: Access, deadline: Instant) -> Lookup<E> {
+        let alone = || self.lead(Flight { key, progress: Arc::default(), is_shared: false, writes: access.write });
         if !access.read {
-            return self.lead(Flight { key, progress: Arc::default(), is_shared: false, writes: access.write });
+            return alone();
         }
         for _ in 0..MAX_LOOKS {
-            if let Some(follower) = self.inner.join(&key) {
-                return Lookup::Join(follower);
-            }
             let num_ended = self.inner.stripe(&key).load(Ordering::Acquire);
-            if let Some(hit) = self.look(key, deadline).await {
-                return hit;
+            let mut follower = self.inner.follow(&key);
+            if follower.is_none() {
+                if let Some(hit) = self.look(key, deadline).await {
+                    return hit;
+                }
+                follower = self.inner.follow(&key);
+            }
+            if let Some(mut follower) = follower {
+                // Whoever leads may be refused a place to compute, which says nothing about this request.
+                if timeout_at(deadline, follower.is_led()).await == Ok(true) {
+                    telemetry::joined(Kind::Output);
+                    return Lookup::Join(follower);
+                }
+                continue;
             }
             if !access.write {
-                return match self.inner.join(&key) {
-                    Some(follower) => Lookup::Join(follower),
-                    None => self.lead(Flight { key, progress: Arc::default(), is_shared: false, writes: false }),
-                };
+                return alone();
             }
             let mut flights = self.inner.flights();
+            let has_changed = self.inner.stripe(&key).load(Ordering::Acquire) != num_ended && Instant::now() < deadline;
             match flights.entry(key) {
-                hash_map::Entry::Occupied(flight) => return follow(flight.get()),
-                hash_map::Entry::Vacant(place) => {
-                    if self.inner.stripe(&key).load(Ordering::Acquire) != num_ended && Instant::now() < deadline {
-                        continue;
-                    }
+                hash_map::Entry::Vacant(place) if !has_changed => {
                     let progress = Arc::default();
                     place.insert(Arc::clone(&progress));
                     return self.lead(Flight { key, progress, is_shared: true, writes: true });
                 }
+                _ => {}
             }
         }
         // Flights end faster than this request looks: one more computation does no harm.
-        self.lead(Flight { key, progress: Arc::default(), is_shared: false, writes: access.write })
+        alone()
     }
 
     /// Whether an answer is stored. Ends by `deadline`.
@@ -146,7 +149,7 @@ impl<E: Clone> OutputCache<E> {
         // An error was counted by the store, and is a miss.
         let found = self.inner.store.get(&address, deadline).await.ok()??;
         match Recording::decode(&found.payload) {
-            Ok(recording) => Some(Lookup::Hit { recording: Arc::new(recording), tier: found.tier }),
+            Ok(recording) => Some(Lookup::Hit(Arc::new(recording))),
             Err(bad) => {
                 telemetry::bad_value(&bad, found.tier, Kind::Output);
                 // What cannot be removed stays a miss.
@@ -157,17 +160,9 @@ impl<E: Clone> OutputCache<E> {
     }
 }
 
-fn follow<E: Clone>(flight: &watch::Sender<Progress<E>>) -> Lookup<E> {
-    telemetry::joined(Kind::Output);
-    Lookup::Join(Follower::live(flight.subscribe()))
-}
-
 impl<E: Clone> Inner<E> {
-    fn join(&self, key: &Key) -> Option<Follower<E>> {
-        let flights = self.flights();
-        let flight = flights.get(key)?;
-        telemetry::joined(Kind::Output);
-        Some(Follower::live(flight.subscribe()))
+    fn follow(&self, key: &Key) -> Option<Follower<E>> {
+        self.flights().get(key).map(|flight| Follower::live(flight.subscribe()))
     }
 }
 
@@ -203,6 +198,11 @@ pub struct Leader<E> {
 }
 
 impl<E> Leader<E> {
+    /// The computation is under way: others may join from now on.
+    pub fn begin(&mut self) {
+        self.flight.progress.send_modify(|progress| progress.is_under_way = true);
+    }
+
     /// Log-probs of the prompt, before the first token.
     ///
     /// # Panics
@@ -233,15 +233,10 @@ impl<E> Leader<E> {
     }
 
     /// Ends the flight. A request that is sent after a reader saw the end finds the answer stored.
-    pub async fn finish(mut self, end: End, num_prompt_tokens: u32) {
+    pub async fn finish(mut self, end: End) {
         let recording = {
             let progress = self.flight.progress.borrow();
-            Recording {
-                num_prompt_tokens,
-                prompt_logprobs: progress.prompt.clone(),
-                tokens: progress.tokens.clone(),
-                end,
-            }
+            Recording { prompt_logprobs: progress.prompt.clone(), tokens: progress.tokens.clone(), end }
         };
         if self.flight.writes {
             let config = &self.cache.config;

@@ -39,7 +39,6 @@ pub enum End {
 /// One choice from its first token to its end.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Recording {
-    pub num_prompt_tokens: u32,
     pub prompt_logprobs: Option<Arc<[PromptLogprob]>>,
     pub tokens: Vec<Token>,
     pub end: End,
@@ -51,7 +50,7 @@ const HAS_TOP: u8 = 4;
 
 impl Recording {
     /// ```text
-    /// recording  num_prompt_tokens, end, [stop token], prompt, tokens
+    /// recording  end, [stop token], prompt, tokens
     /// prompt     0, or 1 + count and { token, logprob, top } each
     /// tokens     count and { flags, token, [logprob], [top] } each
     /// top        count and { token, logprob } each
@@ -59,7 +58,6 @@ impl Recording {
     /// Log-probs are the four bytes of an f32, little-endian; `flags` and `end` one byte; all else LEB128.
     pub(crate) fn encode(&self) -> Bytes {
         let mut out = BytesMut::with_capacity(16 + 4 * self.tokens.len());
-        put_number(&mut out, self.num_prompt_tokens.into());
         match self.end {
             End::Stop(token) => {
                 out.put_u8(0);
@@ -90,7 +88,6 @@ impl Recording {
     /// The bytes are not what [`Self::encode`] makes, to the last one. Memory is bounded by their number.
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, BadValue> {
         let mut reader = Reader { bytes };
-        let num_prompt_tokens = reader.id()?;
         let end = match reader.byte()? {
             0 => End::Stop(reader.id()?),
             1 => End::Length,
@@ -106,7 +103,7 @@ impl Recording {
         if !reader.bytes.is_empty() {
             return Err(BadValue::Payload("bytes after the end"));
         }
-        Ok(Self { num_prompt_tokens, prompt_logprobs, tokens, end })
+        Ok(Self { prompt_logprobs, tokens, end })
     }
 }
 
@@ -237,14 +234,11 @@ pub(crate) mod tests {
         let prompt =
             (any::<u32>(), floats(), tops()).prop_map(|(token, logprob, top)| PromptLogprob { token, logprob, top });
         let prompt = prop::option::of(prop::collection::vec(prompt, 0..6));
-        (any::<u32>(), prompt, prop::collection::vec(tokens(), 0..20), ends()).prop_map(
-            |(num_prompt_tokens, prompt, tokens, end)| Recording {
-                num_prompt_tokens,
-                prompt_logprobs: prompt.map(Into::into),
-                tokens,
-                end,
-            },
-        )
+        (prompt, prop::collection::vec(tokens(), 0..20), ends()).prop_map(|(prompt, tokens, end)| Recording {
+            prompt_logprobs: prompt.map(Into::into),
+            tokens,
+            end,
+        })
     }
 
     proptest! {
@@ -278,18 +272,17 @@ pub(crate) mod tests {
     #[test]
     fn absurd_counts_are_refused_before_memory_is_taken() {
         let check = |bytes: &[u8]| assert!(Recording::decode(bytes).is_err(), "{bytes:?}");
-        check(&[0, 1, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f]);
-        check(&[0, 1, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f]);
-        check(&[0xff, 0xff, 0xff, 0xff, 0x7f, 1, 0, 0]);
-        check(&[0, 3, 0, 0]);
-        check(&[0, 1, 0, 0, 0]);
+        check(&[1, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f]);
+        check(&[1, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f]);
+        check(&[0, 0xff, 0xff, 0xff, 0xff, 0x7f, 0, 0]);
+        check(&[3, 0, 0]);
+        check(&[1, 0, 0, 0]);
     }
 
     #[test]
     fn a_plain_token_takes_few_bytes() {
         let token = Token { token: 100, logprob: None, top: Vec::new(), is_stop: false };
-        let recording =
-            Recording { num_prompt_tokens: 128, prompt_logprobs: None, tokens: vec![token; 64], end: End::Length };
-        assert_eq!(recording.encode().len(), 2 + 1 + 1 + 1 + 64 * 2);
+        let recording = Recording { prompt_logprobs: None, tokens: vec![token; 64], end: End::Length };
+        assert_eq!(recording.encode().len(), 1 + 1 + 1 + 64 * 2);
     }
 }

@@ -52,9 +52,9 @@ pub(crate) async fn measured<T: Outcome>(
     }
     match &result {
         Ok(outcome) => outcome.count(kind, tier),
-        // Counted as errors when it opened; from then on it is as if there were no Redis.
-        Err(CacheError::CircuitOpen) if call == Call::Get => None::<Found>.count(kind, tier),
-        Err(CacheError::CircuitOpen) => dropped_write(kind),
+        // Counted as errors when it opened; from then on it is as if there were no such tier.
+        Err(CacheError::CircuitOpen { .. }) if call == Call::Get => None::<Found>.count(kind, tier),
+        Err(CacheError::CircuitOpen { .. }) => dropped_write(kind),
         Err(error) => failed(error, tier, kind),
     }
     result
@@ -64,9 +64,9 @@ pub(crate) async fn measured<T: Outcome>(
 fn failed(error: &CacheError, tier: Tier, kind: Kind) {
     let name = match error {
         CacheError::TooLarge { .. } | CacheError::Lifetime { .. } => "moesaic_cache_refused_total",
-        CacheError::CircuitOpen
+        CacheError::CircuitOpen { .. }
         | CacheError::Timeout { .. }
-        | CacheError::Io { .. }
+        | CacheError::Disk(_)
         | CacheError::Redis(_)
         | CacheError::Reply { .. }
         | CacheError::Url { .. } => "moesaic_cache_errors_total",
@@ -85,14 +85,14 @@ pub(crate) fn joined(kind: Kind) {
     counter!("moesaic_cache_joined_total", "kind" => kind.as_str()).increment(1);
 }
 
-/// Counts a value that was not written to a slow tier: too much waits, or Redis is left alone.
+/// Counts a value that was not written to a slow tier: too much waits, or the tier is left alone.
 pub(crate) fn dropped_write(kind: Kind) {
     counter!("moesaic_cache_dropped_writes_total", "kind" => kind.as_str()).increment(1);
 }
 
-/// Sets whether Redis is left alone.
-pub(crate) fn circuit(is_open: bool) {
-    gauge!("moesaic_redis_circuit_open").set(if is_open { 1.0 } else { 0.0 });
+/// Adds to the circuits of a tier that are open.
+pub(crate) fn open_circuits(tier: Tier, change: f64) {
+    gauge!("moesaic_cache_circuit_open", "tier" => tier.as_str()).increment(change);
 }
 
 /// Keeps a fault that comes with every call from filling the log.
@@ -139,10 +139,13 @@ pub fn describe() {
     describe_counter!("moesaic_cache_joined_total", "Requests that read what another computes");
     describe_counter!(
         "moesaic_cache_dropped_writes_total",
-        "Values not written to slow tiers: too much waits, or Redis is left alone"
+        "Values not written to slow tiers: too much waits, or the tier is left alone"
     );
     describe_gauge!("moesaic_cache_up", "1 where the tier answers");
-    describe_gauge!("moesaic_redis_circuit_open", "1 while Redis fails and is left alone");
+    describe_gauge!(
+        "moesaic_cache_circuit_open",
+        "1 while the tier fails and is left alone; of a Redis cluster, the nodes that are"
+    );
     describe_histogram!("moesaic_cache_seconds", Unit::Seconds, "Time of a look-up in a tier");
     describe_gauge!("moesaic_cache_bytes", Unit::Bytes, "Bytes that a tier holds");
     describe_gauge!("moesaic_cache_entries", "Values that a tier holds");

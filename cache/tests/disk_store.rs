@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use cache::store::{Address, DiskConfig, DiskStore, Kind, Store as _, Tier, Value};
-use cache::{CacheError, Digest, Fingerprint};
+use cache::store::{Address, DiskConfig, DiskStore, Kind, MAX_DISK_CALLS, Store as _, Tier, Value};
+use cache::{BreakerConfig, CacheError, Digest, Fingerprint};
 use tokio::time::Instant;
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -24,7 +24,18 @@ impl Directory {
     }
 
     fn open(&self, max_bytes: u64) -> DiskStore {
-        let config = DiskConfig { directory: self.0.clone(), max_bytes, max_value_bytes: 100_000, scan_interval: HOUR };
+        let breaker = BreakerConfig {
+            max_failures: 3,
+            min_pause: Duration::from_millis(20),
+            max_pause: Duration::from_millis(100),
+        };
+        let config = DiskConfig {
+            directory: self.0.clone(),
+            max_bytes,
+            max_value_bytes: 100_000,
+            scan_interval: Duration::from_millis(5),
+            breaker,
+        };
         DiskStore::open(config).expect("the directory can be made")
     }
 
@@ -70,6 +81,15 @@ fn files_in(folder: &Path) -> Vec<PathBuf> {
     entries.flat_map(|entry| files_in(&entry.expect("it can be listed").path())).collect()
 }
 
+/// Looks again and again until `probe` is true.
+async fn until(what: &str, mut probe: impl AsyncFnMut() -> bool) {
+    let end = late();
+    while !probe().await {
+        assert!(Instant::now() < end, "{what}");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
 #[tokio::test]
 async fn values_outlive_the_process_and_end() {
     let directory = Directory::new();
@@ -109,18 +129,19 @@ async fn the_least_recently_used_is_evicted_in_this_life_and_the_next() {
         file.set_modified(SystemTime::now() - Duration::from_secs(age)).expect("it is a plain file");
     }
     let store = directory.open(4 * BLOCK_BYTES);
-    store.scan(late()).await.expect("the directory can be read");
-    let stats = store.stats(late()).await[0];
-    assert_eq!((stats.num_entries, stats.bytes), (Some(4), Some(4 * BLOCK_BYTES)));
+    until("it takes in what is there", async || {
+        let stats = store.stats(late()).await[0];
+        (stats.num_entries, stats.bytes) == (Some(4), Some(4 * BLOCK_BYTES))
+    })
+    .await;
     keep(&store, 5).await;
     assert_eq!(look(&store, 2).await, None);
     for number in [0, 3, 4, 5] {
         assert!(look(&store, number).await.is_some(), "{number}");
     }
     drop(store);
-    let smaller = directory.open(2 * BLOCK_BYTES);
-    smaller.scan(late()).await.expect("the directory can be read");
-    assert_eq!(files_in(&directory.0).len(), 2, "a smaller limit holds after the first scan");
+    let _smaller = directory.open(2 * BLOCK_BYTES);
+    until("a smaller limit holds", async || files_in(&directory.0).len() == 2).await;
 }
 
 #[tokio::test]
@@ -168,10 +189,7 @@ async fn two_processes_share_a_directory() {
     keep(&stores[0], 1000).await;
     assert!(look(&stores[1], 1000).await.is_some());
     assert!(files_in(&directory.0).iter().all(|file| file.extension().is_none()), "nothing unfinished is left");
-    for store in &stores {
-        store.scan(late()).await.expect("the directory can be read");
-    }
-    assert!(files_in(&directory.0).len() <= 64);
+    until("the limit holds", async || files_in(&directory.0).len() <= 64).await;
 }
 
 #[tokio::test]
@@ -204,8 +222,8 @@ async fn what_writers_that_died_left_is_swept_once_it_is_old() {
         let file = fs::File::options().write(true).open(path).expect("it is there");
         file.set_modified(SystemTime::now() - age).expect("it is a plain file");
     }
-    store.scan(late()).await.expect("the directory can be read");
-    assert_eq!((old.exists(), young.exists()), (false, true));
+    until("what is old is swept", async || !old.exists()).await;
+    assert!(young.exists());
 }
 
 #[tokio::test]
@@ -220,9 +238,55 @@ async fn a_directory_that_goes_or_cannot_be_used_fails_no_caller() {
     fs::remove_dir_all(&directory.0).expect("it can be removed");
     fs::write(&directory.0, "a file in its place").expect("it can be written");
     let kept = store.put(&address(3), Value { payload: payload_of(3), ttl: HOUR }, late()).await;
-    assert!(matches!(kept, Err(CacheError::Io { tier: Tier::Disk, .. })), "{kept:?}");
+    assert!(matches!(kept, Err(CacheError::Disk(_))), "{kept:?}");
     assert!(store.get(&address(3), late()).await.is_err());
     fs::remove_file(&directory.0).expect("it can be removed");
     keep(&store, 3).await;
     assert!(look(&store, 3).await.is_some(), "it heals alone");
+}
+
+/// Makes a file whose reader waits for a writer, for as long as there is none.
+fn make_fifo(path: &Path) {
+    fs::create_dir_all(path.parent().expect("it lies in a folder")).expect("it can be made");
+    let made = std::process::Command::new("mkfifo").arg(path).status().expect("there is mkfifo");
+    assert!(made.success());
+}
+
+#[tokio::test]
+async fn a_file_system_that_hangs_costs_a_few_calls_and_heals_alone() {
+    const BUDGET: Duration = Duration::from_millis(50);
+    let directory = Directory::new();
+    let store = directory.open(1 << 20);
+    keep(&store, 1000).await;
+    let num_calls = MAX_DISK_CALLS as u64;
+    for number in 0..num_calls {
+        make_fifo(&directory.file(number));
+    }
+    // As many as may be in the file system at once: nothing gets through any more, the probes neither.
+    let addresses: Vec<_> = (0..num_calls).map(address).collect();
+    let looks = addresses.iter().map(|address| store.get(address, Instant::now() + BUDGET));
+    for found in futures::future::join_all(looks).await {
+        assert!(matches!(found, Err(CacheError::Timeout { tier: Tier::Disk })), "{found:?}");
+    }
+    let start = Instant::now();
+    let mut num_looks = 0;
+    while start.elapsed() < Duration::from_millis(300) {
+        let found = store.get(&address(1000), Instant::now() + BUDGET).await;
+        assert!(matches!(found, Err(CacheError::CircuitOpen { tier: Tier::Disk })), "{found:?}");
+        num_looks += 1;
+        tokio::task::yield_now().await;
+    }
+    assert!(num_looks > 100, "{num_looks} looks: they cost nothing");
+    assert!(!store.stats(late()).await[0].is_available);
+    for number in 0..num_calls {
+        // The reader is there, and reads to the end of nothing.
+        drop(fs::File::options().write(true).open(directory.file(number)).expect("it can be written"));
+    }
+    until("it heals", async || {
+        let found = store.get(&address(1000), late()).await;
+        found.is_ok_and(|found| found.is_some_and(|found| found.payload == payload_of(1000)))
+    })
+    .await;
+    keep(&store, 0).await;
+    assert!(look(&store, 0).await.is_some() && store.stats(late()).await[0].is_available);
 }

@@ -16,7 +16,6 @@ use proptest::prelude::*;
 use tokio::time::Instant;
 
 const FULL: Access = Access { read: true, write: true };
-const NUM_PROMPT_TOKENS: u32 = 3;
 
 type Cache = OutputCache<&'static str>;
 
@@ -43,7 +42,10 @@ fn token(token: u32) -> Token {
 
 async fn lead(cache: &Cache, access: Access) -> (Leader<&'static str>, Follower<&'static str>) {
     match cache.open(key(1), access, deadline()).await {
-        Lookup::Lead { leader, follower } => (leader, follower),
+        Lookup::Lead { mut leader, follower } => {
+            leader.begin();
+            (leader, follower)
+        }
         other => panic!("expected to lead, got {other:?}"),
     }
 }
@@ -56,7 +58,7 @@ async fn join(cache: &Cache) -> Follower<&'static str> {
 }
 
 async fn is_hit(cache: &Cache) -> bool {
-    matches!(cache.open(key(1), FULL, deadline()).await, Lookup::Hit { .. })
+    matches!(cache.open(key(1), FULL, deadline()).await, Lookup::Hit(_))
 }
 
 async fn events(mut follower: Follower<&'static str>) -> Vec<FlightEvent<&'static str>> {
@@ -76,36 +78,35 @@ async fn a_finished_flight_is_a_hit_that_reads_the_same() {
     leader.push_token(token(7));
     let late = join(&cache).await;
     leader.push_token(token(8));
-    leader.finish(End::Stop(8), NUM_PROMPT_TOKENS).await;
+    leader.finish(End::Stop(8)).await;
     let expected = vec![
         FlightEvent::Prompt(prompt),
         FlightEvent::Token(token(7)),
         FlightEvent::Token(token(8)),
         FlightEvent::End(End::Stop(8)),
     ];
-    assert_eq!(late.clone().recording().await.unwrap().num_prompt_tokens, NUM_PROMPT_TOKENS);
     assert_eq!(events(follower).await, expected);
     assert_eq!(events(late).await, expected);
-    let Lookup::Hit { recording, .. } = cache.open(key(1), FULL, deadline()).await else { panic!("it was stored") };
-    assert_eq!(recording.num_prompt_tokens, NUM_PROMPT_TOKENS);
+    let Lookup::Hit(recording) = cache.open(key(1), FULL, deadline()).await else { panic!("it was stored") };
     assert_eq!(events(Follower::replay(recording)).await, expected);
     assert_eq!(cache.num_flights(), 0);
 }
 
 #[tokio::test]
-async fn a_reader_waits_for_what_comes_and_a_clone_reads_on_alone() {
+async fn a_reader_waits_for_what_comes_and_reads_alone() {
     let cache = cache();
     let (mut leader, mut follower) = lead(&cache, FULL).await;
     assert_eq!(follower.next().now_or_never(), None);
     leader.push_token(token(1));
     assert_eq!(follower.next().await, Some(FlightEvent::Token(token(1))));
-    let mut clone = follower.clone();
+    let mut other = join(&cache).await;
     leader.push_token(token(2));
-    assert_eq!(clone.take(), Some(FlightEvent::Token(token(2))));
-    assert_eq!(clone.take(), None);
+    assert_eq!(other.next().await, Some(FlightEvent::Token(token(1))));
+    assert_eq!(other.next().await, Some(FlightEvent::Token(token(2))));
+    assert_eq!(other.next().now_or_never(), None);
     assert_eq!(follower.next().await, Some(FlightEvent::Token(token(2))));
     leader.fail("device");
-    for mut reader in [follower, clone] {
+    for mut reader in [follower, other] {
         assert_eq!(reader.next().await, Some(FlightEvent::Failed(Failure::Error("device"))));
         assert_eq!(reader.next().await, None);
     }
@@ -120,9 +121,60 @@ async fn a_failed_or_dropped_flight_stores_nothing() {
     assert_eq!(events(follower).await, [FlightEvent::Token(token(1)), FlightEvent::Failed(Failure::Error("device"))]);
     let (leader, follower) = lead(&cache, FULL).await;
     drop(leader);
-    assert_eq!(follower.clone().recording().await, Err(Failure::Gone));
     assert_eq!(events(follower).await, [FlightEvent::Failed(Failure::Gone)]);
     assert!(!is_hit(&cache).await);
+}
+
+/// Asks for what another is about to compute, and is made to wait.
+async fn wait_behind(cache: &Cache, deadline: Instant) -> tokio::task::JoinHandle<Lookup<&'static str>> {
+    let cache = cache.clone();
+    let waiting = tokio::spawn(async move { cache.open(key(1), FULL, deadline).await });
+    // There is one thread: it runs as far as it can.
+    tokio::task::yield_now().await;
+    assert!(!waiting.is_finished(), "whether it is computed is not known yet");
+    waiting
+}
+
+async fn about_to_lead(cache: &Cache) -> (Leader<&'static str>, Follower<&'static str>) {
+    match cache.open(key(1), FULL, deadline()).await {
+        Lookup::Lead { leader, follower } => (leader, follower),
+        other => panic!("expected to lead, got {other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn who_waits_for_a_leader_that_is_refused_leads_instead() {
+    let cache = cache();
+    let refused = about_to_lead(&cache).await;
+    let waiting = vec![wait_behind(&cache, deadline()).await, wait_behind(&cache, deadline()).await];
+    drop(refused);
+    let (first, _, mut rest) = futures::future::select_all(waiting).await;
+    let Lookup::Lead { mut leader, follower } = first.unwrap() else { panic!("nobody else computes it") };
+    leader.begin();
+    let second = rest.pop().expect("there are two").await.unwrap();
+    let Lookup::Join(joined) = second else { panic!("it is computed for the other") };
+    leader.push_token(token(1));
+    leader.finish(End::Length).await;
+    for reader in [follower, joined] {
+        assert_eq!(events(reader).await, [FlightEvent::Token(token(1)), FlightEvent::End(End::Length)]);
+    }
+}
+
+#[tokio::test]
+async fn who_waits_joins_when_the_computation_is_under_way_and_computes_alone_past_its_deadline() {
+    let cache = cache();
+    let (mut leader, follower) = about_to_lead(&cache).await;
+    let late = cache.open(key(1), FULL, Instant::now()).await;
+    assert!(matches!(late, Lookup::Lead { .. }), "{late:?}");
+    drop(late);
+    let waiting = wait_behind(&cache, deadline()).await;
+    leader.begin();
+    let Lookup::Join(joined) = waiting.await.unwrap() else { panic!("it is computed") };
+    assert_eq!(cache.num_flights(), 1);
+    leader.fail("device");
+    for reader in [follower, joined] {
+        assert_eq!(events(reader).await, [FlightEvent::Failed(Failure::Error("device"))]);
+    }
 }
 
 #[tokio::test]
@@ -140,11 +192,11 @@ async fn a_flight_is_abandoned_by_its_last_reader() {
     drop(back);
     leader.abandoned().await;
     // The leader knows: whoever comes now leads anew, whether or not it is gone.
-    let (second, follower) = lead(&cache, FULL).await;
+    let (second, mut follower) = lead(&cache, FULL).await;
     drop(leader);
-    assert!(follower.clone().next().now_or_never().is_none(), "the end of the first is not that of the second");
+    assert!(follower.next().now_or_never().is_none(), "the end of the first is not that of the second");
     assert_eq!(cache.num_flights(), 1);
-    second.finish(End::Length, NUM_PROMPT_TOKENS).await;
+    second.finish(End::Length).await;
     assert_eq!(events(follower).await, [FlightEvent::End(End::Length)]);
     assert!(is_hit(&cache).await);
 }
@@ -160,14 +212,14 @@ async fn a_request_may_forbid_reading_and_writing() {
     drop(follower);
     let (secret, _secret_follower) = lead(&cache, Access { read: true, write: false }).await;
     let (leader, _follower) = lead(&cache, FULL).await;
-    secret.finish(End::Length, NUM_PROMPT_TOKENS).await;
+    secret.finish(End::Length).await;
     drop(leader);
     let (leader, _follower) = lead(&cache, FULL).await;
     drop(leader);
-    fresh.finish(End::Text, NUM_PROMPT_TOKENS).await;
+    fresh.finish(End::Text).await;
     assert!(is_hit(&cache).await);
     let (_none, _follower) = lead(&cache, Access { read: false, write: false }).await;
-    assert!(matches!(cache.open(key(1), Access { read: true, write: false }, deadline()).await, Lookup::Hit { .. }));
+    assert!(matches!(cache.open(key(1), Access { read: true, write: false }, deadline()).await, Lookup::Hit(_)));
 }
 
 #[tokio::test]
@@ -188,10 +240,11 @@ fn answer(number: u64) -> Vec<Token> {
 /// One request: reads to the end, or leaves after `patience` events. `None` where it left.
 async fn request(cache: Cache, number: u64, patience: usize, num_computed: Arc<AtomicUsize>) -> Option<Vec<Token>> {
     let mut follower = match cache.open(key(number), FULL, deadline()).await {
-        Lookup::Hit { recording, .. } => Follower::replay(recording),
+        Lookup::Hit(recording) => Follower::replay(recording),
         Lookup::Join(follower) => follower,
         Lookup::Lead { mut leader, follower } => {
             tokio::spawn(async move {
+                leader.begin();
                 for token in answer(number) {
                     tokio::select! {
                         biased;
@@ -200,7 +253,7 @@ async fn request(cache: Cache, number: u64, patience: usize, num_computed: Arc<A
                     }
                 }
                 num_computed.fetch_add(1, Ordering::Relaxed);
-                leader.finish(End::Length, NUM_PROMPT_TOKENS).await;
+                leader.finish(End::Length).await;
             });
             follower
         }
@@ -305,7 +358,7 @@ impl Model {
             }
             Step::Finish => {
                 if let Some(leader) = self.leader.take() {
-                    leader.finish(End::Length, NUM_PROMPT_TOKENS).now_or_never().expect("memory does not wait");
+                    leader.finish(End::Length).now_or_never().expect("memory does not wait");
                     self.end(FlightEvent::End(End::Length));
                     self.stored = self.num_pushed.last().copied();
                 }
@@ -323,7 +376,7 @@ impl Model {
     fn open(&mut self, cache: &Cache) {
         let lookup = cache.open(key(1), FULL, deadline()).now_or_never().expect("memory does not wait");
         let follower = match lookup {
-            Lookup::Hit { recording, .. } => {
+            Lookup::Hit(recording) => {
                 assert_eq!(Some(recording.tokens.len() as u32), self.stored);
                 return;
             }
@@ -331,8 +384,9 @@ impl Model {
                 assert!(self.leader.is_some() && self.stored.is_none());
                 follower
             }
-            Lookup::Lead { leader, follower } => {
+            Lookup::Lead { mut leader, follower } => {
                 assert!(self.leader.is_none() && self.stored.is_none());
+                leader.begin();
                 self.leader = Some(leader);
                 self.num_pushed.push(0);
                 self.ends.push(None);
@@ -377,6 +431,8 @@ impl Model {
 proptest! {
     #[test]
     fn every_order_of_steps_gives_every_reader_its_flight(steps in steps()) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("it needs no resources");
+        let _context = runtime.enter();
         let (cache, mut model) = (cache(), Model::default());
         for step in &steps {
             model.step(&cache, step);

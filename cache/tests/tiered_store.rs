@@ -8,7 +8,7 @@ use bytes::Bytes;
 use cache::store::{
     Address, DiskConfig, DiskStore, Found, Kind, MemoryStore, Store, Tier, TierStats, TieredConfig, TieredStore, Value,
 };
-use cache::{CacheError, Digest, Fingerprint};
+use cache::{BreakerConfig, CacheError, Digest, Fingerprint};
 use futures::future::{BoxFuture, FutureExt as _};
 use tokio::time::{Instant, sleep_until};
 
@@ -64,8 +64,13 @@ fn disk() -> (Arc<DiskStore>, impl Drop) {
     }
     let number = NUM_MADE.fetch_add(1, Ordering::Relaxed);
     let directory = std::env::temp_dir().join(format!("moesaic-tiers-{}-{number}", std::process::id()));
-    let config =
-        DiskConfig { directory: directory.clone(), max_bytes: 1 << 30, max_value_bytes: 1 << 20, scan_interval: HOUR };
+    let config = DiskConfig {
+        directory: directory.clone(),
+        max_bytes: 1 << 30,
+        max_value_bytes: 1 << 20,
+        scan_interval: HOUR,
+        breaker: BreakerConfig::default(),
+    };
     (Arc::new(DiskStore::open(config).expect("the directory can be made")), Directory(directory))
 }
 

@@ -9,6 +9,7 @@ use tower_http::cors::{AllowOrigin, CorsLayer};
 
 use crate::config::Config;
 use crate::error::ApiError;
+use crate::generate::TOKENS_PER_TURN;
 
 /// Time a client has for sending a body.
 pub const BODY_TIMEOUT: Duration = Duration::from_secs(60);
@@ -84,6 +85,21 @@ impl Limits {
         tokio::time::timeout(self.request_timeout, done).await.map_err(late)?
     }
 
+    /// Runs `job` here where it works on no more than `TOKENS_PER_TURN` tokens, else as [`Self::run_text`] does.
+    ///
+    /// # Errors
+    /// As [`Self::run_text`].
+    pub async fn write<T, F>(&self, num_tokens: usize, job: F) -> Result<T, ApiError>
+    where
+        T: Send + 'static,
+        F: FnOnce() -> T + Send + 'static,
+    {
+        if num_tokens <= TOKENS_PER_TURN {
+            return Ok(job());
+        }
+        self.run_text(|| Ok(job())).await
+    }
+
     /// Requests in flight now.
     pub fn num_in_flight(&self) -> usize {
         self.max_in_flight - self.in_flight.available_permits()
@@ -125,6 +141,15 @@ mod tests {
         drop(taken);
         let patient = Limits { request_timeout: Duration::from_secs(60), ..limits };
         patient.run_text(|| Ok(())).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn only_long_answers_are_written_elsewhere() {
+        let limits = Limits::new(&Config::default());
+        let here = std::thread::current().id();
+        let writer = || std::thread::current().id();
+        assert_eq!(limits.write(TOKENS_PER_TURN, writer).await.unwrap(), here);
+        assert_ne!(limits.write(TOKENS_PER_TURN + 1, writer).await.unwrap(), here);
     }
 
     #[test]

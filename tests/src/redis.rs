@@ -157,12 +157,20 @@ impl RedisCluster {
     /// # Panics
     /// They do not find each other.
     pub fn start() -> Self {
+        Self::with_options(&[])
+    }
+
+    /// The same, each with `options`.
+    ///
+    /// # Panics
+    /// They do not find each other.
+    pub fn with_options(options: &[&str]) -> Self {
         let nodes: Vec<_> = (0..3)
             .map(|_| {
                 // The default is the port plus 10000, which may be none.
                 let bus = free_address().port().to_string();
-                let options = ["--cluster-enabled", "yes", "--cluster-port", &bus, "--cluster-node-timeout", "1000"];
-                RedisServer::with_options(&options)
+                let own = ["--cluster-enabled", "yes", "--cluster-port", &bus, "--cluster-node-timeout", "1000"];
+                RedisServer::with_options(&[&own, options].concat())
             })
             .collect();
         for (node, slots) in nodes.iter().zip([("0", "5460"), ("5461", "10922"), ("10923", "16383")]) {
@@ -231,7 +239,7 @@ fn launch(directory: &Path, address: SocketAddr, options: &[String]) -> Option<P
 
 /// A port that the system does not hand out by itself: one that is killed finds its port free when it comes back, and meanwhile nobody
 /// else answers on it.
-fn free_address() -> SocketAddr {
+pub fn free_address() -> SocketAddr {
     static NUM_TRIED: AtomicU32 = AtomicU32::new(0);
     // Below the range of `net.ipv4.ip_local_port_range`.
     const FIRST: u16 = 10_000;

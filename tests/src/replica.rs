@@ -146,13 +146,13 @@ impl Replica {
         self.metric("moesaic_cache_bad_values_total", &[("tier", tier)])
     }
 
-    /// Whether it leaves Redis alone.
+    /// Whether it leaves a tier alone.
     ///
     /// # Panics
     /// It is not ready.
     pub fn circuit_is_open(&self) -> bool {
-        assert_eq!(self.server.get("/ready").status, 200, "it is ready without Redis");
-        self.metric("moesaic_redis_circuit_open", &[]) == 1.0
+        assert_eq!(self.server.get("/ready").status, 200, "it is ready without its slow tiers");
+        self.metric("moesaic_cache_circuit_open", &[]) == 1.0
     }
 }
 

@@ -381,3 +381,132 @@ fn a_request_that_is_refused_leaves_nothing_behind() {
     });
     assert_eq!(origin(&answered), Some("miss"));
 }
+
+#[test]
+fn what_says_shared_was_computed_for_another_also_where_the_queue_is_full() {
+    let server = server(&["--max-num-seqs", "4", "--max-queue", "4"]);
+    // As many sequences as the engine takes, in two requests: more are let in, and refused by the engine.
+    let long = |seed: u64| {
+        let fields = json!({"max_tokens": 300, "temperature": 1.0, "seed": seed, "n": 4, "logprobs": null});
+        server.stream(COMPLETIONS, &completion(fields))
+    };
+    let mut first = long(1);
+    first.next_chunk();
+    let mut second = long(2);
+    let body = completion(json!({"prompt": [10, 11], "stop": ["no such text"]}));
+    let num_refused = std::sync::atomic::AtomicUsize::new(0);
+    let ask = || loop {
+        let response = post(&server, COMPLETIONS, &body);
+        if response.status == 200 {
+            return origin(&response).expect("it may be cached").to_owned();
+        }
+        assert_eq!(response.status, 429, "{}", response.text());
+        num_refused.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    };
+    let origins: Vec<_> = thread::scope(|scope| {
+        let askers: Vec<_> = (0..6).map(|_| scope.spawn(ask)).collect();
+        poll("refusals", PATIENCE, || (num_refused.load(std::sync::atomic::Ordering::Relaxed) > 50).then_some(()));
+        for stream in [&mut first, &mut second] {
+            let chunks = stream.chunks();
+            assert_eq!(chunks.iter().filter(|chunk| chunk["choices"][0]["finish_reason"] == "length").count(), 4);
+        }
+        askers.into_iter().map(|asker| asker.join().unwrap()).collect()
+    });
+    let num_misses = origins.iter().filter(|origin| *origin == "miss").count() as f64;
+    assert!(num_misses >= 1.0, "{origins:?}");
+    assert_eq!(tokens_generated(&server), 8.0 * 300.0 + 12.0 * num_misses, "{origins:?}");
+}
+
+#[test]
+fn a_hit_of_many_tokens_leaves_others_their_turn_and_is_the_computed_answer() {
+    let server = server(&[]);
+    let body = completion(json!({"max_tokens": 1500, "logprobs": 5}));
+    let computed = post(&server, COMPLETIONS, &body);
+    assert_eq!(origin(&computed), Some("miss"));
+    // Other bytes each time: put together each time.
+    let hit = post(&server, COMPLETIONS, &with(body.clone(), json!({"user": "a"})));
+    assert_eq!(origin(&hit), Some("hit"));
+    assert_eq!(hit.json()["choices"], computed.json()["choices"]);
+    let streamed = with(body.clone(), json!({"user": "b"}));
+    let chunks = server.stream(COMPLETIONS, &streamed).chunks();
+    let text: String = chunks.iter().filter_map(|chunk| chunk["choices"][0]["text"].as_str()).collect();
+    assert_eq!(computed.json()["choices"][0]["text"], text);
+    let talk = chat(json!({"max_tokens": 1500}));
+    let (computed, hit) = (post(&server, CHAT, &talk), post(&server, CHAT, &talk));
+    assert_eq!((origin(&computed), origin(&hit)), (Some("miss"), Some("hit")));
+    assert_eq!(hit.json()["choices"], computed.json()["choices"]);
+}
+
+/// Answers requests only when so many are under way at once, and says how many were at most.
+fn hold(listener: std::net::TcpListener, num_requests: usize, at_once: usize) -> usize {
+    use std::io::{BufRead as _, BufReader, Read as _};
+    use std::sync::{Condvar, Mutex};
+    /// Time in which one too many would have come: it takes a millisecond.
+    const WATCH: Duration = Duration::from_millis(300);
+    let (state, changed) = (Mutex::new((0, 0, 0)), Condvar::new());
+    thread::scope(|scope| {
+        for _ in 0..num_requests {
+            let (mut stream, _) = listener.accept().expect("a request comes");
+            let (state, changed) = (&state, &changed);
+            scope.spawn(move || {
+                let mut reader = BufReader::new(stream.try_clone().expect("a socket can be shared"));
+                let mut len = 0;
+                loop {
+                    let mut line = String::new();
+                    reader.read_line(&mut line).expect("a request is lines");
+                    if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+                        len = value.trim().parse().expect("it is a number");
+                    }
+                    if line == "\r\n" {
+                        break;
+                    }
+                }
+                reader.read_exact(&mut vec![0; len]).expect("a request has its body");
+                let mut now = state.lock().expect("nobody panics");
+                let (num_now, num_most, num_come) = &mut *now;
+                *num_now += 1;
+                *num_come += 1;
+                *num_most = (*num_most).max(*num_now);
+                // The last round may be smaller.
+                let is_round = |(_, _, num_come): &(usize, usize, usize)| *num_come >= at_once;
+                changed.notify_all();
+                let (now, timeout) =
+                    changed.wait_timeout_while(now, PATIENCE, |now| !is_round(now)).expect("nobody panics");
+                assert!(!timeout.timed_out(), "as many as are asked for come at once");
+                let (mut now, _) = changed.wait_timeout_while(now, WATCH, |_| true).expect("nobody panics");
+                now.0 -= 1;
+                drop(now);
+                let answer = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}";
+                stream.write_all(answer.as_bytes()).expect("the client waits for it");
+            });
+        }
+    });
+    state.into_inner().expect("nobody panics").1
+}
+
+#[test]
+fn warming_asks_for_as_many_at_a_time_as_it_is_told_and_no_more() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("there is a free port");
+    let url = format!("http://{}", listener.local_addr().expect("it is bound"));
+    let path = std::env::temp_dir().join(format!("moesaic-warm-many-{}.jsonl", std::process::id()));
+    std::fs::write(&path, "\"hello\"\n".repeat(9)).expect("temporary files can be written");
+    let holder = thread::spawn(move || hold(listener, 9, 3));
+    let output = Command::new(SERVER)
+        .args([
+            "cache",
+            "warm",
+            path.to_str().expect("it is UTF-8"),
+            "--concurrency",
+            "3",
+            "--model",
+            "m",
+            "--url",
+            &url,
+        ])
+        .output()
+        .expect("the program can be started");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!((output.status.code(), &*said), (Some(0), "9 answered, 0 failed\n"), "{output:?}");
+    assert_eq!(holder.join().expect("it does not panic"), 3);
+    std::fs::remove_file(&path).expect("it is there");
+}

@@ -16,9 +16,8 @@ use serde_json::json;
 
 const SERVER: &str = env!("CARGO_BIN_EXE_moesaic-under-test");
 
-/// Time that Redis hangs. The circuit opens within five budgets, then two probes fail, after 250 ms and after 500 ms more; whatever
-/// lasts longer meets further probes of the same kind.
-const HANG: Duration = Duration::from_secs(2);
+/// Time that Redis hangs. The circuit opens within five budgets, then five probes fail, with pauses of 250 ms to 4 s.
+const HANG: Duration = Duration::from_secs(10);
 
 fn start(model: &Path, args: &[&str]) -> Replica {
     Replica::start(SERVER, model, args)

@@ -201,6 +201,9 @@ settings! {
         /// Redis that shares cached values among servers: redis://, rediss://, unix:// or redis+cluster://HOST:PORT,HOST:PORT
         #[arg(long, env = "MOESAIC_REDIS_URL", hide_env_values = true)]
         redis_url: Secret;
+        /// File with the certificates, as PEM, that may vouch for a Redis over TLS; those that the system trusts where not set
+        #[arg(long, env = "MOESAIC_REDIS_CA_FILE")]
+        redis_ca_file: PathBuf;
         /// Key, beside the API keys, that /v1/cache wants as `Authorization: Bearer KEY`; closed where not set
         #[arg(long, env = "MOESAIC_ADMIN_KEY", hide_env_values = true)]
         admin_key: Secret;
@@ -313,6 +316,9 @@ impl Config {
             Some(OutputCacheType::Disk) if self.cache_dir.is_none() => return missing("cache_dir"),
             Some(OutputCacheType::Redis) if self.redis_url.is_none() => return missing("redis_url"),
             _ => {}
+        }
+        if self.redis_ca_file.is_some() && self.redis_url.is_none() {
+            return Err(ConfigError::Missing { setting: "redis_url", wanted_by: "redis_ca_file" });
         }
         if !(1..=10_000).contains(&self.cache_timeout_ms) {
             return out_of_range("cache_timeout_ms", self.cache_timeout_ms.to_string(), "1 to 10000");

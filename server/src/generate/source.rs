@@ -1,7 +1,7 @@
 //! Where a choice's events come from: the engine, or an answer that others read too.
 
-use cache::{FlightEvent, Key};
-use engine::{EngineHandle, Event, GenerateRequest, Generation, GenerationError, SubmitError};
+use cache::Key;
+use engine::{EngineHandle, Event, GenerateRequest, Generation, SubmitError};
 use tokio::sync::oneshot;
 
 use super::{Job, new_assembler};
@@ -26,19 +26,10 @@ pub(super) enum Source {
 /// An answer of the output cache.
 pub(super) struct Answer {
     follower: Follower,
-    has_begun: bool,
     /// When the computation was scheduled, where this request leads it.
     scheduled: Option<oneshot::Receiver<Scheduled>>,
     /// Read together with the news that it was scheduled, which goes first.
     held: Option<Event>,
-    again: Again,
-}
-
-/// What it takes to compute an answer alone, should whoever computed it leave before it began.
-struct Again {
-    engine: EngineHandle,
-    request: GenerateRequest,
-    param: &'static str,
 }
 
 impl Source {
@@ -57,19 +48,18 @@ impl Source {
         let key = OutputKey { request: &request, stop, output, prompt_only };
         let Found { follower, origin, key, leader } = cache.open(&key, access, job.cache_deadline).await;
         let mut scheduled = None;
-        if let Some(leader) = leader {
+        if let Some(mut leader) = leader {
             let (sender, receiver) = oneshot::channel();
             scheduled = Some(receiver);
             let assembler = match stop.strings.is_empty() {
                 true => None,
                 false => Some(new_assembler(model, job.valid, &request.prompt)?),
             };
-            let num_prompt_tokens = u32::try_from(request.prompt.len()).expect("prompts are bounded");
-            let generation = submit(&model.engine, request.clone(), job.param)?;
-            Computation { leader, generation, assembler, num_prompt_tokens, prompt_only, scheduled: sender }.spawn();
+            let generation = submit(&model.engine, request, job.param)?;
+            leader.begin();
+            Computation { leader, generation, assembler, prompt_only, scheduled: sender }.spawn();
         }
-        let again = Again { engine: model.engine.clone(), request, param: job.param };
-        let answer = Answer { follower, has_begun: false, scheduled, held: None, again };
+        let answer = Answer { follower, scheduled, held: None };
         Ok((Self::Answer(Box::new(answer)), Some((origin, key))))
     }
 
@@ -78,20 +68,14 @@ impl Source {
     /// # Errors
     /// The computation is gone without a word.
     pub(super) async fn next(&mut self) -> Result<Event, ApiError> {
-        if let Self::Answer(answer) = self {
-            match answer.next().await {
-                Some(event) => return Ok(event),
-                None if answer.has_begun => return Err(gone()),
-                None => {
-                    let Again { engine, request, param } = &answer.again;
-                    *self = Self::Engine(submit(engine, request.clone(), param)?);
-                }
-            }
-        }
-        match self {
-            Self::Engine(generation) => generation.next().await.ok_or_else(gone),
-            Self::Answer(_) => unreachable!("an answer was read above"),
-        }
+        let event = match self {
+            Self::Engine(generation) => generation.next().await,
+            Self::Answer(answer) => answer.next().await,
+        };
+        event.ok_or_else(|| {
+            tracing::error!("the engine dropped a request without ending it");
+            ApiError::EngineDead
+        })
     }
 }
 
@@ -102,8 +86,7 @@ impl Answer {
             return Some(event);
         }
         let Some(scheduled) = &mut self.scheduled else {
-            let event = self.follower.next().await;
-            return self.begin(event);
+            return self.follower.next().await.and_then(to_engine);
         };
         let (now, event) = tokio::select! {
             biased;
@@ -112,7 +95,7 @@ impl Answer {
             event = self.follower.next() => (scheduled.try_recv().ok(), Some(event)),
         };
         self.scheduled = None;
-        let event = event.and_then(|event| self.begin(event));
+        let event = event.flatten().and_then(to_engine);
         match now {
             Some(Scheduled { queue, num_cached_tokens }) => {
                 self.held = event;
@@ -120,24 +103,10 @@ impl Answer {
             }
             None => match event {
                 Some(event) => Some(event),
-                None => {
-                    let event = self.follower.next().await;
-                    self.begin(event)
-                }
+                None => self.follower.next().await.and_then(to_engine),
             },
         }
     }
-
-    fn begin(&mut self, event: Option<FlightEvent<GenerationError>>) -> Option<Event> {
-        let event = event.and_then(to_engine)?;
-        self.has_begun = true;
-        Some(event)
-    }
-}
-
-fn gone() -> ApiError {
-    tracing::error!("the engine dropped a request without ending it");
-    ApiError::EngineDead
 }
 
 fn submit(engine: &EngineHandle, request: GenerateRequest, param: &'static str) -> Result<Generation, ApiError> {

@@ -18,13 +18,12 @@ pub struct Scheduled {
     pub num_cached_tokens: usize,
 }
 
-/// A generation whose events go to all readers.
+/// A generation whose events go to all readers. Its leader has begun.
 pub struct Computation<D> {
     pub leader: Leader,
     pub generation: Generation,
     /// Finds stop strings, where there are any.
     pub assembler: Option<Assembler<D>>,
-    pub num_prompt_tokens: u32,
     /// Nothing is wanted but the prompt's log-probs.
     pub prompt_only: bool,
     pub scheduled: oneshot::Sender<Scheduled>,
@@ -76,7 +75,7 @@ impl<D: TokenText + 'static> Computation<D> {
                 None => return,
             };
             drop(self.generation);
-            return self.leader.finish(end, self.num_prompt_tokens).await;
+            return self.leader.finish(end).await;
         }
     }
 }

@@ -95,7 +95,7 @@ impl OutputCache {
     pub async fn open(&self, key: &OutputKey<'_>, access: Access, deadline: Instant) -> Found {
         let key = key.digest(&self.fingerprint);
         match self.cache.open(key, access, deadline).await {
-            Lookup::Hit { recording, .. } => {
+            Lookup::Hit(recording) => {
                 Found { follower: Follower::replay(recording), origin: Origin::Hit, key, leader: None }
             }
             Lookup::Join(follower) => Found { follower, origin: Origin::Shared, key, leader: None },

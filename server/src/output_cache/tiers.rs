@@ -1,5 +1,7 @@
 //! The tiers that the configuration asks for.
 
+use std::fs;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,12 +44,15 @@ pub fn open(config: &Config) -> anyhow::Result<Option<Tiers>> {
             max_bytes: config.cache_disk.0,
             max_value_bytes: MAX_DISK_VALUE_BYTES,
             scan_interval: SCAN_INTERVAL,
+            breaker: BreakerConfig::default(),
         });
         slow.push(Arc::new(disk.with_context(|| format!("--cache-dir {}", directory.display()))?));
     }
     if let Some(url) = config.redis_url.as_ref().filter(|_| depth >= OutputCacheType::Redis) {
+        let read = |path: &PathBuf| fs::read(path).with_context(|| format!("--redis-ca-file {}", path.display()));
         let redis = RedisStore::open(&RedisConfig {
             url: url.expose_text().to_owned(),
+            ca: config.redis_ca_file.as_ref().map(read).transpose()?,
             key_prefix: config.redis_prefix.clone(),
             max_value_bytes: MAX_REDIS_VALUE_BYTES,
             breaker: BreakerConfig::default(),

@@ -15,7 +15,7 @@ use crate::app::{App, Model, unix_seconds};
 use crate::cache_salt::{Salt, Tenant};
 use crate::conversation::Conversation;
 use crate::error::ApiError;
-use crate::generate::{Batch, Job};
+use crate::generate::{Batch, Job, num_told};
 use crate::openai::chat::{ChatCompletion, ChatCompletionChunk, ChatCompletionRequest};
 use crate::openai::error::ErrorResponse;
 use crate::output_cache::Origin;
@@ -77,23 +77,31 @@ pub async fn complete(
         vocabulary: Arc::clone(&model.tokenizer) as _,
         is_cached,
     };
-    let writer = |plan, envelope| {
-        let usage = StreamUsage::new(plan, prompt.len(), valid.num_choices).cached(is_cached);
+    let (num_choices, own_prompt) = (valid.num_choices, Arc::clone(&prompt));
+    let writer = move |plan, envelope| {
+        let usage = StreamUsage::new(plan, own_prompt.len(), num_choices).cached(is_cached);
         let writer = ChatWriter { envelope, usage };
-        (writer.opening(valid.num_choices, &prompt), writer)
+        (writer.opening(num_choices, &own_prompt), writer)
     };
-    let whole = |outputs| envelope.chat_completion(&prompt, collect(outputs, valid.num_choices as usize));
+    let whole =
+        move |envelope: &Envelope, outputs| envelope.chat_completion(&prompt, collect(outputs, num_choices as usize));
     let response = match (origin, valid.stream) {
         (Some(Origin::Hit), plan) => {
             let outputs = batch.all().await?;
-            let sequences = replay::sequences(&batch, &outputs);
-            let texts = match plan {
-                None => Texts::Object(to_json(&whole(outputs))),
+            let (num_tokens, sequences) = (num_told(&outputs), replay::sequences(&batch, &outputs));
+            let write = move || match plan {
+                None => Texts::Object(to_json(&whole(&envelope, outputs))),
                 Some(plan) => Texts::Stream(written(writer(plan, envelope), outputs)),
             };
+            let texts = app.limits.write(num_tokens, write).await?;
             app.replays.keep(asked, (batch.keys, sequences), (texts, &stamp))
         }
-        (_, None) => Json(whole(batch.all().await?)).into_response(),
+        (_, None) => {
+            let outputs = batch.all().await?;
+            let num_tokens = num_told(&outputs);
+            let write = move || Json(whole(&envelope, outputs)).into_response();
+            app.limits.write(num_tokens, write).await?
+        }
         (_, Some(plan)) => {
             let (opening, writer) = writer(plan, envelope);
             let chunks = stream::iter(opening.into_iter().map(Ok)).chain(chunks(batch, writer));

@@ -13,7 +13,7 @@ use crate::answer::{Envelope, StreamUsage, chunks, collect, written};
 use crate::app::{App, Model, unix_seconds};
 use crate::cache_salt::{Salt, Tenant};
 use crate::error::ApiError;
-use crate::generate::{Batch, Job};
+use crate::generate::{Batch, Job, num_told};
 use crate::openai::completions::{Completion, CompletionRequest, Prompt};
 use crate::openai::error::ErrorResponse;
 use crate::output_cache::Origin;
@@ -87,24 +87,31 @@ pub async fn complete(
     };
     let num_sequences = prompts.len() * valid.num_choices as usize;
     let num_prompt_tokens = ids.iter().map(|ids| ids.len()).sum();
-    let writer = |plan, envelope, prompts| CompletionWriter {
+    let num_choices = valid.num_choices;
+    let writer = move |plan, envelope, prompts| CompletionWriter {
         envelope,
-        usage: StreamUsage::new(plan, num_prompt_tokens, valid.num_choices).cached(is_cached),
+        usage: StreamUsage::new(plan, num_prompt_tokens, num_choices).cached(is_cached),
         prompts,
-        num_choices: valid.num_choices,
+        num_choices,
         opened: vec![false; num_sequences],
     };
     let response = match (origin, valid.stream) {
         (Some(Origin::Hit), plan) => {
             let outputs = batch.all().await?;
-            let sequences = replay::sequences(&batch, &outputs);
-            let texts = match plan {
+            let (num_tokens, sequences) = (num_told(&outputs), replay::sequences(&batch, &outputs));
+            let write = move || match plan {
                 None => Texts::Object(to_json(&envelope.completion(&prompts, collect(outputs, num_sequences)))),
                 Some(plan) => Texts::Stream(written((Vec::new(), writer(plan, envelope, prompts)), outputs)),
             };
+            let texts = app.limits.write(num_tokens, write).await?;
             app.replays.keep(asked, (batch.keys, sequences), (texts, &stamp))
         }
-        (_, None) => Json(envelope.completion(&prompts, collect(batch.all().await?, num_sequences))).into_response(),
+        (_, None) => {
+            let outputs = batch.all().await?;
+            let num_tokens = num_told(&outputs);
+            let write = move || Json(envelope.completion(&prompts, collect(outputs, num_sequences))).into_response();
+            app.limits.write(num_tokens, write).await?
+        }
         (_, Some(plan)) => crate::sse::respond(chunks(batch, writer(plan, envelope, prompts)), app.keep_alive()),
     };
     Ok(tell_origin(response, origin))

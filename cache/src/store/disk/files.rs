@@ -119,6 +119,17 @@ impl Files {
         fs::rename(unfinished, path)
     }
 
+    /// Writes, reads and removes a file, as calls do.
+    pub fn try_out(&self) -> io::Result<()> {
+        // Among the values, under a name that a later scan sweeps where this process dies meanwhile.
+        let folder = self.directory.join(Kind::Output.as_str()).join("00");
+        let probe = |suffix| folder.join(format!("probe-{}-{}{suffix}{UNFINISHED}", std::process::id(), self.start));
+        let (unfinished, path) = (probe("-a"), probe("-b"));
+        self.write_whole(&unfinished, &path, b"probe")?;
+        fs::read(&path)?;
+        fs::remove_file(&path)
+    }
+
     pub fn remove(&self, name: &Name) -> io::Result<()> {
         self.index().forget(name);
         match fs::remove_file(self.path(name)) {

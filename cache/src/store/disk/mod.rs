@@ -3,9 +3,11 @@
 //! | file | what is in it |
 //! |---|---|
 //! | `files` | reading, writing, evicting and scanning files |
+//! | `folder` | blocking work on them from async tasks, and what a folder that fails says |
 //! | `index` | sizes and order of last use |
 
 mod files;
+mod folder;
 mod index;
 
 use std::io;
@@ -14,15 +16,17 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
 use futures::future::{BoxFuture, FutureExt as _};
-use tokio::sync::Semaphore;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 
 use self::files::{Files, Look};
+use self::folder::Folder;
 use self::index::{Index, Name};
+use crate::breaker::BreakerConfig;
+use crate::circuit::Circuit;
 use crate::codec;
 use crate::error::CacheError;
 use crate::store::{Address, Found, Kind, Store, Tier, TierStats, Value, check_ttl};
-use crate::telemetry::{self, Call, Notice, measured};
+use crate::telemetry::{self, Call, measured};
 
 /// Where values lie, and how much.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,6 +37,7 @@ pub struct DiskConfig {
     pub max_value_bytes: usize,
     /// Pause between scans of the directory.
     pub scan_interval: Duration,
+    pub breaker: BreakerConfig,
 }
 
 /// Files at most, so that the index stays within some 200 MB.
@@ -41,12 +46,10 @@ const MAX_FILES: usize = 1_000_000;
 /// Calls that may be in the file system at once. A file system that hangs holds these threads and no more.
 pub const MAX_CALLS: usize = 16;
 
-/// One file per value. Full, read-only or gone, it costs hits, and is counted.
+/// One file per value. Full, read-only or gone, it costs hits, and is counted; one that hangs is left alone after a few calls.
 #[derive(Debug)]
 pub struct DiskStore {
-    files: Arc<Files>,
-    calls: Arc<Semaphore>,
-    notice: Notice,
+    circuit: Circuit<Folder>,
     max_bytes: u64,
     max_value_bytes: usize,
 }
@@ -57,26 +60,15 @@ impl DiskStore {
     /// # Errors
     /// The directory cannot be made: said once, at the start, where an operator reads it.
     pub fn open(config: DiskConfig) -> Result<Self, CacheError> {
-        files::make_folder(&config.directory).map_err(|source| CacheError::Io { tier: Tier::Disk, source })?;
+        files::make_folder(&config.directory)?;
         let index = Index::new(config.max_bytes, MAX_FILES);
-        let files = Arc::new(Files::new(config.directory, config.max_value_bytes, index));
-        let calls = Arc::new(Semaphore::new(MAX_CALLS));
-        tokio::spawn(scan_for_ever(Arc::downgrade(&files), config.scan_interval));
+        let folder = Folder::new(Files::new(config.directory, config.max_value_bytes, index));
+        tokio::spawn(scan_for_ever(Arc::downgrade(folder.files()), config.scan_interval));
         Ok(Self {
-            files,
-            calls,
-            notice: Notice::default(),
+            circuit: Circuit::new(folder, config.breaker),
             max_bytes: config.max_bytes,
             max_value_bytes: config.max_value_bytes,
         })
-    }
-
-    /// Takes in what the directory holds now.
-    ///
-    /// # Errors
-    /// It cannot be read, or not by the deadline.
-    pub async fn scan(&self, deadline: Instant) -> Result<(), CacheError> {
-        self.call(deadline, |files| files.scan(SystemTime::now())).await
     }
 
     /// Runs blocking work; what is not done by the deadline goes on alone, within [`MAX_CALLS`].
@@ -85,23 +77,7 @@ impl DiskStore {
         deadline: Instant,
         work: impl FnOnce(&Files) -> io::Result<T> + Send + 'static,
     ) -> Result<T, CacheError> {
-        let late = || CacheError::Timeout { tier: Tier::Disk };
-        let permit = timeout_at(deadline, Arc::clone(&self.calls).acquire_owned()).await.map_err(|_| late())?;
-        let permit = permit.expect("the semaphore is never closed");
-        let files = Arc::clone(&self.files);
-        let task = tokio::task::spawn_blocking(move || {
-            let result = work(&files);
-            drop(permit);
-            result
-        });
-        let result = timeout_at(deadline, task).await.map_err(|_| late())?;
-        let result = result.unwrap_or_else(|panic| Err(io::Error::other(panic)));
-        result.map_err(|source| {
-            if self.notice.is_due() {
-                tracing::warn!(error = %source, "the disk tier of the cache fails; requests go on without it");
-            }
-            CacheError::Io { tier: Tier::Disk, source }
-        })
+        self.circuit.call(deadline, self.circuit.place().run(work)).await
     }
 
     async fn find(&self, address: &Address, deadline: Instant) -> Result<Option<Found>, CacheError> {
@@ -160,10 +136,10 @@ impl Store for DiskStore {
 
     fn stats(&self, _: Instant) -> BoxFuture<'_, Vec<TierStats>> {
         async {
-            let index = self.files.index();
+            let index = self.circuit.place().files().index();
             vec![TierStats {
                 tier: Tier::Disk,
-                is_available: true,
+                is_available: !self.circuit.is_open(),
                 num_entries: Some(index.len() as u64),
                 bytes: Some(index.bytes()),
                 max_bytes: Some(self.max_bytes),

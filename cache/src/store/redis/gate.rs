@@ -1,148 +1,183 @@
-//! The circuit in front of Redis: who may call, what a result says about its health, and the probe that heals it.
+//! Redis behind its circuits: one for a server, one for each master of a cluster, so that a node that is down costs the keys of
+//! the others nothing.
 
-use std::future::Future;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use redis::{ErrorKind, RedisError, RedisResult, ServerErrorKind, cmd};
-use tokio::time::{Instant, sleep_until, timeout, timeout_at};
+use futures::future::{BoxFuture, FutureExt as _};
+use redis::{ErrorKind, RedisError, RedisResult, ServerErrorKind};
+use tokio::time::{Instant, timeout};
 
-use super::link::{CONNECT_TIMEOUT, Connection, Link};
-use crate::breaker::{Breaker, BreakerConfig, Change};
+use super::link::{CONNECT_TIMEOUT, Connection, Link, Node};
+use super::masters::Masters;
+use crate::breaker::BreakerConfig;
+use crate::circuit::{Circuit, Place, Verdict};
 use crate::error::CacheError;
 use crate::store::Tier;
-use crate::telemetry::{self, Notice};
 
-/// A call that had less time than this says nothing about Redis when it runs out.
-const FAIR_TIME: Duration = Duration::from_millis(10);
+/// Time between two questions which master serves what: calls that fail ask it.
+const LEARN_INTERVAL: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 pub(super) struct Gate {
-    shared: Arc<Shared>,
+    link: Arc<Link>,
+    config: BreakerConfig,
+    /// For a server, and for what of a cluster no master is known for.
+    only: Circuit<Member>,
+    /// Absent for a server.
+    cluster: Option<Mutex<Cluster>>,
 }
 
-#[derive(Debug)]
-struct Shared {
-    link: Link,
-    breaker: Mutex<Breaker>,
-    refusals: Notice,
-}
-
-/// What a result says about Redis.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Verdict {
-    /// It answered, be it with an error about this one command.
-    Healthy,
-    /// It answered that it will not do such commands: full, read-only, forbidden by its ACL.
-    Refuses,
-    /// It cannot be used.
-    Sick,
+/// What is known of a cluster. It says whose fault a call is, not where it goes: that is the client's to know.
+#[derive(Debug, Default)]
+struct Cluster {
+    masters: Masters,
+    circuits: HashMap<Node, Arc<Circuit<Member>>>,
+    last_asked: Option<Instant>,
 }
 
 impl Gate {
     pub fn new(link: Link, config: BreakerConfig) -> Self {
-        telemetry::circuit(false);
-        Self {
-            shared: Arc::new(Shared { link, breaker: Mutex::new(Breaker::new(config)), refusals: Notice::default() }),
-        }
+        let cluster = link.is_cluster().then(Mutex::default);
+        let link = Arc::new(link);
+        let only = Circuit::new(Member { link: Arc::clone(&link), node: Node::Only }, config);
+        Self { link, config, only, cluster }
     }
 
+    /// Whether a part of it is left alone.
     pub fn is_open(&self) -> bool {
-        self.shared.breaker().is_open()
+        self.only.is_open()
+            || self.cluster().is_some_and(|cluster| cluster.circuits.values().any(|circuit| circuit.is_open()))
     }
 
-    /// Runs `work` on the connection, by `deadline` at the latest; at once an error while the circuit is open.
+    /// Who serves `key`, as far as that is known.
+    pub fn node_of(&self, key: &str) -> Node {
+        self.cluster().and_then(|cluster| cluster.masters.of(key).cloned()).unwrap_or(Node::Only)
+    }
+
+    /// Runs `work`, which is for `node`, on the connection, by `deadline` at the latest; at once an error while its circuit is open.
     pub async fn call<T, W: Future<Output = RedisResult<T>>>(
-        &self,
+        self: &Arc<Self>,
+        node: &Node,
         deadline: Instant,
         work: impl FnOnce(Connection) -> W,
     ) -> Result<T, CacheError> {
-        if self.is_open() {
-            return Err(CacheError::CircuitOpen);
+        let of_node = self.cluster().and_then(|cluster| cluster.circuits.get(node).cloned());
+        let result = of_node.as_deref().unwrap_or(&self.only).call(deadline, self.link.run(work)).await;
+        let is_failed = matches!(result, Err(CacheError::Timeout { .. } | CacheError::Redis(_)));
+        if is_failed || *node == Node::Only {
+            self.learn();
         }
-        let start = Instant::now();
-        let connecting = self.shared.link.get();
-        let result = timeout_at(deadline, async { work(connecting.clone().await?).await }).await;
-        let Ok(result) = result else {
-            if deadline.saturating_duration_since(start) >= FAIR_TIME {
-                self.failed(&"no answer in time");
-            }
-            return Err(CacheError::Timeout { tier: Tier::Redis });
-        };
-        match result.as_ref().map_or_else(judge, |_| Verdict::Healthy) {
-            Verdict::Healthy => self.shared.breaker().succeeded(),
-            Verdict::Refuses => {
-                self.shared.breaker().succeeded();
-                if let (Err(error), true) = (&result, self.shared.refusals.is_due()) {
-                    tracing::warn!(%error, "Redis refuses commands of the cache; requests go on without them");
-                }
-            }
-            Verdict::Sick => {
-                self.shared.link.failed(&connecting);
-                if let Err(error) = &result {
-                    self.failed(error);
-                }
-            }
+        result
+    }
+
+    /// Asks whether Redis answers at all.
+    pub async fn greet(self: &Arc<Self>, deadline: Instant) -> Result<(), CacheError> {
+        self.call(&Node::Only, deadline, async |mut connection| connection.greet(&Node::Only).await).await
+    }
+
+    /// The masters that hold slots.
+    pub async fn masters(&self, deadline: Instant) -> Result<Vec<Node>, CacheError> {
+        if self.cluster.is_none() {
+            return Ok(vec![Node::Only]);
         }
-        result.map_err(CacheError::Redis)
+        let masters =
+            self.only.call(deadline, self.link.run(async |mut connection| Masters::ask(&mut connection).await));
+        Ok(masters.await?.nodes().to_vec())
     }
 
     /// An answer was not one to what was asked: on this connection, none can be trusted any more.
     pub fn distrust(&self) {
-        self.shared.link.reset();
-    }
-
-    fn failed(&self, reason: &dyn std::fmt::Display) {
-        let change = self.shared.breaker().failed(Instant::now());
-        if change == Some(Change::Opened) {
-            tracing::warn!(%reason, "Redis fails: the cache goes on without it and looks again now and then");
-            telemetry::circuit(true);
-            self.shared.link.reset();
-            tokio::spawn(heal(Arc::downgrade(&self.shared)));
-        }
-    }
-}
-
-impl Shared {
-    fn breaker(&self) -> MutexGuard<'_, Breaker> {
-        self.breaker.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Whether Redis answers on a connection made for this.
-    async fn answers(&self) -> bool {
         self.link.reset();
-        let ping = async {
-            let mut connection = self.link.get().await?;
-            connection.query(&cmd("PING")).await
-        };
-        let result: Result<RedisResult<redis::Value>, _> = timeout(CONNECT_TIMEOUT, ping).await;
-        result.is_ok_and(|result| result.as_ref().map_or_else(judge, |_| Verdict::Healthy) != Verdict::Sick)
+    }
+
+    /// Asks a cluster in the background who serves what.
+    fn learn(self: &Arc<Self>) {
+        let Some(mut cluster) = self.cluster() else { return };
+        if cluster.last_asked.is_some_and(|last| last.elapsed() < LEARN_INTERVAL) {
+            return;
+        }
+        cluster.last_asked = Some(Instant::now());
+        drop(cluster);
+        let gate = Arc::clone(self);
+        tokio::spawn(async move {
+            let asking = gate.link.run(async |mut connection| Masters::ask(&mut connection).await);
+            // Who does not answer now is asked again after the next failure.
+            if let Ok(Ok(masters)) = timeout(CONNECT_TIMEOUT, asking).await {
+                gate.know(masters);
+            }
+        });
+    }
+
+    fn know(&self, masters: Masters) {
+        let Some(mut cluster) = self.cluster() else { return };
+        let mut circuits = HashMap::new();
+        for node in masters.nodes() {
+            let known = cluster.circuits.remove(node);
+            let new =
+                || Arc::new(Circuit::new(Member { link: Arc::clone(&self.link), node: node.clone() }, self.config));
+            circuits.insert(node.clone(), known.unwrap_or_else(new));
+        }
+        cluster.circuits = circuits;
+        cluster.masters = masters;
+    }
+
+    fn cluster(&self) -> Option<MutexGuard<'_, Cluster>> {
+        Some(self.cluster.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
-/// Probes until Redis answers; ends with the store.
-async fn heal(shared: Weak<Shared>) {
-    loop {
-        let next_probe = shared.upgrade().and_then(|shared| shared.breaker().next_probe());
-        let Some(next_probe) = next_probe else { return };
-        sleep_until(next_probe).await;
-        let Some(shared) = shared.upgrade() else { return };
-        if !shared.breaker().start_probe(Instant::now()) {
-            continue;
+/// A part of Redis that fails as a whole.
+pub(super) struct Member {
+    link: Arc<Link>,
+    node: Node,
+}
+
+impl fmt::Display for Member {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.node {
+            Node::Only => f.write_str("Redis"),
+            Node::At { host, port } => write!(f, "Redis at {host}:{port}"),
         }
-        if !shared.answers().await {
-            shared.breaker().probe_failed(Instant::now());
-            continue;
-        }
-        if let Some(Change::Closed { after }) = shared.breaker().probe_succeeded(Instant::now()) {
-            telemetry::circuit(false);
-            tracing::info!(?after, "Redis answers again: the cache uses it");
-        }
-        return;
     }
 }
 
-fn judge(error: &RedisError) -> Verdict {
+impl Place for Member {
+    type Error = RedisError;
+
+    const TIER: Tier = Tier::Redis;
+
+    fn judge(error: &RedisError) -> Verdict {
+        judge(error)
+    }
+
+    fn opened(&self) {
+        // A cluster's other nodes are on the same connection, which finds its way to this one again by itself.
+        if self.node == Node::Only {
+            self.link.reset();
+        }
+    }
+
+    fn answers(&self) -> BoxFuture<'_, bool> {
+        if self.node == Node::Only {
+            // A connection made for this.
+            self.link.reset();
+        }
+        let greeting = self.link.run(async |mut connection| connection.greet(&self.node).await);
+        timeout(CONNECT_TIMEOUT, greeting)
+            .map(|result| {
+                result.is_ok_and(|result| {
+                    result.map_or_else(|error| judge(&error), |()| Verdict::Healthy) != Verdict::Sick
+                })
+            })
+            .boxed()
+    }
+}
+
+/// What an error says about the server that gave it, or about the way to it.
+pub(super) fn judge(error: &RedisError) -> Verdict {
     match error.kind() {
         ErrorKind::Server(kind) => match kind {
             ServerErrorKind::NoPerm | ServerErrorKind::ReadOnly => Verdict::Refuses,

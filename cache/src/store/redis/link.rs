@@ -9,12 +9,13 @@ use std::time::Duration;
 
 use futures::future::{BoxFuture, FutureExt as _, Shared};
 use redis::aio::MultiplexedConnection;
-use redis::cluster::ClusterClient;
 use redis::cluster_async::ClusterConnection;
 use redis::cluster_routing::{RoutingInfo, SingleNodeRoutingInfo};
-use redis::{AsyncConnectionConfig, Cmd, RedisError, RedisResult};
+use redis::{AsyncConnectionConfig, Cmd, RedisError, RedisResult, cmd};
 
+use super::gate::judge;
 use super::target::Target;
+use crate::circuit::Verdict;
 
 /// Time that making a connection may take, in the background.
 pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -34,7 +35,7 @@ pub(super) enum Connection {
 }
 
 /// A node of a cluster, or the one server.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Node {
     Only,
     At { host: String, port: u16 },
@@ -45,6 +46,16 @@ impl Connection {
         match self {
             Self::Server(connection) => command.query_async(connection).await,
             Self::Cluster(connection) => command.query_async(connection).await,
+        }
+    }
+
+    /// Asks whether `node` answers; of a cluster without a name, any node.
+    pub async fn greet(&mut self, node: &Node) -> RedisResult<()> {
+        let mut slots = cmd("CLUSTER");
+        match (&*self, node) {
+            // The client would ask every master for a PING.
+            (Self::Cluster(_), Node::Only) => self.query(slots.arg("SLOTS")).await.map(drop),
+            _ => self.query_node(&cmd("PING"), node).await.map(drop),
         }
     }
 
@@ -59,7 +70,7 @@ impl Connection {
     }
 }
 
-pub(super) type Connecting = Shared<BoxFuture<'static, Result<Connection, RedisError>>>;
+type Connecting = Shared<BoxFuture<'static, Result<Connection, RedisError>>>;
 
 /// The connection, or the making of it.
 pub(super) struct Link {
@@ -84,7 +95,7 @@ impl Link {
     }
 
     /// The connection, to be awaited. Whoever stops waiting does not stop the making.
-    pub fn get(&self) -> Connecting {
+    fn get(&self) -> Connecting {
         let mut current = self.lock();
         if let Some(connecting) = &*current {
             return connecting.clone();
@@ -96,8 +107,25 @@ impl Link {
         connecting
     }
 
+    /// Runs `work` on the connection. One that turns out to be broken is not used again.
+    pub async fn run<T, W: Future<Output = RedisResult<T>>>(
+        &self,
+        work: impl FnOnce(Connection) -> W,
+    ) -> RedisResult<T> {
+        let connecting = self.get();
+        let result = async { work(connecting.clone().await?).await }.await;
+        if result.as_ref().is_err_and(|error| judge(error) == Verdict::Sick) {
+            self.failed(&connecting);
+        }
+        result
+    }
+
+    pub fn is_cluster(&self) -> bool {
+        self.target.is_cluster()
+    }
+
     /// Makes the next call connect anew, unless another did so already. A cluster's nodes fail one by one, and connect again.
-    pub fn failed(&self, failed: &Connecting) {
+    fn failed(&self, failed: &Connecting) {
         let is_alive = matches!(failed.peek(), Some(Ok(Connection::Cluster(_))));
         if is_alive {
             return;
@@ -114,7 +142,7 @@ impl Link {
 }
 
 async fn connect(target: Target) -> RedisResult<Connection> {
-    match target {
+    match &target {
         Target::Server(client) => {
             let config = AsyncConnectionConfig::new()
                 .set_connection_timeout(Some(CONNECT_TIMEOUT))
@@ -122,12 +150,10 @@ async fn connect(target: Target) -> RedisResult<Connection> {
                 .set_pipeline_buffer_size(PIPELINE_BUFFER);
             Ok(Connection::Server(client.get_multiplexed_async_connection_with_config(&config).await?))
         }
-        Target::Cluster(nodes) => {
-            let client = ClusterClient::builder(nodes)
-                .connection_timeout(CONNECT_TIMEOUT)
-                .response_timeout(RESPONSE_TIMEOUT)
-                .retries(1)
-                .build()?;
+        Target::Cluster { .. } => {
+            let builder = target.cluster_builder().expect("it is a cluster");
+            let client =
+                builder.connection_timeout(CONNECT_TIMEOUT).response_timeout(RESPONSE_TIMEOUT).retries(1).build()?;
             let connection = tokio::time::timeout(2 * CONNECT_TIMEOUT, client.get_async_connection());
             let late = |_| RedisError::from(std::io::Error::from(std::io::ErrorKind::TimedOut));
             Ok(Connection::Cluster(connection.await.map_err(late)??))

@@ -4,14 +4,17 @@
 //! |---|---|
 //! | `target` | which Redis an address means |
 //! | `link` | the connection, made in the background |
-//! | `gate` | the circuit: who may call, what a result says, the probe that heals it |
+//! | `gate` | the circuits: one for a server, one for each master of a cluster |
+//! | `masters` | which master of a cluster serves which key |
 //! | `clear` | removing all keys of a prefix, in bounded steps |
 
 mod clear;
 mod gate;
 mod link;
+mod masters;
 mod target;
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
@@ -34,6 +37,8 @@ pub struct RedisConfig {
     /// `redis://`, `rediss://` (TLS) or `unix://` as Redis's own tools write them, or some nodes of a cluster as
     /// `redis+cluster://[USER:PASSWORD@]HOST:PORT,…` (`rediss+cluster://` over TLS).
     pub url: String,
+    /// Certificates, as PEM, of those who may vouch for a server over TLS; those that the system trusts where absent.
+    pub ca: Option<Vec<u8>>,
     /// What keys start with: letters, digits, `-`, `_`, `.` and `:`, 1 to 64 of them. Keys are `PREFIX:KIND:HEX`.
     pub key_prefix: String,
     pub max_value_bytes: usize,
@@ -50,10 +55,9 @@ impl std::fmt::Debug for RedisConfig {
 /// A tier in Redis. Down, slow, full or odd, it costs hits, and each call no more than its budget.
 #[derive(Debug)]
 pub struct RedisStore {
-    gate: Gate,
+    gate: Arc<Gate>,
     key_prefix: String,
     max_value_bytes: usize,
-    is_cluster: bool,
 }
 
 const MAX_PREFIX_LEN: usize = 64;
@@ -62,7 +66,7 @@ impl RedisStore {
     /// Connects at the first call, not before: a Redis that is down does not keep a server from starting.
     ///
     /// # Errors
-    /// The address or the prefix cannot be meant.
+    /// The address, the prefix or the certificates cannot be meant.
     pub fn open(config: &RedisConfig) -> Result<Self, CacheError> {
         let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.:".contains(c);
         let prefix = &config.key_prefix;
@@ -72,35 +76,30 @@ impl RedisStore {
         }
         // Two providers may be linked one day; then rustls wants to be told. It was told already where this fails.
         drop(rustls::crypto::ring::default_provider().install_default());
-        let target = Target::parse(&config.url)?;
-        let is_cluster = target.is_cluster();
+        let target = Target::parse(&config.url, config.ca.as_deref())?;
         Ok(Self {
-            gate: Gate::new(Link::new(target), config.breaker),
+            gate: Arc::new(Gate::new(Link::new(target), config.breaker)),
             key_prefix: prefix.clone(),
             max_value_bytes: config.max_value_bytes,
-            is_cluster,
         })
-    }
-
-    /// True while calls are not tried.
-    pub fn circuit_is_open(&self) -> bool {
-        self.gate.is_open()
     }
 
     fn key(&self, address: &Address) -> String {
         format!("{}:{}:{}", self.key_prefix, address.kind.as_str(), address.key.to_hex())
     }
 
-    async fn call(&self, command: Cmd, deadline: Instant) -> Result<Reply, CacheError> {
-        self.gate.call(deadline, async |mut connection| connection.query(&command).await).await
+    /// Runs a command whose first argument is `key`.
+    async fn call(&self, key: &str, command: Cmd, deadline: Instant) -> Result<Reply, CacheError> {
+        let node = self.gate.node_of(key);
+        self.gate.call(&node, deadline, async |mut connection| connection.query(&command).await).await
     }
 
     async fn find(&self, address: &Address, deadline: Instant) -> Result<Option<Found>, CacheError> {
         // Not GET: whatever was put under this key, no more of it is read than a value may have.
         let last = self.max_value_bytes + HEADER_BYTES;
-        let mut command = cmd("GETRANGE");
-        command.arg(self.key(address)).arg(0).arg(last);
-        let bytes = match self.call(command, deadline).await? {
+        let (key, mut command) = (self.key(address), cmd("GETRANGE"));
+        command.arg(&key).arg(0).arg(last);
+        let bytes = match self.call(&key, command, deadline).await? {
             Reply::BulkString(bytes) if bytes.is_empty() => return Ok(None),
             Reply::BulkString(bytes) => Bytes::from(bytes),
             Reply::Nil => return Ok(None),
@@ -136,18 +135,18 @@ impl RedisStore {
         }
         let sealed = codec::seal(address, &value, SystemTime::now());
         let millis = u64::try_from(value.ttl.as_millis()).expect("lifetimes have a limit");
-        let mut command = cmd("SET");
-        command.arg(self.key(address)).arg(&sealed[..]).arg("PX").arg(millis);
-        match self.call(command, deadline).await? {
+        let (key, mut command) = (self.key(address), cmd("SET"));
+        command.arg(&key).arg(&sealed[..]).arg("PX").arg(millis);
+        match self.call(&key, command, deadline).await? {
             Reply::Okay => Ok(()),
             _ => Err(self.unexpected("OK")),
         }
     }
 
     async fn forget(&self, address: &Address, deadline: Instant) -> Result<(), CacheError> {
-        let mut command = cmd("UNLINK");
-        command.arg(self.key(address));
-        self.call(command, deadline).await.map(drop)
+        let (key, mut command) = (self.key(address), cmd("UNLINK"));
+        command.arg(&key);
+        self.call(&key, command, deadline).await.map(drop)
     }
 }
 
@@ -174,14 +173,14 @@ impl Store for RedisStore {
             Some(kind) => format!("{}:{}:*", self.key_prefix, kind.as_str()),
             None => format!("{}:*", self.key_prefix),
         };
-        async move { clear::clear(&self.gate, self.is_cluster, &pattern, deadline).await }.boxed()
+        async move { clear::clear(&self.gate, &pattern, deadline).await }.boxed()
     }
 
     /// Redis does not count keys by prefix: only whether it answers is known.
     fn stats(&self, deadline: Instant) -> BoxFuture<'_, Vec<TierStats>> {
         async move {
             let deadline = deadline.min(Instant::now() + Duration::from_secs(1));
-            let is_available = self.call(cmd("PING"), deadline).await.is_ok();
+            let is_available = !self.gate.is_open() && self.gate.greet(deadline).await.is_ok();
             vec![TierStats { tier: Tier::Redis, is_available, num_entries: None, bytes: None, max_bytes: None }]
         }
         .boxed()

@@ -1,6 +1,9 @@
 //! Which Redis: a server over TCP, TLS or a unix socket, or a cluster.
 
-use redis::cluster::ClusterClient;
+use redis::TlsCertificates;
+use redis::cluster::{ClusterClient, ClusterClientBuilder};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
 
 use crate::error::CacheError;
 
@@ -11,17 +14,24 @@ const MAX_NODES: usize = 64;
 #[derive(Clone)]
 pub(super) enum Target {
     Server(Box<redis::Client>),
-    Cluster(Vec<redis::ConnectionInfo>),
+    Cluster { nodes: Vec<redis::ConnectionInfo>, certificates: Option<TlsCertificates> },
 }
 
 impl Target {
     /// `redis://`, `rediss://` and `unix://` as Redis's own tools write them, and `redis+cluster://[USER:PASSWORD@]HOST:PORT,…[/]`
     /// (`rediss+cluster://` over TLS) with some nodes of a cluster.
-    pub fn parse(url: &str) -> Result<Self, CacheError> {
+    ///
+    /// `ca` holds the certificates, as PEM, of those who may vouch for a server.
+    pub fn parse(url: &str, ca: Option<&[u8]>) -> Result<Self, CacheError> {
+        let certificates = ca.map(|ca| check_ca(url, ca)).transpose()?;
         let cluster = [("redis+cluster://", "redis"), ("rediss+cluster://", "rediss")];
         let nodes = cluster.iter().find_map(|(prefix, scheme)| Some((url.strip_prefix(prefix)?, scheme)));
         let Some((nodes, scheme)) = nodes else {
-            return Ok(Self::Server(Box::new(redis::Client::open(url).map_err(CacheError::url)?)));
+            let client = match certificates {
+                None => redis::Client::open(url),
+                Some(certificates) => redis::Client::build_with_tls(url, certificates),
+            };
+            return Ok(Self::Server(Box::new(client.map_err(CacheError::url)?)));
         };
         let (login, nodes) = match nodes.rsplit_once('@') {
             Some((login, nodes)) => (format!("{login}@"), nodes),
@@ -37,13 +47,39 @@ impl Target {
         });
         let nodes = nodes.collect::<Result<Vec<_>, _>>()?;
         // Refuses now what no node could answer to, such as nodes with unlike passwords.
-        ClusterClient::new(nodes.clone()).map_err(CacheError::url)?;
-        Ok(Self::Cluster(nodes))
+        let target = Self::Cluster { nodes, certificates };
+        target.cluster_builder().expect("it is a cluster").build().map_err(CacheError::url)?;
+        Ok(target)
+    }
+
+    /// What connects to the cluster; `None` for a server.
+    pub fn cluster_builder(&self) -> Option<ClusterClientBuilder> {
+        let Self::Cluster { nodes, certificates } = self else { return None };
+        let builder = ClusterClient::builder(nodes.clone());
+        Some(match certificates {
+            None => builder,
+            Some(certificates) => builder.certs(certificates.clone()),
+        })
     }
 
     pub fn is_cluster(&self) -> bool {
-        matches!(self, Self::Cluster(_))
+        matches!(self, Self::Cluster { .. })
     }
+}
+
+/// Refuses what would leave a connection without a check, or every connection without hope.
+fn check_ca(url: &str, ca: &[u8]) -> Result<TlsCertificates, CacheError> {
+    let wrong = |reason: String| CacheError::Url { reason };
+    if !url.starts_with("rediss") {
+        return Err(wrong("a CA is for rediss:// and rediss+cluster://".to_owned()));
+    }
+    let certificates = CertificateDer::pem_slice_iter(ca).collect::<Result<Vec<_>, _>>();
+    match certificates {
+        Ok(certificates) if !certificates.is_empty() => {}
+        Ok(_) => return Err(wrong("the CA: expected certificates as PEM, found none".to_owned())),
+        Err(error) => return Err(wrong(format!("the CA: expected certificates as PEM: {error}"))),
+    }
+    Ok(TlsCertificates { client_tls: None, root_cert: Some(ca.to_vec()) })
 }
 
 impl std::fmt::Debug for Target {
@@ -51,7 +87,7 @@ impl std::fmt::Debug for Target {
         let name = |info: &redis::ConnectionInfo| info.addr().to_string();
         match self {
             Self::Server(client) => f.write_str(&name(client.get_connection_info())),
-            Self::Cluster(nodes) => f.debug_list().entries(nodes.iter().map(name)).finish(),
+            Self::Cluster { nodes, .. } => f.debug_list().entries(nodes.iter().map(name)).finish(),
         }
     }
 }
@@ -61,7 +97,7 @@ mod tests {
     use super::*;
 
     fn shown(url: &str) -> String {
-        Target::parse(url).map_or_else(|error| format!("error: {error}"), |target| format!("{target:?}"))
+        Target::parse(url, None).map_or_else(|error| format!("error: {error}"), |target| format!("{target:?}"))
     }
 
     #[test]
@@ -80,5 +116,18 @@ mod tests {
         }
         let error = shown("redis+cluster://:secret@a:notaport");
         assert!(error.starts_with("error: ") && !error.contains("secret"), "{error}");
+    }
+
+    #[test]
+    fn certificates_that_check_nothing_are_refused() {
+        let error = |url: &str, ca: &[u8]| Target::parse(url, Some(ca)).map(drop).unwrap_err().to_string();
+        assert!(error("redis://host", b"").contains("rediss://"));
+        assert!(error("rediss://host", b"no certificate").contains("found none"));
+        let broken = b"-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n";
+        for url in ["rediss://host", "rediss+cluster://a:1"] {
+            assert!(error(url, broken).contains("PEM"));
+        }
+        let empty = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+        assert!(error("rediss://host", empty).contains("trust anchors"));
     }
 }

@@ -1,0 +1,240 @@
+//! Tiers that hang, are full, or are not who they say: every request is answered, in time, and the tier is used again once it is well.
+
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use harness::redis::{RedisServer, free_address};
+use harness::replica::{MODEL, NUM_VALUES, PATIENT, Question, Replica};
+use harness::{PATIENCE, Server, golden, poll};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use serde_json::json;
+
+const SERVER: &str = env!("CARGO_BIN_EXE_moesaic-under-test");
+
+/// One that has no memory of its own: every answer that it has computed before comes from a slow tier.
+fn forgetful(args: &[&str]) -> Replica {
+    forgetful_by(SERVER, args)
+}
+
+fn forgetful_by(program: &str, args: &[&str]) -> Replica {
+    Replica::start(program, &golden::folder(MODEL), &[args, &["--output-cache-memory", "0"]].concat())
+}
+
+/// A folder that goes with this.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("moesaic-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&path).expect("the folder of temporary files can be written");
+        Self(path)
+    }
+
+    fn file(&self, name: &str) -> String {
+        self.0.join(name).to_str().expect("names of temporary folders are UTF-8").to_owned()
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        // What is left is in the folder of temporary files.
+        drop(std::fs::remove_dir_all(&self.0));
+    }
+}
+
+/// The one file of a value, once it is there.
+fn value_file(directory: &Path) -> PathBuf {
+    poll("a value on disk", PATIENCE, || {
+        let folders = std::fs::read_dir(directory.join("output")).ok()?;
+        let files = folders.flat_map(|folder| std::fs::read_dir(folder.expect("it can be listed").path()));
+        let paths = files.flatten().map(|file| file.expect("it can be listed").path());
+        paths.into_iter().find(|path| path.extension().is_none())
+    })
+}
+
+#[test]
+fn a_disk_that_hangs_delays_a_few_requests_and_fails_none() {
+    let folder = Folder::new("hangs");
+    let replica = forgetful(&["--output-cache", "disk", "--cache-dir", &folder.file("")]);
+    let question = Question::of(0);
+    // What is written would take the place of the file that hangs.
+    let look = || {
+        let mut body = question.body();
+        body["cache"] = json!({"write": false});
+        let answer = replica.server.post(question.path(), &body);
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        assert_eq!(answer.json()["choices"], replica.computed[0]);
+        answer.header("x-moesaic-cache").expect("it was looked for").to_owned()
+    };
+    assert_eq!(replica.ask(&question), "miss");
+    let file = value_file(&folder.0);
+    poll("a hit", PATIENCE, || (look() == "hit").then_some(()));
+    std::fs::remove_file(&file).expect("it is there");
+    // Whoever opens it for reading hangs until there is a writer.
+    assert!(Command::new("mkfifo").arg(&file).status().expect("there is mkfifo").success());
+    poll("as many calls that hang as there may be", PATIENCE, || {
+        assert_eq!(look(), "miss");
+        (replica.num_errors("disk") >= cache::store::MAX_DISK_CALLS as f64 && replica.circuit_is_open()).then_some(())
+    });
+    let before = replica.num_errors("disk");
+    for _ in 0..20 {
+        assert_eq!(look(), "miss");
+    }
+    assert_eq!(replica.num_errors("disk"), before, "it is not even tried");
+    assert!(replica.circuit_is_open() && replica.metric("moesaic_cache_up", &[("tier", "disk")]) == 0.0);
+    drop(std::fs::File::options().write(true).open(&file).expect("it can be written"));
+    poll("a hit again", PATIENCE, || (replica.ask(&question) == "hit").then_some(()));
+    assert!(!replica.circuit_is_open());
+    let log = replica.server.process.output();
+    assert!(log.contains("the cache directory fails") && log.contains("the cache directory answers again"), "{log}");
+}
+
+/// A disk with room for a few values, where this machine lets one be made.
+struct SmallDisk {
+    folder: Folder,
+    is_mounted: bool,
+}
+
+impl SmallDisk {
+    fn new() -> Self {
+        let folder = Folder::new("small-disk");
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", "size=128k", "tmpfs", &folder.file("")]);
+        let is_mounted = mount.output().is_ok_and(|output| output.status.success());
+        if !is_mounted {
+            println!("no small disk can be mounted here: the limit on the size of a file stands in for it");
+        }
+        Self { folder, is_mounted }
+    }
+
+    fn ballast(&self) -> PathBuf {
+        self.folder.0.join("ballast")
+    }
+
+    /// Leaves room for nothing.
+    fn fill(&self, server: &Server) {
+        if self.is_mounted {
+            let full = std::fs::write(self.ballast(), vec![0; 1 << 20]);
+            assert_eq!(full.expect_err("it is small").kind(), std::io::ErrorKind::StorageFull);
+        } else {
+            limit_files(server, "0");
+        }
+    }
+
+    fn make_room(&self, server: &Server) {
+        if self.is_mounted {
+            std::fs::remove_file(self.ballast()).expect("it is there");
+        } else {
+            limit_files(server, "unlimited");
+        }
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        if self.is_mounted {
+            // Lazily: the server may still hold it.
+            drop(Command::new("umount").args(["-l", &self.folder.file("")]).status());
+        }
+    }
+}
+
+/// Sets the soft limit on the size of files that a server writes.
+fn limit_files(server: &Server, bytes: &str) {
+    let mut prlimit = Command::new("prlimit");
+    prlimit.args(["--pid", &server.process.id().to_string(), &format!("--fsize={bytes}:")]);
+    assert!(prlimit.status().expect("there is prlimit").success());
+}
+
+#[test]
+fn a_full_disk_keeps_what_it_has_and_takes_more_when_there_is_room() {
+    let disk = SmallDisk::new();
+    let (folder, cache_dir) = (Folder::new("script"), disk.folder.file(""));
+    // A file that may not grow is to be an error, not a signal that ends the process.
+    let script = folder.file("server");
+    std::fs::write(&script, format!("#!/bin/sh\ntrap '' XFSZ\nexec {SERVER} \"$@\"\n"))
+        .expect("the folder is writable");
+    std::fs::set_permissions(&script, Permissions::from_mode(0o700)).expect("the script is there");
+    let args = [&PATIENT[..], &["--output-cache", "disk", "--cache-dir", &cache_dir]].concat();
+    let replica = forgetful_by(&script, &args);
+    replica.assert_all("miss");
+    poll("all answers on disk", PATIENCE, || {
+        let kept = replica.metric("moesaic_cache_entries", &[("tier", "disk")]);
+        (kept == NUM_VALUES as f64).then_some(())
+    });
+    disk.fill(&replica.server);
+    for number in 1..=10 {
+        assert_eq!(replica.ask(&Question::fresh()), "miss");
+        poll("a write that is counted as failed", PATIENCE, || {
+            (replica.num_errors("disk") == f64::from(number)).then_some(())
+        });
+    }
+    replica.assert_all("hit");
+    assert!(!replica.circuit_is_open(), "it is read all the same");
+    assert!(replica.server.process.output().contains("the cache directory refuses"));
+    disk.make_room(&replica.server);
+    let late = Question::fresh();
+    poll("an answer that is kept again", PATIENCE, || (replica.ask(&late) == "hit").then_some(()));
+}
+
+/// Who vouches for servers.
+fn authority(name: &str) -> CertifiedIssuer<'static, KeyPair> {
+    let mut params = CertificateParams::new(Vec::new()).expect("there are no names to be wrong");
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.distinguished_name.push(rcgen::DnType::CommonName, name);
+    let key = KeyPair::generate().expect("keys can be made");
+    CertifiedIssuer::self_signed(params, key).expect("it signs itself")
+}
+
+#[test]
+fn redis_over_tls_is_used_where_the_right_authority_vouches_for_it_and_nowhere_else() {
+    let folder = Folder::new("tls");
+    let write = |name: &str, text: String| {
+        std::fs::write(folder.file(name), text).expect("temporary files can be written");
+        folder.file(name)
+    };
+    let (right, wrong) = (authority("right"), authority("wrong"));
+    let key = KeyPair::generate().expect("keys can be made");
+    let certificate = CertificateParams::new(vec!["127.0.0.1".to_owned()]).expect("it is an address");
+    let certificate = certificate.signed_by(&key, &right).expect("it can be signed");
+    let (right, wrong) = (write("right.pem", right.pem()), write("wrong.pem", wrong.pem()));
+    let (certificate, key) = (write("server.pem", certificate.pem()), write("server.key", key.serialize_pem()));
+    let address = free_address();
+    let port = address.port().to_string();
+    let files = ["--tls-cert-file", &certificate, "--tls-key-file", &key, "--tls-ca-cert-file", &right];
+    let redis = RedisServer::with_options(&[&["--tls-port", &port, "--tls-auth-clients", "no"], &files[..]].concat());
+    let url = format!("rediss://{address}/");
+    let start =
+        |ca: &[&str]| forgetful(&[&PATIENT[..], &["--output-cache", "redis", "--redis-url", &url], ca].concat());
+    let first = start(&["--redis-ca-file", &right]);
+    first.assert_all("miss");
+    poll("values in Redis", PATIENCE, || (redis.keys().len() == NUM_VALUES).then_some(()));
+    start(&["--redis-ca-file", &right]).assert_all("hit");
+    // Another's certificates, and those of the system.
+    for ca in [&["--redis-ca-file", &wrong][..], &[]] {
+        let replica = start(ca);
+        poll("an open circuit", PATIENCE, || {
+            assert_eq!(replica.ask(&Question::of(0)), "miss");
+            replica.circuit_is_open().then_some(())
+        });
+        replica.assert_all("miss");
+        let log = replica.server.process.output();
+        let line = log.lines().find(|line| line.contains("Redis fails")).expect("it says so");
+        assert!(line.contains("UnknownIssuer") || line.contains("certificate"), "{line}");
+    }
+    assert_eq!(redis.keys().len(), NUM_VALUES);
+    let refused = |args: &[&str]| {
+        let (status, output) = Server::fail(SERVER, &golden::folder(MODEL), args);
+        assert!(!status.success());
+        output
+    };
+    let tls = ["--output-cache", "redis", "--redis-url", &url, "--redis-ca-file"];
+    assert!(refused(&[&tls[..], &[&folder.file("nowhere")]].concat()).contains("--redis-ca-file"));
+    assert!(refused(&[&tls[..], &[&key]].concat()).contains("found none"));
+    let plain = redis.url();
+    let plain = ["--output-cache", "redis", "--redis-url", &plain, "--redis-ca-file", &right];
+    assert!(refused(&plain).contains("rediss://"));
+    assert!(refused(&["--output-cache", "memory", "--redis-ca-file", &right]).contains("redis_url"));
+}
