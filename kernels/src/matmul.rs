@@ -13,10 +13,8 @@ pub(crate) const BLOCK_ROWS: usize = 48;
 /// Weight rows of a block: enough work to hide taking a task, few enough to share 576 outputs among two threads.
 pub(crate) const BLOCK_OUTS: usize = 32;
 
-/// Up to so many input rows the weights arrive slower than they are used.
-const STREAMED_ROWS: usize = 4;
-/// Weight rows of a tile up to this size leave room in the first-level cache for the next ones.
-const STREAMED_BYTES: usize = 20 << 10;
+/// Weight rows of a tile up to this size leave room in the second-level cache for the next ones.
+const STREAMED_BYTES: usize = 128 << 10;
 
 /// Results of one block, row-major with the number of weight rows as stride.
 pub(crate) type BlockOut = [f32; BLOCK_ROWS * BLOCK_OUTS];
@@ -168,15 +166,15 @@ impl<E: Element> Block<'_, E> {
         x.copy_from_slice(&self.rows[first..first + M]);
         let cols = x[0].len();
         let num_outs = self.weight.len() / cols;
-        let streamed = N * cols * size_of::<E>() <= STREAMED_BYTES;
+        // The first rows read the weights from memory, those after them from a cache.
+        let streamed = first == 0 && N * cols * size_of::<E>() <= STREAMED_BYTES;
         let mut out_idx = 0;
         while out_idx + N <= num_outs {
             let mut w: [&[E]; N] = [&[]; N];
             for (n, w) in w.iter_mut().enumerate() {
                 *w = &self.weight[(out_idx + n) * cols..(out_idx + n + 1) * cols];
             }
-            let tile =
-                if M <= STREAMED_ROWS && streamed { dot_tile_streamed(lanes, x, w) } else { dot_tile(lanes, x, w) };
+            let tile = if streamed { dot_tile_streamed(lanes, x, w) } else { dot_tile(lanes, x, w) };
             for (m, tile_row) in tile.iter().enumerate() {
                 let start = (first + m) * num_outs + out_idx;
                 self.out[start..start + N].copy_from_slice(tile_row);

@@ -180,6 +180,11 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    fn prefetch_far<T>(self, address: *const T) {
+        op!(_mm_prefetch::<_MM_HINT_T1>(address.cast()));
+    }
+
+    #[inline(always)]
     fn sum(self, v: Self::V) -> f32 {
         op!(sum_halves(v.0, v.1))
     }

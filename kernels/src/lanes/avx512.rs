@@ -126,6 +126,11 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    fn prefetch_far<T>(self, address: *const T) {
+        op!(_mm_prefetch::<_MM_HINT_T1>(address.cast()));
+    }
+
+    #[inline(always)]
     fn sum(self, v: __m512) -> f32 {
         let low = op!(_mm512_castps512_ps256(v));
         let wide = op!(_mm512_castps_pd(v));

@@ -45,7 +45,7 @@ fn dot<L: Lanes, E: Element, const M: usize, const N: usize, const STREAMED: boo
             // In the order of the addresses, which memory likes better than the order of use.
             let behind = w[0].as_ptr().wrapping_add(N * len + N * WIDTH * chunk);
             for line in 0..(N * WIDTH * size_of::<E>()).div_ceil(LINE_BYTES) {
-                lanes.prefetch(behind.wrapping_byte_add(line * LINE_BYTES));
+                lanes.prefetch_far(behind.wrapping_byte_add(line * LINE_BYTES));
             }
         }
         for m in 0..M {

@@ -59,6 +59,9 @@ pub(crate) trait Lanes: Copy {
     fn scale_by_power(self, v: Self::V, n: Self::V) -> Self::V;
     /// Asks for the cache line of an address, which need not be mapped.
     fn prefetch<T>(self, address: *const T);
+    /// The same into the second-level cache. For what is read from memory once: more lines can be on their way there than to
+    /// the first level, which has too few places to hide the way from memory.
+    fn prefetch_far<T>(self, address: *const T);
     /// Adds lanes 8 apart, then 4, 2 and 1 apart.
     fn sum(self, v: Self::V) -> f32;
 

@@ -94,6 +94,9 @@ impl Lanes for Portable {
     fn prefetch<T>(self, _address: *const T) {}
 
     #[inline(always)]
+    fn prefetch_far<T>(self, _address: *const T) {}
+
+    #[inline(always)]
     fn sum(self, v: Self::V) -> f32 {
         let mut lanes = v;
         for half in [8, 4, 2, 1] {

@@ -184,7 +184,7 @@ impl<const P: usize> Band<'_, P> {
         for (p, expanded) in expanded.iter_mut().enumerate().take(P) {
             let codes = &self.panels[p].codes[group_idx * vectors..(group_idx + 1) * vectors];
             for codes in codes {
-                lanes.prefetch(codes.as_ptr().wrapping_add(PREFETCH_BYTES));
+                lanes.prefetch_far(codes.as_ptr().wrapping_add(P * PREFETCH_BYTES));
             }
             weights[p] = if D::VECTORS == 1 {
                 codes.as_flattened()
