@@ -9,17 +9,30 @@ use crate::error::ConfigError;
 pub struct WindowConfig {
     /// Positions that a row sees, its own included; at least 1.
     pub len: usize,
-    /// Blocks for these layers, with ids of their own; at most `u32::MAX`. As many as [`Self::most_blocks`], or as the others,
-    /// are enough for every running sequence, and others are refused; what is not in use keeps windows for later ones.
+    /// Blocks for these layers, with ids of their own, at most `u32::MAX`; at least the smaller of
+    /// [`WindowLimits::most_blocks`] and the number of the other blocks, so that every running sequence finds room. Those not
+    /// in use keep windows for later ones.
     pub num_blocks: usize,
 }
 
-impl WindowConfig {
-    /// Blocks that `num_seqs` sequences hold at most while `num_rows` rows of them are computed, if all windows are full.
-    pub fn most_blocks(len: usize, block_size: usize, num_seqs: usize, num_rows: usize) -> usize {
+/// What bounds the blocks of windows that are in use.
+#[derive(Clone, Copy, Debug)]
+pub struct WindowLimits {
+    pub block_size: usize,
+    pub max_num_seqs: usize,
+    pub max_num_batched_tokens: usize,
+    pub max_model_len: usize,
+}
+
+impl WindowLimits {
+    /// Blocks that all running sequences hold at most for a window of `len`, a step's rows among them.
+    pub fn most_blocks(self, len: usize) -> usize {
+        let Self { block_size, max_num_seqs, max_num_batched_tokens, max_model_len } = self;
+        let num_seqs = max_num_seqs.min(max_num_batched_tokens);
         // A range of n positions touches ceil(n / block_size) + 1 blocks at most.
-        let per_seq = (len - 1).div_ceil(block_size).saturating_add(2);
-        per_seq.saturating_mul(num_seqs.min(num_rows)).saturating_add(num_rows.div_ceil(block_size))
+        let of_window = len.saturating_sub(1).div_ceil(block_size).saturating_add(2);
+        let of_windows = of_window.saturating_mul(num_seqs).saturating_add(max_num_batched_tokens.div_ceil(block_size));
+        of_windows.min(max_model_len.div_ceil(block_size).saturating_mul(num_seqs))
     }
 }
 
@@ -38,7 +51,7 @@ pub struct SchedulerConfig {
     pub num_snapshot_slots: usize,
     /// Blocks from one place where a recurrent state is kept to the next.
     pub snapshot_interval: usize,
-    /// For models some of whose layers have a window. Their sequences have no source.
+    /// For models some of whose layers have a window. Sequences with a source are refused then.
     pub window: Option<WindowConfig>,
     /// Sequences running at once. Never more than `max_num_batched_tokens` run, so that each gets its row in each step.
     pub max_num_seqs: usize,
@@ -81,9 +94,12 @@ impl SchedulerConfig {
             if window.len == 0 {
                 return Err(ConfigError::Zero { name: "window" });
             }
-            let needed = self.most_window_blocks(window).min(self.num_blocks);
-            if !(needed..=u32::MAX as usize).contains(&window.num_blocks) {
-                return Err(ConfigError::WindowBlocks { num_blocks: window.num_blocks, needed });
+            let needed = self.window_limits().most_blocks(window.len).min(self.num_blocks);
+            if window.num_blocks < needed {
+                return Err(ConfigError::FewWindowBlocks { num_blocks: window.num_blocks, needed });
+            }
+            if u32::try_from(window.num_blocks).is_err() {
+                return Err(ConfigError::TooManyBlocks { num_blocks: window.num_blocks, limit: u32::MAX });
             }
         }
         let num_slots = self.num_state_slots.saturating_add(self.num_snapshot_slots);
@@ -92,14 +108,19 @@ impl SchedulerConfig {
         }
         Ok(())
     }
+
     /// Most blocks the pool may grow to: those whose windows have room, whoever runs.
     pub(crate) fn most_blocks(&self) -> usize {
-        let most =
-            |window: WindowConfig| (window.num_blocks < self.most_window_blocks(window)).then_some(window.num_blocks);
-        self.window.and_then(most).unwrap_or(u32::MAX as usize)
+        let is_scarce = |window: &WindowConfig| window.num_blocks < self.window_limits().most_blocks(window.len);
+        self.window.filter(is_scarce).map_or(u32::MAX as usize, |window| window.num_blocks)
     }
 
-    fn most_window_blocks(&self, window: WindowConfig) -> usize {
-        WindowConfig::most_blocks(window.len, self.block_size, self.max_num_seqs, self.max_num_batched_tokens)
+    fn window_limits(&self) -> WindowLimits {
+        WindowLimits {
+            block_size: self.block_size,
+            max_num_seqs: self.max_num_seqs,
+            max_num_batched_tokens: self.max_num_batched_tokens,
+            max_model_len: self.max_model_len,
+        }
     }
 }

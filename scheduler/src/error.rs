@@ -11,8 +11,8 @@ pub enum ConfigError {
     TooManyBlocks { num_blocks: usize, limit: u32 },
     #[error("num_state_slots and num_snapshot_slots are {num_slots} together, the limit is {limit}")]
     TooManyStateSlots { num_slots: usize, limit: u32 },
-    #[error("the windows have {num_blocks} blocks, at least {needed} are needed, at most 2^32 - 1 can be named")]
-    WindowBlocks { num_blocks: usize, needed: usize },
+    #[error("the windows have {num_blocks} blocks, at least {needed} are needed")]
+    FewWindowBlocks { num_blocks: usize, needed: usize },
 }
 
 /// Why a request was not accepted. Nothing is held for it.
@@ -22,6 +22,8 @@ pub enum AdmissionError {
     EmptyPrompt,
     #[error("the source has {source_len} of {prompt_len} prompt tokens, at least one must be left for the decoder")]
     NothingToDecode { source_len: usize, prompt_len: usize },
+    #[error("the model reads no source beside its windows, the request has one of {source_len} tokens")]
+    SourceBesideWindows { source_len: usize },
     #[error("prompt has {prompt_len} tokens and {max_tokens} are to be generated, the limit is {limit} in all")]
     TooLong { prompt_len: usize, max_tokens: usize, limit: usize },
     #[error("the request needs {needed} KV blocks, the pool has {total}")]

@@ -33,7 +33,7 @@ mod snapshot;
 mod stats;
 
 pub use batch::{Batch, Chunk, FinishReason, Outcome, Phase, Progress, StateCopy, Update};
-pub use config::{SchedulerConfig, WindowConfig};
+pub use config::{SchedulerConfig, WindowConfig, WindowLimits};
 pub use error::{AdmissionError, ConfigError};
 pub use kv::{BlockId, BlockTable, StateSlot};
 pub use request::{Request, RequestId, StopCriteria};

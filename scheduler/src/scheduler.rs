@@ -193,7 +193,8 @@ impl Scheduler {
         !self.sequences.is_empty()
     }
 
-    /// Changes the size of the pool to ids `0..total` (at least one block, at most `u32::MAX` or those whose windows have room); returns the blocks it
+    /// Changes the size of the pool to ids `0..total` (at least one block, at most `u32::MAX` or those whose windows have
+    /// room); returns the blocks it
     /// has now. Growth is immediate. A shrink takes free and cached blocks now and held ones when they are freed, and stops at what
     /// the largest accepted request needs until that request ends; new requests are measured by `total` at once.
     pub fn set_num_blocks(&mut self, total: usize) -> usize {
@@ -232,6 +233,10 @@ impl Scheduler {
         let source_len = request.source_len;
         if source_len >= prompt_len {
             return Err(AdmissionError::NothingToDecode { source_len, prompt_len });
+        }
+        // An encoder's pass is as long as its source, whatever the rows of a step.
+        if source_len > 0 && self.config.window.is_some() {
+            return Err(AdmissionError::SourceBesideWindows { source_len });
         }
         if prompt_len.saturating_add(max_tokens) > limit {
             return Err(AdmissionError::TooLong { prompt_len, max_tokens, limit });

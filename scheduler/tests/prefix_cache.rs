@@ -4,7 +4,8 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use scheduler::{
-    Outcome, Phase, Request, RequestId, Scheduler, SchedulerConfig, StateCopy, StopCriteria, WindowConfig,
+    AdmissionError, ConfigError, Outcome, Phase, Request, RequestId, Scheduler, SchedulerConfig, StateCopy,
+    StopCriteria, WindowConfig, WindowLimits,
 };
 
 /// Tokens of a block.
@@ -341,9 +342,11 @@ fn a_block_that_goes_takes_its_state_along() {
 
 /// Rows see 9 positions; of the ten blocks for them two sequences may hold all.
 fn with_windows(prefix_cache: Option<[u8; 32]>) -> Driver {
-    let num_blocks = WindowConfig::most_blocks(9, BLOCK, 2, 8);
-    assert_eq!(num_blocks, 10);
-    let window = Some(WindowConfig { len: 9, num_blocks });
+    let limits = WindowLimits { block_size: BLOCK, max_num_seqs: 2, max_num_batched_tokens: 8, max_model_len: 1000 };
+    assert_eq!(limits.most_blocks(9), 10);
+    assert_eq!(WindowLimits { max_model_len: 15, ..limits }.most_blocks(9), 8);
+    assert_eq!((limits.most_blocks(0), limits.most_blocks(usize::MAX)), (6, 500));
+    let window = Some(WindowConfig { len: 9, num_blocks: 10 });
     Driver::with(SchedulerConfig { window, max_num_seqs: 2, prefix_cache, ..config(100, 8) })
 }
 
@@ -413,13 +416,17 @@ fn windows_are_shared_while_they_are_in_use() {
 fn too_few_blocks_for_windows_are_refused_and_never_outgrown() {
     let window = |num_blocks| Some(WindowConfig { len: 9, num_blocks });
     let config = |window| SchedulerConfig { window, max_num_seqs: 2, ..config(9, 8) };
-    assert!(Scheduler::new(config(window(8))).is_err());
-    assert!(Scheduler::new(config(Some(WindowConfig { len: 0, num_blocks: 100 }))).is_err());
+    let refused = |window| Scheduler::new(config(window)).expect_err("it cannot be used");
+    assert_eq!(refused(window(8)), ConfigError::FewWindowBlocks { num_blocks: 8, needed: 9 });
+    assert_eq!(refused(Some(WindowConfig { len: 0, num_blocks: 100 })), ConfigError::Zero { name: "window" });
     // As many as there are others: enough while those are no more.
     let mut scheduler = Scheduler::new(config(window(9))).expect("enough");
     assert_eq!(scheduler.set_num_blocks(50), 9);
     let mut scheduler = Scheduler::new(config(window(10))).expect("enough for all");
     assert_eq!(scheduler.set_num_blocks(50), 50);
+    let with_source = Request { source_len: 3, ..request(1, 8, 0, 1) };
+    let refused = scheduler.add(with_source, Duration::ZERO);
+    assert_eq!(refused, Err(AdmissionError::SourceBesideWindows { source_len: 3 }));
 }
 
 #[test]

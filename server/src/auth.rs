@@ -38,8 +38,9 @@ impl Auth {
     pub fn check(&self, path: &str, headers: &HeaderMap) -> Result<Tenant, ApiError> {
         if is_for_admins(path) {
             let key = self.admin_key.as_ref().ok_or(ApiError::NoAdminKey)?;
-            let is_right = bool::from(key.expose().ct_eq(given_key(headers)?));
-            return if is_right { Ok(Tenant::SHARED) } else { Err(ApiError::WrongKey) };
+            let given = given_key(headers).map_err(|_| ApiError::MissingAdminKey)?;
+            let is_right = bool::from(key.expose().ct_eq(given));
+            return if is_right { Ok(Tenant::SHARED) } else { Err(ApiError::WrongAdminKey) };
         }
         if self.keys.is_empty() || self.is_open(path) {
             return Ok(Tenant::SHARED);

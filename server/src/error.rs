@@ -33,6 +33,10 @@ pub enum ApiError {
     MissingKey,
     #[error("the API key is not valid")]
     WrongKey,
+    #[error("no admin key was given; send `Authorization: Bearer KEY` with the server's --admin-key")]
+    MissingAdminKey,
+    #[error("the admin key is not valid; it is what the server was started with as --admin-key")]
+    WrongAdminKey,
     #[error("this server has no admin key; start it with --admin-key to open this path")]
     NoAdminKey,
     #[error("the body is larger than {limit} bytes; the server's --max-body-bytes sets the limit")]
@@ -88,7 +92,7 @@ impl ApiError {
             | Self::Unsupported { .. }
             | Self::ContextLength { .. }
             | Self::BodyBroken => StatusCode::BAD_REQUEST,
-            Self::MissingKey | Self::WrongKey => StatusCode::UNAUTHORIZED,
+            Self::MissingKey | Self::WrongKey | Self::MissingAdminKey | Self::WrongAdminKey => StatusCode::UNAUTHORIZED,
             Self::NoAdminKey => StatusCode::FORBIDDEN,
             Self::UnknownModel { .. } | Self::NoRoute { .. } => StatusCode::NOT_FOUND,
             Self::NoMethod { .. } => StatusCode::METHOD_NOT_ALLOWED,
@@ -119,6 +123,7 @@ impl ApiError {
             Self::NoRoute { .. } => "not_found",
             Self::NoMethod { .. } => "method_not_allowed",
             Self::MissingKey | Self::WrongKey => "invalid_api_key",
+            Self::MissingAdminKey | Self::WrongAdminKey => "invalid_admin_key",
             Self::NoAdminKey => "no_admin_key",
             Self::BodyTooLarge { .. } => "request_too_large",
             Self::BodyTimeout { .. } | Self::Timeout { .. } => "timeout",
@@ -180,7 +185,7 @@ impl IntoResponse for ApiError {
         if let Some(seconds) = self.retry_after() {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
-        if matches!(self, Self::MissingKey | Self::WrongKey) {
+        if self.status() == StatusCode::UNAUTHORIZED {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         response

@@ -10,6 +10,8 @@ use tower_http::cors::{AllowOrigin, CorsLayer};
 use crate::config::Config;
 use crate::error::ApiError;
 use crate::generate::TOKENS_PER_TURN;
+use crate::output_cache::ORIGIN_HEADER;
+use crate::telemetry::http::REQUEST_ID;
 
 /// Time a client has for sending a body.
 pub const BODY_TIMEOUT: Duration = Duration::from_secs(60);
@@ -124,7 +126,8 @@ pub fn cors(origins: &[String]) -> Option<CorsLayer> {
     let layer = CorsLayer::new()
         .allow_origin(origins)
         .allow_methods([Method::GET, Method::POST])
-        .allow_headers([header::AUTHORIZATION, header::CONTENT_TYPE]);
+        .allow_headers([header::AUTHORIZATION, header::CONTENT_TYPE])
+        .expose_headers([REQUEST_ID, ORIGIN_HEADER, header::RETRY_AFTER]);
     Some(layer)
 }
 

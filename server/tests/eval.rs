@@ -119,6 +119,18 @@ fn a_model_is_no_different_from_itself() {
     assert_eq!((&alone["perplexity"], alone.get("reference")), (&found["perplexity"], None));
 }
 
+/// All rows of a chunk have blocks, also of layers whose windows are long past.
+#[test]
+fn a_context_may_be_much_longer_than_a_window() {
+    let text = TextFile::new("long", TEXT.repeat(30).as_bytes());
+    let mut command = Command::new(env!("CARGO_BIN_EXE_moesaic"));
+    command.arg("eval").arg(golden("mixtral-window")).arg("--file").arg(&text.0);
+    let output = command.args(["--context", "3000", "--json"]).output().expect("it runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let found: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert!(found["num_tokens"].as_u64().expect("a count") > 3000, "{found}");
+}
+
 #[test]
 fn what_two_models_differ_by_is_what_their_logits_say() {
     let text = TextFile::new("other", TEXT.as_bytes());

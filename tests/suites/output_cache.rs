@@ -329,20 +329,35 @@ fn the_command_line_warms_shows_and_clears() {
     writeln!(file, "{}\n\n{}", completion(json!({})), json!("tell me of the river")).unwrap();
     let file = path.to_str().unwrap();
     let (code, out, err) = run(&["warm", file]);
-    assert_eq!((code, &*out), (Some(0), "2 answered, 0 failed\n"), "{err}");
+    assert_eq!((code, &*out), (Some(0), "2 computed, 0 found, 0 not kept, 0 failed\n"), "{err}");
     assert_eq!(origin(&post(&server, COMPLETIONS, &completion(json!({})))), Some("hit"));
+    // What can be read once only, by any name.
+    let piped = Command::new("sh")
+        .args(["-c", "cat \"$1\" | \"$0\" cache warm - --url \"$2\"", SERVER, file, &url])
+        .output()
+        .unwrap();
+    assert_eq!(String::from_utf8_lossy(&piped.stdout), "0 computed, 2 found, 0 not kept, 0 failed\n", "{piped:?}");
     let (code, out, err) = run(&["stats", "--admin-key", "root"]);
     assert!(code == Some(0) && out.contains("memory") && out.contains(" 2 "), "{out}{err}");
     let (code, _, err) = run(&["clear"]);
     assert!(code == Some(1) && err.contains("--admin-key"), "{err}");
     let (code, _, err) = run(&["clear", "--admin-key", "toor"]);
-    assert!(code == Some(1) && err.contains("not valid"), "{err}");
+    assert!(code == Some(1) && err.contains("the admin key is not valid"), "{err}");
+    let (code, _, err) = run(&["warm", std::env::temp_dir().to_str().unwrap()]);
+    assert!(code == Some(1) && err.contains("is a folder"), "{err}");
     assert_eq!(run(&["clear", "--admin-key", "root"]).0, Some(0));
     assert_eq!(origin(&post(&server, COMPLETIONS, &completion(json!({})))), Some("miss"));
     std::fs::write(&path, "{\"prompt\": 3}\n{\n\"ok\"\n").unwrap();
     let (code, out, err) = run(&["warm", file]);
-    assert_eq!((code, &*out), (Some(1), "1 answered, 2 failed\n"), "{err}");
-    assert!(err.contains(":1: ") && err.contains(":2: "), "{err}");
+    assert_eq!((code, &*out), (Some(1), "1 computed, 0 found, 0 not kept, 2 failed\n"), "{err}");
+    assert!(err.contains(":1: ") && err.contains(":2: not JSON") && err.contains("quotes"), "{err}");
+    std::fs::write(&path, "{\"prompt\": \"a\", \"temperature\": 1}\n").unwrap();
+    let (code, out, err) = run(&["warm", file]);
+    assert_eq!((code, &*out), (Some(1), "0 computed, 0 found, 1 not kept, 0 failed\n"), "{err}");
+    assert!(err.contains("hint"), "{err}");
+    std::fs::write(&path, "\n").unwrap();
+    let (code, _, err) = run(&["warm", file]);
+    assert!(code == Some(1) && err.contains("no line to ask"), "{err}");
     std::fs::remove_file(&path).unwrap();
 }
 
@@ -350,8 +365,10 @@ fn the_command_line_warms_shows_and_clears() {
 fn settings_that_cannot_be_meant_are_refused_at_the_start() {
     let folder = harness::golden::folder(MODEL);
     for (args, words) in [
-        (&["--output-cache", "redis"][..], "redis_url"),
-        (&["--output-cache", "disk"], "cache_dir"),
+        (&["--output-cache", "redis"][..], "hint: --redis-url"),
+        (&["--output-cache", "disk"], "hint: --cache-dir"),
+        (&["--cache-disk", "0"], "cache_disk"),
+        (&["--admin-key", "one", "--api-key", "one"], "admin_key"),
         (&["--output-cache", "redis", "--redis-url", "http://nowhere"], "--redis-url"),
         (&["--output-cache", "memory", "--output-cache-ttl", "0"], "output_cache_ttl"),
         (&["--output-cache", "memory", "--cache-timeout-ms", "0"], "cache_timeout_ms"),
@@ -476,7 +493,7 @@ fn hold(listener: std::net::TcpListener, num_requests: usize, at_once: usize) ->
                 let (mut now, _) = changed.wait_timeout_while(now, WATCH, |_| true).expect("nobody panics");
                 now.0 -= 1;
                 drop(now);
-                let answer = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}";
+                let answer = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nx-moesaic-cache: miss\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}";
                 stream.write_all(answer.as_bytes()).expect("the client waits for it");
             });
         }
@@ -506,7 +523,7 @@ fn warming_asks_for_as_many_at_a_time_as_it_is_told_and_no_more() {
         .output()
         .expect("the program can be started");
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert_eq!((output.status.code(), &*said), (Some(0), "9 answered, 0 failed\n"), "{output:?}");
+    assert_eq!((output.status.code(), &*said), (Some(0), "9 computed, 0 found, 0 not kept, 0 failed\n"), "{output:?}");
     assert_eq!(holder.join().expect("it does not panic"), 3);
     std::fs::remove_file(&path).expect("it is there");
 }

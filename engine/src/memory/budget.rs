@@ -1,6 +1,6 @@
 //! How many KV blocks and state slots an engine gets.
 
-use scheduler::WindowConfig;
+use scheduler::{WindowConfig, WindowLimits};
 
 use crate::config::{EngineConfig, KvDtype};
 use crate::error::EngineError;
@@ -57,62 +57,30 @@ pub struct KvDemand<'a> {
 pub fn plan(config: &EngineConfig, demand: &KvDemand) -> Result<KvBudget, EngineError> {
     let wanted_len = config.max_model_len.unwrap_or(demand.max_position_embeddings);
     let widths = Widths::new(demand, wanted_len);
+    let blocks = BlockDemand::new(config, &widths, wanted_len);
     let state_bytes: u64 = demand.sites.iter().map(CacheSite::state_bytes).sum();
-    let longest = wanted_len.div_ceil(config.block_size);
-    let [block_bytes, window_block_bytes] =
-        [widths.bytes_per_token, widths.window_bytes_per_token].map(|bytes| bytes * config.block_size as u64);
-    let per_sequence = (longest as u64).saturating_mul(block_bytes).saturating_add(state_bytes);
-    let num_seqs = config.max_num_seqs;
-    let most_window_blocks = widths.window.map_or(0, |len| {
-        let of_full_windows =
-            WindowConfig::most_blocks(len, config.block_size, num_seqs, config.max_num_batched_tokens);
-        of_full_windows.min(longest.saturating_mul(num_seqs))
-    });
-    let max_num_seqs = num_seqs as u64;
+    let max_num_seqs = config.max_num_seqs as u64;
     let wanted_snapshots = match config.enable_prefix_caching {
         true => FEW_SNAPSHOTS.max(max_num_seqs / SNAPSHOT_SHARE),
         false => 0,
     };
-    let full = max_num_seqs
-        .saturating_mul(per_sequence)
-        .saturating_add((most_window_blocks as u64).saturating_mul(window_block_bytes))
-        .saturating_add(wanted_snapshots.saturating_mul(state_bytes));
-    let bytes = config.kv_cache_memory.unwrap_or_else(|| full.min(most_bytes(config, demand.weight_bytes)));
     let most_states = max_num_seqs + wanted_snapshots;
+    let full = blocks.most_bytes().saturating_add(most_states.saturating_mul(state_bytes));
+    let bytes = config.kv_cache_memory.unwrap_or_else(|| full.min(most_bytes(config, demand.weight_bytes)));
     let num_states = match state_bytes {
         0 => 0,
         _ if state_bytes > bytes => return Err(EngineError::StateTooLarge { state_bytes, capacity: bytes }),
         // There is room for every sequence at its longest.
         _ if bytes >= full => most_states,
-        _ if block_bytes + window_block_bytes == 0 => (bytes / state_bytes).min(most_states),
+        _ if blocks.bytes_of_each() == 0 => (bytes / state_bytes).min(most_states),
         _ => (bytes / STATE_SHARE / state_bytes).clamp(1, most_states),
     };
     let bytes = bytes - num_states * state_bytes;
     let num_state_slots = (num_states - num_kept(num_states, wanted_snapshots)).min(max_num_seqs);
     let num_snapshot_slots = (num_states - num_state_slots) as usize;
-    // Slots are numbered in 32 bits.
-    let most_blocks = u32::MAX as usize / config.block_size;
-    let num_window_blocks = match bytes.checked_div(block_bytes + window_block_bytes) {
-        Some(of_each) if widths.window.is_some() => {
-            let of_each = usize::try_from(of_each).map_or(most_blocks, |blocks| blocks.min(most_blocks));
-            let to_spare = of_each.saturating_sub(most_window_blocks);
-            of_each.min(most_window_blocks)
-                + if config.enable_prefix_caching { to_spare / KEPT_WINDOW_SHARE } else { 0 }
-        }
-        _ => 0,
-    };
-    let bytes_left = bytes - num_window_blocks as u64 * window_block_bytes;
-    let num_blocks = match bytes_left.checked_div(block_bytes) {
-        // Windows find room whoever runs where all fit, or where there are as many blocks as others.
-        _ if num_window_blocks < most_window_blocks => num_window_blocks,
-        Some(num_blocks) => usize::try_from(num_blocks).unwrap_or(most_blocks),
-        // Blocks that hold nothing: only their numbers are needed, of as many as can be in use.
-        None => {
-            let most_running = if state_bytes > 0 { num_states as usize } else { num_seqs };
-            longest.saturating_mul(most_running).min(longest.max(MOST_EMPTY_BLOCKS))
-        }
-    };
-    let num_blocks = num_blocks.min(most_blocks);
+    let num_window_blocks = blocks.num_window_blocks(bytes);
+    let num_running = if state_bytes > 0 { num_states as usize } else { config.max_num_seqs };
+    let num_blocks = blocks.num_blocks(bytes, num_window_blocks, num_running);
     let capacity = num_blocks * config.block_size;
     if num_blocks == 0 {
         let per_token = widths.bytes_per_token + widths.window_bytes_per_token;
@@ -131,6 +99,76 @@ pub fn plan(config: &EngineConfig, demand: &KvDemand) -> Result<KvBudget, Engine
         num_snapshot_slots,
         max_model_len: wanted_len.min(capacity),
     })
+}
+
+/// What the two kinds of blocks take, and how many can be of use.
+struct BlockDemand {
+    block_bytes: u64,
+    window_block_bytes: u64,
+    /// Of the longest sequence.
+    longest: usize,
+    max_num_seqs: usize,
+    /// That running sequences hold at most; 0 without windows.
+    most_in_windows: usize,
+    keeps_windows: bool,
+    /// Slots are numbered in 32 bits.
+    most_blocks: usize,
+}
+
+impl BlockDemand {
+    fn new(config: &EngineConfig, widths: &Widths, wanted_len: usize) -> Self {
+        let EngineConfig { block_size, max_num_seqs, max_num_batched_tokens, .. } = *config;
+        let limits = WindowLimits { block_size, max_num_seqs, max_num_batched_tokens, max_model_len: wanted_len };
+        Self {
+            block_bytes: widths.bytes_per_token * block_size as u64,
+            window_block_bytes: widths.window_bytes_per_token * block_size as u64,
+            longest: wanted_len.div_ceil(block_size),
+            max_num_seqs,
+            most_in_windows: widths.window.map_or(0, |len| limits.most_blocks(len)),
+            keeps_windows: config.enable_prefix_caching,
+            most_blocks: u32::MAX as usize / block_size,
+        }
+    }
+
+    /// Of a block of each kind.
+    fn bytes_of_each(&self) -> u64 {
+        self.block_bytes + self.window_block_bytes
+    }
+
+    /// Room for every sequence at its longest, and for as many windows of ended ones as of running ones.
+    fn most_bytes(&self) -> u64 {
+        let of_windows = self.most_in_windows as u64 * if self.keeps_windows { 2 } else { 1 };
+        let of_others = (self.longest as u64).saturating_mul(self.max_num_seqs as u64);
+        of_others.saturating_mul(self.block_bytes).saturating_add(of_windows.saturating_mul(self.window_block_bytes))
+    }
+
+    /// All that running sequences can hold, and a share of what is left for windows of ended ones as far as that leaves the
+    /// longest sequence its blocks. Where there is not room for so many, as many as of the other kind: nobody needs more then.
+    fn num_window_blocks(&self, bytes: u64) -> usize {
+        let Some(of_each) = bytes.checked_div(self.bytes_of_each()).filter(|_| self.most_in_windows > 0) else {
+            return 0;
+        };
+        let of_each = usize::try_from(of_each).map_or(self.most_blocks, |blocks| blocks.min(self.most_blocks));
+        let Some(to_spare) = of_each.checked_sub(self.most_in_windows).filter(|_| self.keeps_windows) else {
+            return of_each.min(self.most_in_windows);
+        };
+        let of_longest = (self.longest as u64).saturating_mul(self.block_bytes);
+        let of_running = self.most_in_windows as u64 * self.window_block_bytes;
+        let left = bytes.saturating_sub(of_longest).saturating_sub(of_running) / self.window_block_bytes;
+        self.most_in_windows + usize::try_from(left).map_or(to_spare, |left| left.min(to_spare / KEPT_WINDOW_SHARE))
+    }
+
+    /// What is left for the other kind, where `num_running` sequences may run at once.
+    fn num_blocks(&self, bytes: u64, num_window_blocks: usize, num_running: usize) -> usize {
+        let left = bytes - num_window_blocks as u64 * self.window_block_bytes;
+        let num_blocks = match left.checked_div(self.block_bytes) {
+            _ if num_window_blocks < self.most_in_windows => num_window_blocks,
+            Some(num_blocks) => usize::try_from(num_blocks).unwrap_or(self.most_blocks),
+            // Blocks that hold nothing: only their numbers are needed, of as many as can be in use.
+            None => self.longest.saturating_mul(num_running).min(self.longest.max(MOST_EMPTY_BLOCKS)),
+        };
+        num_blocks.min(self.most_blocks)
+    }
 }
 
 /// What a token takes, at both kinds of sites.
@@ -173,6 +211,10 @@ fn most_bytes(config: &EngineConfig, weight_bytes: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use scheduler::SchedulerConfig;
+
     use super::*;
 
     const SITES: [CacheSite; 2] =
@@ -283,7 +325,8 @@ mod tests {
         };
         // Four windows of 8 + 2 blocks, and the rows of a step: 44.
         check(&[full, of(128)], 300, false, [256, 44, 128, 4096]);
-        check(&[full, of(128)], 300, true, [230, 70, 128, 3680]);
+        check(&[full, of(128)], 300, true, [256, 44, 128, 4096]);
+        check(&[full, of(128)], 400, true, [317, 83, 128, 4096]);
         check(&[full, of(128), of(60)], 300, false, [212, 44, 128, 3392]);
         // As many of each where not all windows fit.
         check(&[full, of(128)], 20, true, [10, 10, 128, 160]);
@@ -291,6 +334,61 @@ mod tests {
         check(&[full, of(4096)], 20, true, [10, 0, 0, 160]);
         // Blocks that hold nothing are numbers.
         check(&[of(128)], 50, false, [4 * 256, 44, 128, 4096]);
+        check(&[of(128)], 84, true, [4 * 256, 44 + 10, 128, 4096]);
         check(&[of(128)], 10, false, [10, 10, 128, 160]);
+    }
+
+    #[test]
+    fn what_is_planned_can_be_scheduled() {
+        let of = |window| CacheSite::Gqa { num_kv_heads: 2, head_dim: 8, window };
+        let sites = [vec![of(None), of(Some(50))], vec![of(Some(50))], vec![of(None), of(Some(50)), of(Some(200))]];
+        let mut num_planned = 0;
+        for sites in &sites {
+            for max_num_seqs in [1, 2, 7, 512] {
+                for (max_model_len, num_kib) in [40, 64, 200, 513, 4096].into_iter().flat_map(|len| {
+                    [None, Some(3), Some(9), Some(40), Some(90), Some(400), Some(1 << 20)].map(|num_kib| (len, num_kib))
+                }) {
+                    for enable_prefix_caching in [true, false] {
+                        let config = EngineConfig {
+                            kv_cache_memory: num_kib.map(|num_kib: u64| num_kib << 10),
+                            available_memory: 1 << 40,
+                            max_num_seqs,
+                            max_num_batched_tokens: 64,
+                            enable_prefix_caching,
+                            ..EngineConfig::new("")
+                        };
+                        let demand = KvDemand {
+                            sites,
+                            dtype: KvDtype::Bf16,
+                            weight_bytes: 0,
+                            max_position_embeddings: max_model_len,
+                        };
+                        let budget = plan(&config, &demand).expect("a block fits");
+                        let scheduler = SchedulerConfig {
+                            block_size: config.block_size,
+                            num_blocks: budget.num_blocks,
+                            num_state_slots: 0,
+                            num_snapshot_slots: 0,
+                            snapshot_interval: 1,
+                            window: budget.window,
+                            max_num_seqs,
+                            max_num_batched_tokens: config.max_num_batched_tokens,
+                            max_model_len: budget.max_model_len,
+                            max_queue: 1,
+                            prefix_cache: None,
+                            batch_timeout: Duration::ZERO,
+                        };
+                        assert_eq!(scheduler.validate(), Ok(()), "{config:?}");
+                        // What is kept for others never shortens a sequence.
+                        assert!(num_kib.is_some() || budget.max_model_len == max_model_len, "{config:?}: {budget:?}");
+                        let uncached = plan(&EngineConfig { enable_prefix_caching: false, ..config }, &demand);
+                        let longest = uncached.expect("a block fits").max_model_len;
+                        assert_eq!(budget.max_model_len, longest, "{budget:?}");
+                        num_planned += 1;
+                    }
+                }
+            }
+        }
+        assert_eq!(num_planned, 3 * 4 * 5 * 7 * 2);
     }
 }

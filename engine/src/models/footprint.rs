@@ -12,7 +12,7 @@ pub struct Footprint {
     pub num_layers: usize,
     /// Numbers per token.
     pub token_width: u64,
-    /// Those of them that stay, whatever windows leave behind: at least so many.
+    /// What a position is taken to keep at least, whatever windows leave behind.
     pub least_token_width: u64,
     /// f32 per sequence, whatever its length.
     pub state_width: u64,
@@ -46,7 +46,8 @@ pub fn max_position_embeddings(config: &ModelConfig) -> Result<Positions, Engine
     Ok(Positions { default: trained.min(MAX_MODEL_LEN), most, limited_by })
 }
 
-/// One attention with keys and values in every layer. Where some layers may have a window, at least one has none.
+/// One attention with keys and values in every layer. Where a window is configured, the layers that do not use it are counted
+/// as one: the bound is for positions, and a family whose every layer has the window gets a lower one than it could.
 pub fn attentions(config: &ModelConfig) -> Result<Footprint, EngineError> {
     let width = attention_width(config, config.head_dim()?)?;
     let footprint = per_layer(config, width)?;

@@ -52,7 +52,7 @@ pub struct Inspection {
     pub kv_dtype: String,
     /// Bytes of keys and values, or latents, that one token adds, over all layers; some give them back where they have a window.
     pub kv_bytes_per_token: u64,
-    /// Those of them that stay, whatever windows leave behind: at least so many.
+    /// What a token is taken to keep at least, whatever windows leave behind.
     pub least_kv_bytes_per_token: u64,
     /// Bytes of recurrent state that one sequence has, over all layers.
     pub state_bytes_per_sequence: u64,

@@ -10,8 +10,8 @@ use super::tiles;
 use crate::dispatch::{self, ByWidth, Kernel};
 use crate::lanes::{BYTES, Lanes, WIDTH};
 
-/// How far ahead of its use a weight is asked for, in bytes of each panel of a tile. Measured over shapes and formats, between
-/// 4 and 16 KiB it matters little.
+/// How far ahead of its use a weight is asked for, in bytes and times the panels of a tile, whose ends are followed by the
+/// next ones. Between 4 and 16 KiB it matters little (tests/bench/results/2026-11-22-prefetch.txt).
 pub(super) const PREFETCH_BYTES: usize = 6144;
 
 /// A product to compute: `out[i][j] = rows[i] · weight[outs.start + j]`.

@@ -3,9 +3,9 @@
 //! The fake model is a chain: the entry of a position mixes the entry before it, read through the block table, with the
 //! token; a row samples from its own entry. A block given to two sequences, a position skipped or read before it was
 //! written changes the tokens. A source is read as a whole by its encoder and by every row of the decoder after it, and
-//! a recurrent state goes from row to row and is kept now and then, and a row that samples reads its window from blocks of their own, so that a cut source or a state of another or of
-//! other tokens shows in the same way. Prompts begin alike
-//! and salts are few; the salt is in every entry, so that a cached block of other tokens or of another tenant changes
+//! a recurrent state goes from row to row and is kept now and then, and a row that samples reads its window from blocks of
+//! their own, so that a cut source or a state of another or of other tokens shows in the same way. Prompts begin alike and
+//! salts are few; the salt is in every entry, so that a cached block of other tokens or of another tenant changes
 //! the tokens too, and what is reused is compared with what it should hold. `MOESAIC_SIM_SEED=n` runs one seed alone.
 
 mod coverage;
@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use scheduler::{
     AdmissionError, Batch, BlockTable, Chunk, FinishReason, Outcome, Phase, Progress, Request, RequestId, Scheduler,
-    SchedulerConfig, Sequence, StateCopy, StopCriteria, Update, WindowConfig,
+    SchedulerConfig, Sequence, StateCopy, StopCriteria, Update, WindowConfig, WindowLimits,
 };
 
 use coverage::Coverage;
@@ -78,9 +78,11 @@ impl<'a> Simulation<'a> {
         let num_blocks = rng.between(2, MOST_BLOCKS);
         let num_state_slots = if rng.percent(50) { rng.between(1, 12) } else { 0 };
         let [block_size, max_num_seqs, max_num_batched_tokens] = [8, 24, 40].map(|most| rng.between(1, most));
+        let max_model_len = rng.between(8, 120);
         let window = rng.percent(50).then(|| {
             let len = rng.between(1, 30);
-            let most = WindowConfig::most_blocks(len, block_size, max_num_seqs, max_num_batched_tokens);
+            let limits = WindowLimits { block_size, max_num_seqs, max_num_batched_tokens, max_model_len };
+            let most = limits.most_blocks(len);
             // Some have room to keep what nobody uses; what is set later stays within the others.
             WindowConfig {
                 len,
@@ -96,7 +98,7 @@ impl<'a> Simulation<'a> {
             window,
             max_num_seqs,
             max_num_batched_tokens,
-            max_model_len: rng.between(8, 120),
+            max_model_len,
             max_queue: rng.between(1, 30),
             prefix_cache: rng.percent(80).then_some([9; 32]),
             batch_timeout: Duration::from_millis(if rng.percent(50) { 0 } else { rng.between(1, 20) as u64 }),

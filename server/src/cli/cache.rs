@@ -1,13 +1,13 @@
 //! `moesaic cache`: what a running server's caches hold, emptying them, and filling them.
 
 use std::fs::File;
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead as _, BufReader, Read, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use clap::{Args, Subcommand};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use serde::Deserialize;
@@ -15,8 +15,12 @@ use serde_json::{Value, json};
 
 use super::client::{Client, ServerArgs};
 
+/// Some editors begin a file with it.
+const BYTE_ORDER_MARK: char = '\u{feff}';
 /// Longest line of a file of prompts.
 const MAX_LINE_BYTES: usize = 16 << 20;
+/// The header that says where an answer came from, on answers that may be kept.
+const ORIGIN: &str = "x-moesaic-cache";
 /// Errors that are shown one by one.
 const MAX_SHOWN: u64 = 10;
 
@@ -30,7 +34,8 @@ pub struct CacheArgs {
 pub enum CacheCommand {
     /// Print entries and bytes of each tier
     Stats(AdminArgs),
-    /// Remove every cached answer, in all tiers
+    /// Remove every cached answer of a server: in its memory, on its disk, and all under its Redis prefix. Other servers of that
+    /// Redis keep what is in their own memory until they are cleared too
     Clear(AdminArgs),
     /// Ask a server for the answer to each line of a file, so that it has them
     Warm(WarmArgs),
@@ -52,7 +57,8 @@ pub struct AdminArgs {
 pub struct WarmArgs {
     #[command(flatten)]
     pub server: ServerArgs,
-    /// JSON lines: a text, or a request body with `messages` or `prompt`. Without temperature and seed it is greedy
+    /// JSON lines, `-` for standard input: a text in quotes, or a request body with `messages` or `prompt`. Without temperature
+    /// and seed it is greedy. The answers are for those who use the same API key
     pub file: PathBuf,
     /// Requests under way at a time
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1024))]
@@ -87,7 +93,7 @@ pub fn run(args: CacheArgs) -> anyhow::Result<()> {
 
 impl AdminArgs {
     fn client(&self) -> anyhow::Result<Client> {
-        let Some(key) = &self.admin_key else {
+        let Some(key) = self.admin_key.as_ref().filter(|key| !key.is_empty()) else {
             bail!("no admin key; hint: give the server's with --admin-key or MOESAIC_ADMIN_KEY");
         };
         let server = ServerArgs { api_key: Some(key.clone()), ..self.server.clone() };
@@ -112,7 +118,7 @@ fn stats(args: AdminArgs) -> anyhow::Result<()> {
         let state = if row.available { "up" } else { "down" };
         writeln!(out, "{:<8} {count:>10} {:>12} {:>12}  {state}", row.tier, size(row.bytes), size(row.max_bytes))?;
     }
-    writeln!(out, "{} answers are being computed for more than one request to read", stats.num_flights)?;
+    writeln!(out, "{} answers are being computed now", stats.num_flights)?;
     Ok(())
 }
 
@@ -125,7 +131,10 @@ fn clear(args: AdminArgs) -> anyhow::Result<()> {
         bail!("a tier did not finish, some values may be left; the server's log says why");
     }
     if !args.json {
-        writeln!(std::io::stdout(), "no answer is cached any more")?;
+        writeln!(
+            std::io::stdout(),
+            "no answer is left in the server's memory, on its disk and in its Redis; other servers of that Redis keep their memory"
+        )?;
     }
     Ok(())
 }
@@ -133,22 +142,23 @@ fn clear(args: AdminArgs) -> anyhow::Result<()> {
 fn warm(args: &WarmArgs) -> anyhow::Result<()> {
     let client = Client::new(&args.server, args.concurrency as usize)?;
     let model = args.server.model.clone().map_or_else(|| client.first_model(), Ok)?;
-    let num_lines = lines(&args.file)?.count() as u64;
-    let requests = Mutex::new(lines(&args.file)?.zip(1u64..));
-    let style = ProgressStyle::with_template("{pos}/{len} {wide_bar} {eta}").expect("the template is constant");
-    let bar = ProgressBar::new(num_lines).with_style(style);
-    let (num_done, num_failed) = (AtomicU64::new(0), AtomicU64::new(0));
+    let bar = match num_lines(&args.file)? {
+        Some(num_lines) => ProgressBar::new(num_lines).with_style(style("{pos}/{len} {wide_bar} {eta}")),
+        None => ProgressBar::new_spinner().with_style(style("{spinner} {pos} lines")),
+    };
+    let requests = Mutex::new(lines(open(&args.file)?).zip(1u64..));
+    let tally = Tally::default();
     let work = || {
         // A panic of another thread is reported by the scope; its lock has nothing half done.
         let next = || requests.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
         while let Some((line, number)) = next() {
-            let asked = line.and_then(|line| request(&line, &model)).and_then(|asked| {
-                let Some((path, body)) = asked else { return Ok(false) };
-                Ok(client.post::<Value>(path, &body).map(|_| true)?)
+            let asked = line.and_then(|line| request(&line, &model)).and_then(|asked| match asked {
+                Some((path, body)) => Ok(Some(client.post_for_header(path, &body, ORIGIN)?)),
+                None => Ok(None),
             });
             match asked {
-                Ok(was_asked) => drop(num_done.fetch_add(u64::from(was_asked), Ordering::Relaxed)),
-                Err(error) if num_failed.fetch_add(1, Ordering::Relaxed) < MAX_SHOWN => {
+                Ok(origin) => tally.count(origin),
+                Err(error) if tally.failed.fetch_add(1, Ordering::Relaxed) < MAX_SHOWN => {
                     bar.suspend(|| eprintln!("{}:{number}: {error:#}", args.file.display()));
                 }
                 Err(_) => {}
@@ -158,25 +168,83 @@ fn warm(args: &WarmArgs) -> anyhow::Result<()> {
     };
     thread::scope(|scope| (0..args.concurrency).for_each(|_| drop(scope.spawn(work))));
     bar.finish_and_clear();
-    let (num_done, num_failed) = (num_done.into_inner(), num_failed.into_inner());
-    writeln!(std::io::stdout(), "{num_done} answered, {num_failed} failed")?;
-    if num_failed > 0 {
-        bail!("{num_failed} of {} lines failed", num_done + num_failed);
+    tally.report(&args.file)
+}
+
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).expect("the template is constant")
+}
+
+/// What became of the lines that were not blank.
+#[derive(Default)]
+struct Tally {
+    computed: AtomicU64,
+    found: AtomicU64,
+    unkept: AtomicU64,
+    failed: AtomicU64,
+}
+
+impl Tally {
+    /// Counts the answer to a line by where it came from; `None` is a blank line.
+    fn count(&self, origin: Option<Option<String>>) {
+        let Some(origin) = origin else { return };
+        let counter = match origin.as_deref() {
+            Some("hit") => &self.found,
+            Some(_) => &self.computed,
+            None => &self.unkept,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
     }
-    Ok(())
+
+    fn report(self, file: &Path) -> anyhow::Result<()> {
+        let counts = [self.computed, self.found, self.unkept, self.failed].map(AtomicU64::into_inner);
+        let [computed, found, unkept, failed] = counts;
+        writeln!(std::io::stdout(), "{computed} computed, {found} found, {unkept} not kept, {failed} failed")?;
+        let total: u64 = counts.iter().sum();
+        if total == 0 {
+            bail!("{} has no line to ask", file.display());
+        }
+        if failed > 0 {
+            bail!("{failed} of {total} lines failed");
+        }
+        if unkept > 0 {
+            bail!(
+                "{unkept} of {total} answers are not kept; hint: a server with --output-cache off keeps none, others those of \
+                 requests with temperature 0 or a seed"
+            );
+        }
+        Ok(())
+    }
+}
+
+/// The file, or standard input for `-`.
+fn open(path: &Path) -> anyhow::Result<Box<dyn Read + Send>> {
+    if path == Path::new("-") {
+        return Ok(Box::new(std::io::stdin()));
+    }
+    let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+    if file.metadata()?.is_dir() {
+        bail!("{} is a folder; hint: a file with a prompt in each line is wanted", path.display());
+    }
+    Ok(Box::new(file))
+}
+
+/// Lines of a regular file; what else there is can be read once only.
+fn num_lines(path: &Path) -> anyhow::Result<Option<u64>> {
+    let is_regular = std::fs::metadata(path).is_ok_and(|metadata| metadata.is_file());
+    is_regular.then(|| Ok(lines(open(path)?).count() as u64)).transpose()
 }
 
 /// The lines of a file, none of them held longer than it takes.
-fn lines(path: &Path) -> anyhow::Result<impl Iterator<Item = anyhow::Result<String>> + use<>> {
-    let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+fn lines(file: Box<dyn Read + Send>) -> impl Iterator<Item = anyhow::Result<String>> {
     let mut reader = BufReader::new(file);
     let mut is_broken = false;
-    Ok(std::iter::from_fn(move || {
+    std::iter::from_fn(move || {
         if is_broken {
             return None;
         }
         let mut line = Vec::new();
-        let mut limited = std::io::Read::take(&mut reader, MAX_LINE_BYTES as u64 + 1);
+        let mut limited = Read::take(&mut reader, MAX_LINE_BYTES as u64 + 1);
         match limited.read_until(b'\n', &mut line) {
             Ok(0) => None,
             Ok(_) if line.len() > MAX_LINE_BYTES => {
@@ -189,7 +257,7 @@ fn lines(path: &Path) -> anyhow::Result<impl Iterator<Item = anyhow::Result<Stri
                 Some(Err(error.into()))
             }
         }
-    }))
+    })
 }
 
 /// Path and body of a line; `None` where it is blank.
@@ -197,7 +265,9 @@ fn request(line: &str, model: &str) -> anyhow::Result<Option<(&'static str, Valu
     if line.trim().is_empty() {
         return Ok(None);
     }
-    let mut body = match serde_json::from_str(line).context("not JSON")? {
+    let not_json =
+        |error: serde_json::Error| anyhow!("not JSON at column {}; hint: a text stands in quotes", error.column());
+    let mut body = match serde_json::from_str(line.trim_start_matches(BYTE_ORDER_MARK)).map_err(not_json)? {
         Value::String(text) => json!({"messages": [{"role": "user", "content": text}]}),
         Value::Object(fields) => Value::Object(fields),
         _ => bail!("expected a text or an object"),
@@ -215,7 +285,9 @@ fn request(line: &str, model: &str) -> anyhow::Result<Option<(&'static str, Valu
     }
     // The answer is for the server to keep.
     body["stream"] = json!(false);
-    body.as_object_mut().expect("it was checked above").remove("stream_options");
+    let fields = body.as_object_mut().expect("it was checked above");
+    fields.remove("stream_options");
+    fields.remove("cache");
     Ok(Some((path, body)))
 }
 
@@ -233,6 +305,8 @@ mod tests {
         let (path, body) = of(r#"{"prompt": [1], "seed": 3, "model": "x", "stream": true, "stream_options": {}}"#);
         assert_eq!(path, "/v1/completions");
         assert_eq!(body, json!({"prompt": [1], "seed": 3, "model": "x", "stream": false}));
+        assert_eq!(of("\u{feff}\"hello\"").1["messages"][0]["content"], "hello");
+        assert_eq!(of(r#"{"prompt": "a", "cache": {"write": false}}"#).1.get("cache"), None);
         assert!(request(" \n", "m").unwrap().is_none());
         for line in ["{", "3", "{}", r#"{"prompt": "a", "messages": []}"#] {
             assert!(request(line, "m").is_err(), "{line}");

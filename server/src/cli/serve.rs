@@ -26,6 +26,9 @@ use crate::{listen, shutdown, telemetry, validate};
 /// Threads of the async runtime: the edge is light, and the compute pool wants the cores.
 const MAX_RUNTIME_THREADS: usize = 4;
 
+/// As long as resolvers usually take to give up, in look-ups, of which there is at most one a second.
+const MAX_RESOLVER_THREADS: usize = 32;
+
 /// How often the metrics recorder folds its samples.
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 
@@ -41,12 +44,14 @@ pub fn run(args: ServeArgs) -> anyhow::Result<()> {
     let metrics = telemetry::metrics::install(&names[0])?;
     // A disk that hangs must not take the threads of text jobs, nor the one that looks through a folder.
     let num_disk_threads = if config.cache_dir.is_some() { MAX_DISK_CALLS + 1 } else { 0 };
+    // Nor may a resolver that hangs on the name of a Redis: a look-up cannot be given up, and there is a new one each second.
+    let num_resolver_threads = if config.redis_url.is_some() { MAX_RESOLVER_THREADS } else { 0 };
     let app = Arc::new(App::new(config, names, metrics));
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(cores.clamp(1, MAX_RUNTIME_THREADS))
         // Text jobs are bounded by the cores, but the next one may start before the last one's thread is idle.
-        .max_blocking_threads(cores + num_disk_threads)
+        .max_blocking_threads(cores + num_disk_threads + num_resolver_threads)
         .enable_all()
         .build()?;
     let result = runtime.block_on(serve(&app));

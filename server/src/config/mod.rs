@@ -30,7 +30,10 @@ pub enum ConfigError {
     UnknownVariable { name: String, known: String },
     #[error("`{setting}` is {value}, allowed are {allowed}")]
     OutOfRange { setting: &'static str, value: String, allowed: &'static str },
-    #[error("`{setting}` is not set, which the value of `{wanted_by}` needs")]
+    #[error(
+        "`{setting}` is not set, which the value of `{wanted_by}` needs; hint: --{flag}",
+        flag = setting.replace('_', "-")
+    )]
     Missing { setting: &'static str, wanted_by: &'static str },
     #[error("{path} holds no API key; write one key per line", path = path.display())]
     NoKeys { path: PathBuf },
@@ -133,7 +136,7 @@ settings! {
         /// Milliseconds, 0 to 100, that an idle engine gathers requests before its first step
         #[arg(long, env = "MOESAIC_BATCH_TIMEOUT_MS")]
         batch_timeout_ms: u64 = 0;
-        /// Bytes of cached answers in memory
+        /// Bytes of cached answers in memory, a quarter of them for finding requests that say the same bytes again
         #[arg(long, env = "MOESAIC_OUTPUT_CACHE_MEMORY")]
         output_cache_memory: ByteSize = ByteSize(256 << 20);
         /// Seconds that a cached answer is used, up to 30 days
@@ -328,6 +331,16 @@ impl Config {
         }
         if self.admin_key.as_ref().is_some_and(|key| !key.is_visible_ascii()) {
             return out_of_range("admin_key", "***".to_owned(), "keys of visible ASCII characters, at least one");
+        }
+        if self.admin_key.as_ref().is_some_and(|admin| self.api_key.iter().any(|key| key.expose() == admin.expose())) {
+            return out_of_range("admin_key", "***".to_owned(), "keys that are no --api-key: those are for clients");
+        }
+        if self.cache_disk.0 == 0 {
+            return out_of_range(
+                "cache_disk",
+                "0".to_owned(),
+                "1 byte or more; without --cache-dir there is no disk tier",
+            );
         }
         Ok(())
     }

@@ -58,7 +58,7 @@ pub struct StreamOptions {
 
 /// `cache`: both are true where absent. Only requests with temperature 0 or a seed use the output cache.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, ToSchema)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields, expecting = "an object like {\"read\": false, \"write\": false}")]
 pub struct CacheOptions {
     /// It may be answered by what was computed before, or is being computed for another request.
     pub read: Option<bool>,

@@ -71,7 +71,7 @@ impl<D: TokenText + 'static> Computation<D> {
                 Some(Event::Finished(FinishReason::Stop(token))) => End::Stop(token),
                 Some(Event::Finished(FinishReason::Length)) => End::Length,
                 Some(Event::Failed(error)) => return self.leader.fail(error),
-                // The readers look for themselves.
+                // The engine is gone: they are told as whoever asks it now.
                 None => return,
             };
             drop(self.generation);

@@ -10,6 +10,7 @@ pub mod tiers;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::http::HeaderName;
 use cache::{Access, End, Failure, Fingerprint, FlightEvent, Key, Lookup, OutputCacheConfig};
 use engine::{Event, FinishReason, GenerationError, PromptLogprob, SampledToken};
 
@@ -43,8 +44,11 @@ pub enum Origin {
     Miss,
 }
 
+/// Says on an answer where it came from; absent where the cache was not asked.
+pub const ORIGIN_HEADER: HeaderName = HeaderName::from_static("x-moesaic-cache");
+
 impl Origin {
-    /// The value of `x-moesaic-cache`.
+    /// The value of [`ORIGIN_HEADER`].
     pub fn name(self) -> &'static str {
         match self {
             Self::Hit => "hit",

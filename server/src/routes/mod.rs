@@ -14,7 +14,7 @@ mod tokenize;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::http::{HeaderName, HeaderValue};
+use axum::http::HeaderValue;
 use axum::response::Response;
 use axum::routing::get;
 use utoipa::OpenApi;
@@ -22,9 +22,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::app::App;
-use crate::output_cache::Origin;
-
-const CACHE_HEADER: HeaderName = HeaderName::from_static("x-moesaic-cache");
+use crate::output_cache::{ORIGIN_HEADER, Origin};
 
 /// What the document says beside the routes.
 #[derive(OpenApi)]
@@ -64,7 +62,7 @@ fn described() -> OpenApiRouter<Arc<App>> {
 /// Says where the answer comes from, where the output cache was asked.
 fn tell_origin(mut response: Response, origin: Option<Origin>) -> Response {
     if let Some(origin) = origin {
-        response.headers_mut().insert(CACHE_HEADER, HeaderValue::from_static(origin.name()));
+        response.headers_mut().insert(ORIGIN_HEADER, HeaderValue::from_static(origin.name()));
     }
     response
 }

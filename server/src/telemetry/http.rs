@@ -9,7 +9,10 @@ use axum::response::Response;
 use metrics::{counter, histogram};
 use tracing::Instrument as _;
 
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+use crate::output_cache::ORIGIN_HEADER;
+
+/// Of every answer, and of requests that bring their own.
+pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Bytes of a client's request id that are kept.
 const MAX_ID_BYTES: usize = 128;
@@ -37,7 +40,10 @@ pub async fn observe(mut request: Request, next: Next) -> Response {
     // Probes and scrapes come every few seconds and would drown the rest.
     span.in_scope(|| match method.as_str() {
         "GET" | "HEAD" => tracing::debug!(%method, %path, status = status.as_u16(), seconds, "answered"),
-        _ => tracing::info!(%method, %path, status = status.as_u16(), seconds, "answered"),
+        _ => {
+            let cache = response.headers().get(ORIGIN_HEADER).and_then(|value| value.to_str().ok());
+            tracing::info!(%method, %path, status = status.as_u16(), seconds, cache, "answered");
+        }
     });
     histogram!("http_request_duration_seconds", "method" => method.clone(), "path" => path.clone()).record(seconds);
     counter!("http_requests_total", "method" => method, "path" => path, "status" => status.as_u16().to_string())

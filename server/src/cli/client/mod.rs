@@ -12,7 +12,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use clap::Args;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::Value;
 use ureq::http::{Response, Uri, header};
 use ureq::{Agent, Body, BodyReader};
@@ -113,6 +113,17 @@ impl Client {
     pub fn post<T: DeserializeOwned>(&self, path: &str, body: &Value) -> Result<T, ClientError> {
         let (url, response) = self.send(path, body)?;
         self.read_json(&url, response)
+    }
+
+    /// The same, for what a header of the answer says; `None` where it has none of this name. The JSON is read, and dropped.
+    ///
+    /// # Errors
+    /// What [`ClientError`] says, but for its stream errors.
+    pub fn post_for_header(&self, path: &str, body: &Value, name: &str) -> Result<Option<String>, ClientError> {
+        let (url, response) = self.send(path, body)?;
+        let found = response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        self.read_json::<IgnoredAny>(&url, response)?;
+        Ok(found)
     }
 
     /// Posts `body` to `path` and hands out the chunks of the answer as they come.

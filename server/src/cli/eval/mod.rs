@@ -170,6 +170,9 @@ fn load(model_dir: &Path, (dtype, quant): (WeightType, QuantType), args: &EvalAr
         available_memory: available_memory()?,
         max_model_len: Some(args.context as usize),
         max_num_seqs: 1,
+        // A chunk is computed in one pass, whose rows all have a block.
+        max_num_batched_tokens: args.context as usize,
+        enable_prefix_caching: false,
         threads: args.threads.map(usize::from),
         ..EngineConfig::new(model_dir)
     };
