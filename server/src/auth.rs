@@ -139,8 +139,8 @@ mod tests {
             assert!(matches!(check("", path, None), Err(ApiError::NoAdminKey)), "{path}");
             for settings in ["admin_key = \"root\"", "api_key = [\"one\"]\nadmin_key = \"root\""] {
                 check(settings, path, Some("Bearer root")).unwrap();
-                assert!(matches!(check(settings, path, Some("Bearer one")), Err(ApiError::WrongKey)), "{path}");
-                assert!(matches!(check(settings, path, None), Err(ApiError::MissingKey)), "{path}");
+                assert!(matches!(check(settings, path, Some("Bearer one")), Err(ApiError::WrongAdminKey)), "{path}");
+                assert!(matches!(check(settings, path, None), Err(ApiError::MissingAdminKey)), "{path}");
             }
         }
         let both = "api_key = [\"one\"]\nadmin_key = \"root\"";

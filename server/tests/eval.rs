@@ -125,7 +125,7 @@ fn a_context_may_be_much_longer_than_a_window() {
     let text = TextFile::new("long", TEXT.repeat(30).as_bytes());
     let mut command = Command::new(env!("CARGO_BIN_EXE_moesaic"));
     command.arg("eval").arg(golden("mixtral-window")).arg("--file").arg(&text.0);
-    let output = command.args(["--context", "3000", "--json"]).output().expect("it runs");
+    let output = command.args(["--context", "3000", "--max-tokens", "4000", "--json"]).output().expect("it runs");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let found: Value = serde_json::from_slice(&output.stdout).expect("JSON");
     assert!(found["num_tokens"].as_u64().expect("a count") > 3000, "{found}");
