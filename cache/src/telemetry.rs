@@ -69,7 +69,10 @@ fn failed(error: &CacheError, tier: Tier, kind: Kind) {
         | CacheError::Disk(_)
         | CacheError::Redis(_)
         | CacheError::Reply { .. }
-        | CacheError::Url { .. } => "moesaic_cache_errors_total",
+        | CacheError::Folder { .. }
+        | CacheError::Url { .. }
+        | CacheError::Prefix { .. }
+        | CacheError::Ca { .. } => "moesaic_cache_errors_total",
     };
     counter!(name, "kind" => kind.as_str(), "tier" => tier.as_str()).increment(1);
 }
