@@ -144,7 +144,7 @@ pub fn describe() {
         "moesaic_cache_dropped_writes_total",
         "Values not written to slow tiers: too much waits, or the tier is left alone"
     );
-    describe_gauge!("moesaic_cache_up", "1 where the tier answers");
+    describe_gauge!("moesaic_cache_up", "1 where the tier can be used");
     describe_gauge!(
         "moesaic_cache_circuit_open",
         "1 while the tier fails and is left alone; of a Redis cluster, the nodes that are"

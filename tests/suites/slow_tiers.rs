@@ -274,7 +274,7 @@ fn a_redis_that_cannot_be_used_is_one_warning_at_the_start() {
     for (url, reason) in [
         (format!("redis://{address}/99"), "0 always exists"),
         (format!("redis+cluster://{address}"), "redis://HOST:PORT"),
-        (format!("redis://:hunter2@{address}"), "password"),
+        (format!("redis://:hunter2@{address}"), "redis://:PASSWORD@"),
         (format!("redis://{}", free_address()), "refused"),
     ] {
         let replica = forgetful(&[&PATIENT[..], &["--output-cache", "redis", "--redis-url", &url]].concat());

@@ -48,7 +48,9 @@ impl Health {
 impl Folder {
     /// A call failed, or a try: tries it out until it can be used. At most once per [`TRY_INTERVAL`], however many calls fail.
     pub fn suspect(self: &Arc<Self>, error: &io::Error) {
-        if !is_full(error) && self.health().start_watch() {
+        // A call that ran out of time while it was at work says nothing about the folder.
+        let is_late = error.kind() == ErrorKind::TimedOut;
+        if !is_late && !is_full(error) && self.health().start_watch() {
             tokio::spawn(watch(Arc::downgrade(self), explain(error)));
         }
     }

@@ -16,6 +16,9 @@ pub(super) enum Failure {
     Command(RedisError),
 }
 
+const LOGIN: &str =
+    "--redis-url holds its user and password: redis://USER:PASSWORD@HOST:PORT, or redis://:PASSWORD@HOST:PORT";
+
 /// What is found in an error's text, and what to do about it.
 const HINTS: &[(&str, &str)] = &[
     (
@@ -30,8 +33,9 @@ const HINTS: &[(&str, &str)] = &[
     ("NotValidForName", "its certificate is for another host name than the one in --redis-url"),
     ("cluster support disabled", "it is no cluster: --redis-url takes it as redis://HOST:PORT"),
     ("DB index is out of range", "--redis-url names a database that it does not have; 0 always exists"),
-    ("WRONGPASS", "--redis-url holds its user and password: redis://USER:PASSWORD@HOST:PORT"),
-    ("NOAUTH", "--redis-url holds its user and password: redis://USER:PASSWORD@HOST:PORT"),
+    ("WRONGPASS", LOGIN),
+    ("NOAUTH", LOGIN),
+    ("AuthenticationFailed", LOGIN),
 ];
 
 impl Failure {
