@@ -87,6 +87,15 @@ impl Breaker {
         Some(Change::Opened)
     }
 
+    /// Opens it whatever was counted: what was found says that every call would fail.
+    pub fn trip(&mut self, now: Instant) -> Option<Change> {
+        if self.is_open() {
+            return None;
+        }
+        self.open(now, now);
+        Some(Change::Opened)
+    }
+
     /// Takes the right to probe, if it is time.
     pub fn start_probe(&mut self, now: Instant) -> bool {
         match self.state {
@@ -144,6 +153,14 @@ mod tests {
         }
         assert!(!breaker.is_open());
         assert!(opened(now).is_open());
+    }
+
+    #[test]
+    fn one_look_that_says_it_all_opens_it() {
+        let (mut breaker, now) = (Breaker::new(CONFIG), Instant::now());
+        assert_eq!(breaker.trip(now), Some(Change::Opened));
+        assert_eq!(breaker.next_probe(), Some(now + CONFIG.min_pause));
+        assert_eq!(breaker.trip(now), None, "it is open");
     }
 
     #[test]

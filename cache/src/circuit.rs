@@ -16,6 +16,9 @@ use crate::telemetry::{self, Notice};
 /// A call that had less time than this says nothing about the place when it runs out.
 const FAIR_TIME: Duration = Duration::from_millis(10);
 
+/// The reason where there is no other.
+pub(crate) const NO_ANSWER: &str = "no answer in time";
+
 /// What a result says about the place that gave it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
@@ -38,8 +41,8 @@ pub(crate) trait Place: Display + Send + Sync + 'static {
     /// The circuit has opened: what still waits on the place may be let go.
     fn opened(&self) {}
 
-    /// Whether it can be used again. Ends within a second or two by itself.
-    fn answers(&self) -> BoxFuture<'_, bool>;
+    /// Whether it can be used, or why not. Ends within a second or two by itself.
+    fn answers(&self) -> BoxFuture<'_, Result<(), String>>;
 }
 
 /// A place, and the breaker in front of it.
@@ -81,7 +84,7 @@ impl<P: Place> Circuit<P> {
         let start = Instant::now();
         let Ok(result) = timeout_at(deadline, work).await else {
             if deadline.saturating_duration_since(start) >= FAIR_TIME {
-                self.failed(&"no answer in time");
+                self.failed(&NO_ANSWER);
             }
             return Err(CacheError::Timeout { tier: P::TIER });
         };
@@ -102,8 +105,20 @@ impl<P: Place> Circuit<P> {
         result.map_err(Into::into)
     }
 
+    /// Looks once whether the place can be used, and opens where it cannot.
+    pub async fn check(&self) {
+        if let Err(reason) = self.place().answers().await {
+            let change = self.shared.breaker().trip(Instant::now());
+            self.note(change, &reason);
+        }
+    }
+
     fn failed(&self, reason: &dyn Display) {
         let change = self.shared.breaker().failed(Instant::now());
+        self.note(change, reason);
+    }
+
+    fn note(&self, change: Option<Change>, reason: &dyn Display) {
         if change == Some(Change::Opened) {
             let place = self.place();
             tracing::warn!(%reason, "{place} fails: the cache goes on without it and looks again now and then");
@@ -144,7 +159,7 @@ async fn heal<P: Place>(shared: Weak<Shared<P>>) {
         if !shared.breaker().start_probe(Instant::now()) {
             continue;
         }
-        if !shared.place.answers().await {
+        if shared.place.answers().await.is_err() {
             shared.breaker().probe_failed(Instant::now());
             continue;
         }

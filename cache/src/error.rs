@@ -23,13 +23,15 @@ pub enum CacheError {
     Redis(#[from] RedisError),
     #[error("Redis answered something else than {expected}")]
     Reply { expected: &'static str },
-    #[error("Redis address: {reason}")]
+    /// A folder that no cache can be in.
+    #[error("{reason}")]
+    Folder { reason: String },
+    /// What is wrong with an address, with no more of it than scheme and host: it may hold a password.
+    #[error("{reason}")]
     Url { reason: String },
-}
-
-impl CacheError {
-    /// What is wrong with an address, without the address: it may hold a password.
-    pub(crate) fn url(error: RedisError) -> Self {
-        Self::Url { reason: error.to_string() }
-    }
+    #[error("expected 1 to {max_len} of A-Z a-z 0-9 - _ . : such as `moesaic`, got {prefix:?}")]
+    Prefix { prefix: String, max_len: usize },
+    /// Certificates that cannot vouch for a server.
+    #[error("{reason}")]
+    Ca { reason: String },
 }

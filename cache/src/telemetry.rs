@@ -69,7 +69,10 @@ fn failed(error: &CacheError, tier: Tier, kind: Kind) {
         | CacheError::Disk(_)
         | CacheError::Redis(_)
         | CacheError::Reply { .. }
-        | CacheError::Url { .. } => "moesaic_cache_errors_total",
+        | CacheError::Folder { .. }
+        | CacheError::Url { .. }
+        | CacheError::Prefix { .. }
+        | CacheError::Ca { .. } => "moesaic_cache_errors_total",
     };
     counter!(name, "kind" => kind.as_str(), "tier" => tier.as_str()).increment(1);
 }
@@ -141,7 +144,7 @@ pub fn describe() {
         "moesaic_cache_dropped_writes_total",
         "Values not written to slow tiers: too much waits, or the tier is left alone"
     );
-    describe_gauge!("moesaic_cache_up", "1 where the tier answers");
+    describe_gauge!("moesaic_cache_up", "1 where the tier can be used");
     describe_gauge!(
         "moesaic_cache_circuit_open",
         "1 while the tier fails and is left alone; of a Redis cluster, the nodes that are"

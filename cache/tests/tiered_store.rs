@@ -44,6 +44,10 @@ impl Store for Stuck {
         Self::stall(deadline)
     }
 
+    fn check(&self) -> BoxFuture<'_, ()> {
+        async {}.boxed()
+    }
+
     fn stats(&self, _: Instant) -> BoxFuture<'_, Vec<TierStats>> {
         async { vec![] }.boxed()
     }

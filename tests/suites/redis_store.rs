@@ -170,6 +170,27 @@ async fn a_server_that_is_down_at_the_start_is_found_when_it_comes() {
     tier.heals().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_keeps_a_connection_from_being_set_up_opens_the_circuit() {
+    let server = RedisServer::start();
+    let address = server.address();
+    for url in [
+        format!("redis://{address}/99"),
+        format!("redis+cluster://{address}"),
+        format!("redis://:wrong@{address}"),
+        format!("redis://nobody:wrong@{address}"),
+    ] {
+        Checked::open(&url).breaks().await;
+        // One look is enough where somebody asks for it.
+        let tier = Checked::open(&url);
+        tier.store.check().await;
+        assert!(tier.is_left_alone().await, "{url}");
+    }
+    let tier = Checked::open(&server.url());
+    tier.store.check().await;
+    assert!(tier.try_look(1).await.is_ok());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn killed_amid_requests_and_started_again_it_heals_alone() {
     let mut server = RedisServer::start();

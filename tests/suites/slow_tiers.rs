@@ -54,6 +54,25 @@ fn value_file(directory: &Path) -> PathBuf {
     })
 }
 
+/// The line of the log that warns of `what`, once it is there.
+fn warning(replica: &Replica, what: &str) -> String {
+    poll(what, PATIENCE, || {
+        let log = replica.server.process.output();
+        log.lines().find(|line| line.contains(what) && line.contains("WARN")).map(str::to_owned)
+    })
+}
+
+/// What a server says that does not start.
+fn refused(args: &[&str]) -> String {
+    let (status, output) = Server::fail(SERVER, &golden::folder(MODEL), args);
+    assert!(!status.success());
+    output
+}
+
+fn is_up(replica: &Replica, tier: &str) -> bool {
+    replica.metric("moesaic_cache_up", &[("tier", tier)]) == 1.0
+}
+
 #[test]
 fn a_disk_that_hangs_delays_a_few_requests_and_fails_none() {
     let folder = Folder::new("hangs");
@@ -212,29 +231,155 @@ fn redis_over_tls_is_used_where_the_right_authority_vouches_for_it_and_nowhere_e
     first.assert_all("miss");
     poll("values in Redis", PATIENCE, || (redis.keys().len() == NUM_VALUES).then_some(()));
     start(&["--redis-ca-file", &right]).assert_all("hit");
-    // Another's certificates, and those of the system.
+    // Another's certificates, and those of the system. That it cannot be used is said before the first request.
     for ca in [&["--redis-ca-file", &wrong][..], &[]] {
         let replica = start(ca);
-        poll("an open circuit", PATIENCE, || {
-            assert_eq!(replica.ask(&Question::of(0)), "miss");
-            replica.circuit_is_open().then_some(())
-        });
+        let line = warning(&replica, "Redis fails");
+        assert!(line.contains("UnknownIssuer") && line.contains("hint") && line.contains("--redis-ca-file"), "{line}");
+        assert!(replica.circuit_is_open());
         replica.assert_all("miss");
-        let log = replica.server.process.output();
-        let line = log.lines().find(|line| line.contains("Redis fails")).expect("it says so");
-        assert!(line.contains("UnknownIssuer") || line.contains("certificate"), "{line}");
     }
     assert_eq!(redis.keys().len(), NUM_VALUES);
-    let refused = |args: &[&str]| {
-        let (status, output) = Server::fail(SERVER, &golden::folder(MODEL), args);
-        assert!(!status.success());
-        output
-    };
     let tls = ["--output-cache", "redis", "--redis-url", &url, "--redis-ca-file"];
     assert!(refused(&[&tls[..], &[&folder.file("nowhere")]].concat()).contains("--redis-ca-file"));
     assert!(refused(&[&tls[..], &[&key]].concat()).contains("found none"));
     let plain = redis.url();
     let plain = ["--output-cache", "redis", "--redis-url", &plain, "--redis-ca-file", &right];
-    assert!(refused(&plain).contains("rediss://"));
+    let error = refused(&plain);
+    assert!(error.contains("--redis-ca-file: ") && error.contains("rediss://"), "{error}");
     assert!(refused(&["--output-cache", "memory", "--redis-ca-file", &right]).contains("redis_url"));
+}
+
+#[test]
+fn an_authority_that_serves_with_its_own_certificate_is_told_so() {
+    let folder = Folder::new("tls-authority");
+    let both = authority("both");
+    let (certificate, key) = (folder.file("both.pem"), folder.file("both.key"));
+    std::fs::write(&certificate, both.pem()).expect("temporary files can be written");
+    std::fs::write(&key, both.key().serialize_pem()).expect("temporary files can be written");
+    let address = free_address();
+    let port = address.port().to_string();
+    let files = ["--tls-cert-file", &certificate, "--tls-key-file", &key, "--tls-ca-cert-file", &certificate];
+    let _redis = RedisServer::with_options(&[&["--tls-port", &port, "--tls-auth-clients", "no"], &files[..]].concat());
+    let url = format!("rediss://{address}/");
+    let replica = forgetful(&["--output-cache", "redis", "--redis-url", &url, "--redis-ca-file", &certificate]);
+    let line = warning(&replica, "Redis fails");
+    assert!(line.contains("CaUsedAsEndEntity") && line.contains("CA:TRUE"), "{line}");
+}
+
+#[test]
+fn a_redis_that_cannot_be_used_is_one_warning_at_the_start() {
+    let redis = RedisServer::start();
+    let address = redis.address();
+    for (url, reason) in [
+        (format!("redis://{address}/99"), "0 always exists"),
+        (format!("redis+cluster://{address}"), "redis://HOST:PORT"),
+        (format!("redis://:hunter2@{address}"), "redis://:PASSWORD@"),
+        (format!("redis://{}", free_address()), "refused"),
+    ] {
+        let replica = forgetful(&[&PATIENT[..], &["--output-cache", "redis", "--redis-url", &url]].concat());
+        let line = warning(&replica, "Redis fails");
+        assert!(line.contains(reason) && !line.contains("hunter2"), "{url}: {line}");
+        assert!(replica.circuit_is_open() && !is_up(&replica, "redis"), "{url}");
+        replica.assert_all("miss");
+        let log = replica.server.process.output();
+        assert_eq!(log.lines().filter(|line| line.contains("WARN") && line.contains("Redis")).count(), 1, "{log}");
+        assert!(log.contains("answers are looked for in memory, Redis"), "{log}");
+    }
+}
+
+#[test]
+fn a_folder_that_turns_into_a_file_is_down_until_it_is_a_folder_again() {
+    let folder = Folder::new("file");
+    let cache_dir = folder.file("cache");
+    let replica = forgetful(&[&PATIENT[..], &["--output-cache", "disk", "--cache-dir", &cache_dir]].concat());
+    assert_eq!(replica.ask(&Question::of(0)), "miss");
+    value_file(Path::new(&cache_dir));
+    assert!(is_up(&replica, "disk"));
+    std::fs::rename(&cache_dir, folder.file("aside")).expect("it is there");
+    std::fs::write(&cache_dir, "").expect("temporary files can be written");
+    assert_eq!(replica.ask(&Question::of(0)), "miss");
+    let line = warning(&replica, "the cache directory cannot be used");
+    assert!(line.contains("is a file and a folder is needed"), "{line}");
+    assert!(!is_up(&replica, "disk"));
+    replica.assert_all("miss");
+    std::fs::remove_file(&cache_dir).expect("it is there");
+    std::fs::rename(folder.file("aside"), &cache_dir).expect("it is there");
+    poll("a folder that can be used", PATIENCE, || is_up(&replica, "disk").then_some(()));
+    assert_eq!(replica.ask(&Question::of(0)), "hit");
+    assert!(replica.server.process.output().contains("the cache directory can be used again"));
+}
+
+#[test]
+fn a_folder_that_may_not_be_written_is_one_warning_at_the_start_and_read_all_the_same() {
+    let folder = Folder::new("unwritable");
+    let cache_dir = folder.file("cache");
+    let args = [&PATIENT[..], &["--output-cache", "disk", "--cache-dir", &cache_dir]].concat();
+    let first = forgetful(&args);
+    assert_eq!(first.ask(&Question::of(0)), "miss");
+    let value = value_file(Path::new(&cache_dir));
+    drop(first);
+    // Root may write everywhere unless it gives that right up.
+    let script = folder.file("server");
+    let rights = "-dac_override,-dac_read_search";
+    let drop_rights = format!("exec setpriv --bounding-set={rights} --inh-caps={rights} {SERVER} \"$@\"");
+    std::fs::write(&script, format!("#!/bin/sh\n[ $(id -u) = 0 ] && {drop_rights}\nexec {SERVER} \"$@\"\n"))
+        .expect("the folder is writable");
+    std::fs::set_permissions(&script, Permissions::from_mode(0o700)).expect("the script is there");
+    let outputs = Path::new(&cache_dir).join("output");
+    let allow = |mode| {
+        let inner = [Path::new(&cache_dir), &outputs, value.parent().expect("it lies in a folder")];
+        // Where the probe would make its own file, too.
+        std::fs::create_dir_all(outputs.join("00")).expect("there is room");
+        for path in inner.into_iter().chain([&*outputs.join("00")]) {
+            std::fs::set_permissions(path, Permissions::from_mode(mode)).expect("it is there");
+        }
+    };
+    allow(0o500);
+    let replica = forgetful_by(&script, &args);
+    let line = warning(&replica, "the cache directory cannot be used");
+    assert!(line.contains("Permission denied") && line.contains("hint: the user that runs the server"), "{line}");
+    assert!(!is_up(&replica, "disk"));
+    assert_eq!(replica.ask(&Question::of(0)), "hit");
+    assert_eq!(replica.ask(&Question::fresh()), "miss");
+    assert!(!replica.circuit_is_open() && !is_up(&replica, "disk"));
+    let log = replica.server.process.output();
+    assert_eq!(
+        log.lines().filter(|line| line.contains("WARN") && line.contains("cache directory")).count(),
+        1,
+        "{log}"
+    );
+    allow(0o700);
+    poll("a folder that can be used", PATIENCE, || is_up(&replica, "disk").then_some(()));
+}
+
+#[test]
+fn settings_that_no_tier_can_have_are_refused_with_what_was_expected() {
+    let redis = |url: &str| refused(&["--output-cache", "redis", "--redis-url", url]);
+    for (url, parts) in [
+        ("garbage", ["no scheme", "unix:///PATH"]),
+        ("http://localhost", ["http:// is no scheme", "redis://127.0.0.1:6379"]),
+        ("redis://bob:hunter2@127.0.0.1:99999", ["redis://127.0.0.1: ", "1 to 65535"]),
+        ("unix://nope.sock", ["unix:///", "three slashes"]),
+        ("rediss://bob:hunter2@127.0.0.1/#insecure", ["#insecure", "--redis-ca-file"]),
+        ("redis://bob:hunter2@0.0.0.0", ["redis://0.0.0.0: ", "redis://127.0.0.1:6379"]),
+    ] {
+        let error = redis(url);
+        assert!(error.contains("--redis-url: ") && parts.iter().all(|part| error.contains(part)), "{url}: {error}");
+        assert!(
+            !error.contains("InvalidClientConfig") && !error.contains("hunter2") && !error.contains("bob"),
+            "{error}"
+        );
+    }
+    let prefix = refused(&["--output-cache", "redis", "--redis-url", "redis://127.0.0.1", "--redis-prefix", "a b"]);
+    assert!(prefix.contains("--redis-prefix: expected 1 to 64 of") && !prefix.contains("--redis-url"), "{prefix}");
+
+    let folder = Folder::new("no-folder");
+    let file = folder.file("afile");
+    std::fs::write(&file, "").expect("temporary files can be written");
+    for path in [file.clone(), format!("{file}/inside")] {
+        let error = refused(&["--output-cache", "disk", "--cache-dir", &path]);
+        let parts = ["--cache-dir", &path, "is a file and a folder is needed", "hint"];
+        assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+    }
 }

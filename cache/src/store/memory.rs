@@ -112,6 +112,11 @@ impl Store for MemoryStore {
         .boxed()
     }
 
+    /// There is nothing that could be wrong with it.
+    fn check(&self) -> BoxFuture<'_, ()> {
+        async {}.boxed()
+    }
+
     fn stats(&self, _: Instant) -> BoxFuture<'_, Vec<TierStats>> {
         async {
             self.map.run_pending_tasks().await;

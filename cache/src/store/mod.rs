@@ -145,6 +145,10 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     /// Removes every value of `kind`, or of all kinds. An error means that some may be left.
     fn clear(&self, kind: Option<Kind>, deadline: Instant) -> BoxFuture<'_, Result<(), CacheError>>;
 
+    /// Looks once whether the tier can be used, and says in the log where it cannot. Ends within a second or two, whatever the
+    /// place does.
+    fn check(&self) -> BoxFuture<'_, ()>;
+
     /// One row per tier, fastest first; a tier that does not answer has no numbers.
     fn stats(&self, deadline: Instant) -> BoxFuture<'_, Vec<TierStats>>;
 }

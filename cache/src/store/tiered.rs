@@ -147,6 +147,10 @@ impl Store for TieredStore {
         .boxed()
     }
 
+    fn check(&self) -> BoxFuture<'_, ()> {
+        futures::future::join_all(self.tiers().map(Store::check)).map(drop).boxed()
+    }
+
     fn stats(&self, deadline: Instant) -> BoxFuture<'_, Vec<TierStats>> {
         async move {
             let rows = futures::future::join_all(self.tiers().map(|tier| tier.stats(deadline))).await;

@@ -18,7 +18,7 @@ use crate::args::ServeArgs;
 use crate::config::{Config, check_environment};
 use crate::demo::{self, DemoOptions};
 use crate::hub::{self, HubOptions};
-use crate::output_cache::tiers::{self, Tiers};
+use crate::output_cache::tiers::{self, SlowTiers, Tiers};
 use crate::output_cache::{OutputCache, fingerprint};
 use crate::text::{ChatTemplate, Tokenizer, TokenizerFiles};
 use crate::{listen, shutdown, telemetry, validate};
@@ -150,14 +150,18 @@ fn open_outputs(
     // Within one process nothing but the requests differ.
     let of_process = Fingerprint::from_bytes(engine.fingerprint().numerics());
     let early = OutputCache::new(tiers.memory, settings(of_process), budget);
-    let outputs = OutputCaches { early: Some(early), tiers: tiers.all.clone(), ..OutputCaches::default() };
-    let Some(all) = tiers.all else { return Ok(outputs) };
+    let outputs = OutputCaches {
+        early: Some(early),
+        tiers: tiers.all.as_ref().map(|all| Arc::clone(&all.store)),
+        ..OutputCaches::default()
+    };
+    let Some(SlowTiers { store, names }) = tiers.all else { return Ok(outputs) };
     let (whole, engine, template) = (Arc::clone(&outputs.whole), engine.clone(), config.chat_template.clone());
     std::thread::Builder::new().name("fingerprint".to_owned()).spawn(move || {
         match fingerprint::whole(engine.fingerprint().whole(), &model_dir, template.as_deref()) {
             Ok(fingerprint) => {
-                tracing::info!(fingerprint = %fingerprint.to_hex(), "answers are looked for in all tiers");
-                drop(whole.set(OutputCache::new(all, settings(fingerprint), budget)));
+                tracing::info!(fingerprint = %fingerprint.to_hex(), "answers are looked for in {names}");
+                drop(whole.set(OutputCache::new(store, settings(fingerprint), budget)));
             }
             Err(error) => tracing::error!(%error, "the model's files cannot be read again: answers stay in memory"),
         }

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context as _;
-use cache::BreakerConfig;
+use anyhow::{Context as _, anyhow};
 use cache::store::{DiskConfig, DiskStore, MemoryStore, RedisConfig, RedisStore, Store, TieredConfig, TieredStore};
+use cache::{BreakerConfig, CacheError};
 
 use crate::app::REPLAY_SHARE;
 use crate::config::{Config, OutputCacheType};
@@ -24,7 +24,15 @@ const SCAN_INTERVAL: Duration = Duration::from_secs(300);
 pub struct Tiers {
     pub memory: Arc<MemoryStore>,
     /// Memory over those that outlive the process; absent where there are none.
-    pub all: Option<Arc<TieredStore>>,
+    pub all: Option<SlowTiers>,
+}
+
+/// Memory over what outlives the process.
+#[derive(Debug)]
+pub struct SlowTiers {
+    pub store: Arc<TieredStore>,
+    /// In the order in which they are asked, for the log.
+    pub names: String,
 }
 
 /// The tiers; `None` where answers are not cached. Call within a runtime.
@@ -38,6 +46,7 @@ pub fn open(config: &Config) -> anyhow::Result<Option<Tiers>> {
     }
     let memory = Arc::new(MemoryStore::new(config.output_cache_memory.0 - config.output_cache_memory.0 / REPLAY_SHARE));
     let mut slow: Vec<Arc<dyn Store>> = Vec::new();
+    let mut names = vec!["memory"];
     if let Some(directory) = config.cache_dir.as_ref().filter(|_| depth >= OutputCacheType::Disk) {
         let disk = DiskStore::open(DiskConfig {
             directory: directory.clone(),
@@ -46,6 +55,7 @@ pub fn open(config: &Config) -> anyhow::Result<Option<Tiers>> {
             scan_interval: SCAN_INTERVAL,
             breaker: BreakerConfig::default(),
         });
+        names.push("disk");
         slow.push(Arc::new(disk.with_context(|| format!("--cache-dir {}", directory.display()))?));
     }
     if let Some(url) = config.redis_url.as_ref().filter(|_| depth >= OutputCacheType::Redis) {
@@ -57,11 +67,24 @@ pub fn open(config: &Config) -> anyhow::Result<Option<Tiers>> {
             max_value_bytes: MAX_REDIS_VALUE_BYTES,
             breaker: BreakerConfig::default(),
         });
-        slow.push(Arc::new(redis.context("--redis-url")?));
+        names.push("Redis");
+        slow.push(Arc::new(redis.map_err(|error| anyhow!("{}: {error}", flag_of(&error)))?));
     }
-    let all = match slow.is_empty() {
-        true => None,
-        false => Some(Arc::new(TieredStore::new(Arc::clone(&memory), slow, TieredConfig::default()))),
-    };
-    Ok(Some(Tiers { memory, all }))
+    if slow.is_empty() {
+        return Ok(Some(Tiers { memory, all: None }));
+    }
+    let all = Arc::new(TieredStore::new(Arc::clone(&memory), slow, TieredConfig::default()));
+    let checked = Arc::clone(&all);
+    // What is wrong with a tier is to be read in the log before the first request meets it.
+    tokio::spawn(async move { checked.check().await });
+    Ok(Some(Tiers { memory, all: Some(SlowTiers { store: all, names: names.join(", ") }) }))
+}
+
+/// The flag that an error in the settings of Redis is about.
+fn flag_of(error: &CacheError) -> &'static str {
+    match error {
+        CacheError::Prefix { .. } => "--redis-prefix",
+        CacheError::Ca { .. } => "--redis-ca-file",
+        _ => "--redis-url",
+    }
 }

@@ -10,7 +10,8 @@ use tokio::sync::Semaphore;
 
 use super::MAX_CALLS;
 use super::files::Files;
-use crate::circuit::{Place, Verdict};
+use super::health::{Health, is_full};
+use crate::circuit::{NO_ANSWER, Place, Verdict};
 use crate::store::Tier;
 
 /// Time that a probe may take.
@@ -20,15 +21,27 @@ pub(super) struct Folder {
     files: Arc<Files>,
     /// What hangs in the file system keeps its permit until it returns.
     calls: Arc<Semaphore>,
+    health: Health,
 }
 
 impl Folder {
     pub fn new(files: Files) -> Self {
-        Self { files: Arc::new(files), calls: Arc::new(Semaphore::new(MAX_CALLS)) }
+        Self { files: Arc::new(files), calls: Arc::new(Semaphore::new(MAX_CALLS)), health: Health::default() }
     }
 
     pub fn files(&self) -> &Arc<Files> {
         &self.files
+    }
+
+    pub fn health(&self) -> &Health {
+        &self.health
+    }
+
+    /// Writes, reads and removes a file, as calls do, and notes what came of it.
+    pub async fn try_out(&self) -> io::Result<()> {
+        let tried = self.run(Files::try_out).await;
+        self.health.note(&tried);
+        tried
     }
 
     /// Runs blocking work. Whoever stops waiting does not stop the work.
@@ -47,30 +60,34 @@ impl Folder {
     }
 }
 
-impl fmt::Display for Folder {
+impl fmt::Display for SharedFolder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("the cache directory")
     }
 }
 
-impl Place for Folder {
+/// The folder, and whoever watches it.
+pub(super) struct SharedFolder(pub Arc<Folder>);
+
+impl Place for SharedFolder {
     type Error = io::Error;
 
     const TIER: Tier = Tier::Disk;
 
     /// An error that comes at once costs a request nothing, and one call can fail where another does not: a full disk is still
-    /// read. What is sick is what does not answer.
-    fn judge(_: &io::Error) -> Verdict {
-        Verdict::Refuses
+    /// read. What is sick is what does not answer. Whether the whole folder is of no use is found by trying it out.
+    fn judge(error: &io::Error) -> Verdict {
+        if is_full(error) { Verdict::Refuses } else { Verdict::Healthy }
     }
 
     /// Takes a thread of its own while there is one: once all hang, it is their return that it waits for.
-    fn answers(&self) -> BoxFuture<'_, bool> {
-        let probe = self.run(|files| {
+    fn answers(&self) -> BoxFuture<'_, Result<(), String>> {
+        let probe = async {
             // An error is an answer, too.
-            drop(files.try_out());
-            Ok(())
-        });
-        tokio::time::timeout(PROBE_TIMEOUT, probe).map(|done| done.is_ok()).boxed()
+            if let Err(error) = self.0.try_out().await {
+                self.0.suspect(&error);
+            }
+        };
+        tokio::time::timeout(PROBE_TIMEOUT, probe).map(|done| done.map_err(|_| NO_ANSWER.to_owned())).boxed()
     }
 }

@@ -4,10 +4,12 @@
 //! |---|---|
 //! | `files` | reading, writing, evicting and scanning files |
 //! | `folder` | blocking work on them from async tasks, and what a folder that fails says |
+//! | `health` | whether the folder can be used at all |
 //! | `index` | sizes and order of last use |
 
 mod files;
 mod folder;
+mod health;
 mod index;
 
 use std::io;
@@ -19,7 +21,7 @@ use futures::future::{BoxFuture, FutureExt as _};
 use tokio::time::Instant;
 
 use self::files::{Files, Look};
-use self::folder::Folder;
+use self::folder::{Folder, SharedFolder};
 use self::index::{Index, Name};
 use crate::breaker::BreakerConfig;
 use crate::circuit::Circuit;
@@ -49,7 +51,7 @@ pub const MAX_CALLS: usize = 16;
 /// One file per value. Full, read-only or gone, it costs hits, and is counted; one that hangs is left alone after a few calls.
 #[derive(Debug)]
 pub struct DiskStore {
-    circuit: Circuit<Folder>,
+    circuit: Circuit<SharedFolder>,
     max_bytes: u64,
     max_value_bytes: usize,
 }
@@ -60,12 +62,13 @@ impl DiskStore {
     /// # Errors
     /// The directory cannot be made: said once, at the start, where an operator reads it.
     pub fn open(config: DiskConfig) -> Result<Self, CacheError> {
-        files::make_folder(&config.directory)?;
+        files::make_folder(&config.directory)
+            .map_err(|error| CacheError::Folder { reason: health::explain(&error) })?;
         let index = Index::new(config.max_bytes, MAX_FILES);
-        let folder = Folder::new(Files::new(config.directory, config.max_value_bytes, index));
+        let folder = Arc::new(Folder::new(Files::new(config.directory, config.max_value_bytes, index)));
         tokio::spawn(scan_for_ever(Arc::downgrade(folder.files()), config.scan_interval));
         Ok(Self {
-            circuit: Circuit::new(folder, config.breaker),
+            circuit: Circuit::new(SharedFolder(folder), config.breaker),
             max_bytes: config.max_bytes,
             max_value_bytes: config.max_value_bytes,
         })
@@ -77,7 +80,16 @@ impl DiskStore {
         deadline: Instant,
         work: impl FnOnce(&Files) -> io::Result<T> + Send + 'static,
     ) -> Result<T, CacheError> {
-        self.circuit.call(deadline, self.circuit.place().run(work)).await
+        let folder = self.folder();
+        let result = self.circuit.call(deadline, folder.run(work)).await;
+        if let Err(CacheError::Disk(error)) = &result {
+            folder.suspect(error);
+        }
+        result
+    }
+
+    fn folder(&self) -> &Arc<Folder> {
+        &self.circuit.place().0
     }
 
     async fn find(&self, address: &Address, deadline: Instant) -> Result<Option<Found>, CacheError> {
@@ -134,12 +146,16 @@ impl Store for DiskStore {
         .boxed()
     }
 
+    fn check(&self) -> BoxFuture<'_, ()> {
+        self.circuit.check().boxed()
+    }
+
     fn stats(&self, _: Instant) -> BoxFuture<'_, Vec<TierStats>> {
         async {
-            let index = self.circuit.place().files().index();
+            let index = self.folder().files().index();
             vec![TierStats {
                 tier: Tier::Disk,
-                is_available: !self.circuit.is_open(),
+                is_available: !self.circuit.is_open() && !self.folder().health().is_unusable(),
                 num_entries: Some(index.len() as u64),
                 bytes: Some(index.bytes()),
                 max_bytes: Some(self.max_bytes),

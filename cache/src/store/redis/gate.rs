@@ -7,13 +7,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::future::{BoxFuture, FutureExt as _};
-use redis::{ErrorKind, RedisError, RedisResult, ServerErrorKind};
+use redis::RedisResult;
 use tokio::time::{Instant, timeout};
 
+use super::failure::Failure;
 use super::link::{CONNECT_TIMEOUT, Connection, Link, Node};
 use super::masters::Masters;
 use crate::breaker::BreakerConfig;
-use crate::circuit::{Circuit, Place, Verdict};
+use crate::circuit::{Circuit, NO_ANSWER, Place, Verdict};
 use crate::error::CacheError;
 use crate::store::Tier;
 
@@ -76,6 +77,11 @@ impl Gate {
     /// Asks whether Redis answers at all.
     pub async fn greet(self: &Arc<Self>, deadline: Instant) -> Result<(), CacheError> {
         self.call(&Node::Only, deadline, async |mut connection| connection.greet(&Node::Only).await).await
+    }
+
+    /// Looks once whether it can be used.
+    pub async fn check(&self) {
+        self.only.check().await;
     }
 
     /// The masters that hold slots.
@@ -145,12 +151,12 @@ impl fmt::Display for Member {
 }
 
 impl Place for Member {
-    type Error = RedisError;
+    type Error = Failure;
 
     const TIER: Tier = Tier::Redis;
 
-    fn judge(error: &RedisError) -> Verdict {
-        judge(error)
+    fn judge(failure: &Failure) -> Verdict {
+        failure.judge()
     }
 
     fn opened(&self) {
@@ -160,58 +166,18 @@ impl Place for Member {
         }
     }
 
-    fn answers(&self) -> BoxFuture<'_, bool> {
+    fn answers(&self) -> BoxFuture<'_, Result<(), String>> {
         if self.node == Node::Only {
             // A connection made for this.
             self.link.reset();
         }
         let greeting = self.link.run(async |mut connection| connection.greet(&self.node).await);
         timeout(CONNECT_TIMEOUT, greeting)
-            .map(|result| {
-                result.is_ok_and(|result| {
-                    result.map_or_else(|error| judge(&error), |()| Verdict::Healthy) != Verdict::Sick
-                })
+            .map(|result| match result {
+                Ok(Err(failure)) if failure.judge() == Verdict::Sick => Err(failure.to_string()),
+                Ok(_) => Ok(()),
+                Err(_) => Err(NO_ANSWER.to_owned()),
             })
             .boxed()
-    }
-}
-
-/// What an error says about the server that gave it, or about the way to it.
-pub(super) fn judge(error: &RedisError) -> Verdict {
-    match error.kind() {
-        ErrorKind::Server(kind) => match kind {
-            ServerErrorKind::NoPerm | ServerErrorKind::ReadOnly => Verdict::Refuses,
-            ServerErrorKind::BusyLoading | ServerErrorKind::ClusterDown | ServerErrorKind::MasterDown => Verdict::Sick,
-            _ => Verdict::Healthy,
-        },
-        ErrorKind::Extension => match error.code() {
-            Some("OOM" | "MISCONF" | "NOREPLICAS") => Verdict::Refuses,
-            Some("NOAUTH" | "WRONGPASS") => Verdict::Sick,
-            _ => Verdict::Healthy,
-        },
-        _ => Verdict::Sick,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn errors_about_a_command_are_not_errors_of_the_server() {
-        let check = |line: &str, expected| {
-            let error = redis::parse_redis_value(line.as_bytes()).unwrap().extract_error().unwrap_err();
-            assert_eq!(judge(&error), expected, "{line}");
-        };
-        check("-WRONGTYPE Operation against a key holding the wrong kind of value\r\n", Verdict::Healthy);
-        check("-ERR unknown command\r\n", Verdict::Healthy);
-        check("-OOM command not allowed when used memory > 'maxmemory'.\r\n", Verdict::Refuses);
-        check("-READONLY You can't write against a read only replica.\r\n", Verdict::Refuses);
-        check("-NOPERM no permissions\r\n", Verdict::Refuses);
-        check("-MISCONF Redis is configured to save RDB snapshots\r\n", Verdict::Refuses);
-        check("-LOADING Redis is loading the dataset in memory\r\n", Verdict::Sick);
-        check("-NOAUTH Authentication required.\r\n", Verdict::Sick);
-        check("-CLUSTERDOWN The cluster is down\r\n", Verdict::Sick);
-        assert_eq!(judge(&std::io::Error::from(std::io::ErrorKind::ConnectionReset).into()), Verdict::Sick);
     }
 }

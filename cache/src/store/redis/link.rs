@@ -13,7 +13,7 @@ use redis::cluster_async::ClusterConnection;
 use redis::cluster_routing::{RoutingInfo, SingleNodeRoutingInfo};
 use redis::{AsyncConnectionConfig, Cmd, RedisError, RedisResult, cmd};
 
-use super::gate::judge;
+use super::failure::Failure;
 use super::target::Target;
 use crate::circuit::Verdict;
 
@@ -111,10 +111,14 @@ impl Link {
     pub async fn run<T, W: Future<Output = RedisResult<T>>>(
         &self,
         work: impl FnOnce(Connection) -> W,
-    ) -> RedisResult<T> {
+    ) -> Result<T, Failure> {
         let connecting = self.get();
-        let result = async { work(connecting.clone().await?).await }.await;
-        if result.as_ref().is_err_and(|error| judge(error) == Verdict::Sick) {
+        let result = async {
+            let connection = connecting.clone().await.map_err(Failure::Connect)?;
+            work(connection).await.map_err(Failure::Command)
+        }
+        .await;
+        if result.as_ref().is_err_and(|failure| failure.judge() == Verdict::Sick) {
             self.failed(&connecting);
         }
         result

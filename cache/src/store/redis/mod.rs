@@ -3,12 +3,16 @@
 //! | file | what is in it |
 //! |---|---|
 //! | `target` | which Redis an address means |
+//! | `address` | what an address looks like, and what is wrong with one |
 //! | `link` | the connection, made in the background |
+//! | `failure` | what an error says about Redis, and to an operator |
 //! | `gate` | the circuits: one for a server, one for each master of a cluster |
 //! | `masters` | which master of a cluster serves which key |
 //! | `clear` | removing all keys of a prefix, in bounded steps |
 
+mod address;
 mod clear;
+mod failure;
 mod gate;
 mod link;
 mod masters;
@@ -71,8 +75,7 @@ impl RedisStore {
         let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.:".contains(c);
         let prefix = &config.key_prefix;
         if prefix.is_empty() || prefix.len() > MAX_PREFIX_LEN || !prefix.chars().all(is_plain) {
-            let reason = format!("key prefix {prefix:?}: expected 1 to {MAX_PREFIX_LEN} of A-Z a-z 0-9 - _ . :");
-            return Err(CacheError::Url { reason });
+            return Err(CacheError::Prefix { prefix: prefix.clone(), max_len: MAX_PREFIX_LEN });
         }
         // Two providers may be linked one day; then rustls wants to be told. It was told already where this fails.
         drop(rustls::crypto::ring::default_provider().install_default());
@@ -174,6 +177,11 @@ impl Store for RedisStore {
             None => format!("{}:*", self.key_prefix),
         };
         async move { clear::clear(&self.gate, &pattern, deadline).await }.boxed()
+    }
+
+    /// Of a cluster, whether a part of it answers.
+    fn check(&self) -> BoxFuture<'_, ()> {
+        self.gate.check().boxed()
     }
 
     /// Redis does not count keys by prefix: only whether it answers is known.

@@ -5,10 +5,8 @@ use redis::cluster::{ClusterClient, ClusterClientBuilder};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 
+use super::address;
 use crate::error::CacheError;
-
-/// Nodes of a cluster that an address may name: a few are enough to find the rest.
-const MAX_NODES: usize = 64;
 
 /// A parsed address. Its password stays out of `Debug`.
 #[derive(Clone)]
@@ -23,32 +21,31 @@ impl Target {
     ///
     /// `ca` holds the certificates, as PEM, of those who may vouch for a server.
     pub fn parse(url: &str, ca: Option<&[u8]>) -> Result<Self, CacheError> {
+        address::check(url)?;
+        let open = |url: &str| redis::Client::open(url).map_err(|_| address::refused(url));
         let certificates = ca.map(|ca| check_ca(url, ca)).transpose()?;
         let cluster = [("redis+cluster://", "redis"), ("rediss+cluster://", "rediss")];
         let nodes = cluster.iter().find_map(|(prefix, scheme)| Some((url.strip_prefix(prefix)?, scheme)));
         let Some((nodes, scheme)) = nodes else {
-            let client = match certificates {
-                None => redis::Client::open(url),
-                Some(certificates) => redis::Client::build_with_tls(url, certificates),
-            };
-            return Ok(Self::Server(Box::new(client.map_err(CacheError::url)?)));
+            let mut client = open(url)?;
+            if let Some(certificates) = certificates {
+                client = redis::Client::build_with_tls(url, certificates).map_err(|error| wrong_ca(&error))?;
+            }
+            return Ok(Self::Server(Box::new(client)));
         };
         let (login, nodes) = match nodes.rsplit_once('@') {
             Some((login, nodes)) => (format!("{login}@"), nodes),
             None => (String::new(), nodes),
         };
-        let nodes: Vec<_> = nodes.trim_end_matches('/').split(',').collect();
-        if nodes.len() > MAX_NODES || nodes.iter().any(|node| node.is_empty()) {
-            return Err(CacheError::Url { reason: format!("expected HOST:PORT,… with 1 to {MAX_NODES} nodes") });
-        }
-        let nodes = nodes.iter().map(|node| {
-            let url = format!("{scheme}://{login}{node}/");
-            redis::Client::open(url).map(|client| client.get_connection_info().clone()).map_err(CacheError::url)
+        let nodes = nodes.trim_end_matches('/').split(',').map(|node| {
+            let client = open(&format!("{scheme}://{login}{node}/"))?;
+            Ok(client.get_connection_info().clone())
         });
-        let nodes = nodes.collect::<Result<Vec<_>, _>>()?;
+        let nodes = nodes.collect::<Result<Vec<_>, CacheError>>()?;
         // Refuses now what no node could answer to, such as nodes with unlike passwords.
         let target = Self::Cluster { nodes, certificates };
-        target.cluster_builder().expect("it is a cluster").build().map_err(CacheError::url)?;
+        let client = target.cluster_builder().expect("it is a cluster").build();
+        client.map_err(|error| if ca.is_some() { wrong_ca(&error) } else { address::refused(url) })?;
         Ok(target)
     }
 
@@ -69,17 +66,24 @@ impl Target {
 
 /// Refuses what would leave a connection without a check, or every connection without hope.
 fn check_ca(url: &str, ca: &[u8]) -> Result<TlsCertificates, CacheError> {
-    let wrong = |reason: String| CacheError::Url { reason };
+    let wrong = |reason: String| CacheError::Ca { reason };
     if !url.starts_with("rediss") {
-        return Err(wrong("a CA is for rediss:// and rediss+cluster://".to_owned()));
+        return Err(wrong(
+            "certificates are for TLS: --redis-url must be a rediss:// or rediss+cluster:// one".to_owned(),
+        ));
     }
     let certificates = CertificateDer::pem_slice_iter(ca).collect::<Result<Vec<_>, _>>();
     match certificates {
         Ok(certificates) if !certificates.is_empty() => {}
-        Ok(_) => return Err(wrong("the CA: expected certificates as PEM, found none".to_owned())),
-        Err(error) => return Err(wrong(format!("the CA: expected certificates as PEM: {error}"))),
+        Ok(_) => return Err(wrong("expected certificates as PEM, found none".to_owned())),
+        Err(error) => return Err(wrong(format!("expected certificates as PEM: {error}"))),
     }
     Ok(TlsCertificates { client_tls: None, root_cert: Some(ca.to_vec()) })
+}
+
+/// The client reads the certificates too, and no address.
+fn wrong_ca(error: &redis::RedisError) -> CacheError {
+    CacheError::Ca { reason: format!("these certificates cannot be used: {error}") }
 }
 
 impl std::fmt::Debug for Target {
