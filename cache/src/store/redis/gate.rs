@@ -67,7 +67,9 @@ impl Gate {
     ) -> Result<T, CacheError> {
         let of_node = self.cluster().and_then(|cluster| cluster.circuits.get(node).cloned());
         let result = of_node.as_deref().unwrap_or(&self.only).call(deadline, self.link.run(work)).await;
-        let is_failed = matches!(result, Err(CacheError::Timeout { .. } | CacheError::Redis(_)));
+        // Of a node that is left alone too: another may have taken its slots over.
+        let is_failed =
+            matches!(result, Err(CacheError::Timeout { .. } | CacheError::Redis(_) | CacheError::CircuitOpen { .. }));
         if is_failed || *node == Node::Only {
             self.learn();
         }

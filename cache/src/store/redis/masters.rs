@@ -13,6 +13,8 @@ pub(super) struct Masters {
     nodes: Vec<Node>,
     /// The place of a slot's master in `nodes`.
     by_slot: HashMap<Slot, usize>,
+    /// Of the one master that tells no host, as a cluster of one node may, which then is whoever was asked.
+    unnamed_port: Option<u16>,
 }
 
 impl Masters {
@@ -42,8 +44,7 @@ impl Masters {
         let Reply::Array(parts) = range else { return Err(unexpected("a range of slots")) };
         let [first, last, Reply::Array(master), ..] = &parts[..] else { return Err(unexpected("slots and a master")) };
         let [host, port, ..] = &master[..] else { return Err(unexpected("host and port")) };
-        let node =
-            Node::At { host: redis::from_redis_value(host.clone())?, port: redis::from_redis_value(port.clone())? };
+        let node = self.node(host, redis::from_redis_value(port.clone())?)?;
         let idx = self.nodes.iter().position(|known| *known == node).unwrap_or_else(|| {
             self.nodes.push(node);
             self.nodes.len() - 1
@@ -55,6 +56,22 @@ impl Masters {
         let (first, last) = (slot(first)?, slot(last)?);
         self.by_slot.extend((first..=last).filter_map(Slot::new).map(|slot| (slot, idx)));
         Ok(())
+    }
+}
+
+impl Masters {
+    fn node(&mut self, host: &Reply, port: u16) -> RedisResult<Node> {
+        let host: Option<String> = redis::from_redis_value(host.clone())?;
+        let host = host.filter(|host| !host.is_empty() && host != "?");
+        let is_alone = |known: Option<u16>| known.is_none_or(|known| known == port);
+        match host {
+            Some(host) if self.unnamed_port.is_none() => Ok(Node::At { host, port }),
+            None if is_alone(self.unnamed_port) && self.nodes.iter().all(|node| *node == Node::Only) => {
+                self.unnamed_port = Some(port);
+                Ok(Node::Only)
+            }
+            _ => Err(unexpected("hosts of all masters")),
+        }
     }
 }
 
@@ -89,6 +106,25 @@ mod tests {
             assert_eq!(masters.of(key), Some(&at(port)), "{key}");
         }
         assert_eq!(Masters::default().of("hello"), None);
+    }
+
+    #[test]
+    fn one_master_may_tell_no_host_but_not_one_of_several() {
+        let range = |host, port| {
+            Reply::Array(vec![Reply::Int(0), Reply::Int(100), Reply::Array(vec![host, Reply::Int(port), Reply::Nil])])
+        };
+        let text = |text: &str| Reply::BulkString(text.as_bytes().to_vec());
+        for host in [Reply::Nil, text(""), text("?")] {
+            let mut masters = Masters::default();
+            masters.add(range(host.clone(), 7000)).unwrap();
+            masters.add(range(host.clone(), 7000)).unwrap();
+            assert_eq!(masters.nodes(), [Node::Only]);
+            assert!(masters.add(range(host.clone(), 7001)).is_err());
+            assert!(masters.add(range(text("10.0.0.1"), 7000)).is_err());
+            let mut masters = Masters::default();
+            masters.add(range(text("10.0.0.1"), 7000)).unwrap();
+            assert!(masters.add(range(host, 7000)).is_err());
+        }
     }
 
     #[test]
