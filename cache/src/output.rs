@@ -14,7 +14,8 @@ use crate::recording::{End, PromptLogprob, Recording, Token};
 use crate::store::{Address, Kind, Store, Value};
 use crate::telemetry;
 
-/// Looks at the store per request: more than one only where a flight ended between a look and the next step.
+/// Looks at the store per request: more than one only where a flight ended between a look and the next step, or its leader was
+/// refused.
 const MAX_LOOKS: usize = 4;
 
 /// Counts of ended flights are kept by a byte of the key.
@@ -130,7 +131,7 @@ impl<E: Clone> OutputCache<E> {
                 _ => {}
             }
         }
-        // Flights end faster than this request looks: one more computation does no harm.
+        // Flights end, or their leaders are refused, faster than this request looks: one more computation does no harm.
         alone()
     }
 

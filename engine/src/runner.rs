@@ -175,6 +175,7 @@ impl Runner {
     fn forward(&mut self, scheduler: &Scheduler, batch: &Batch) -> Result<Tensor, EngineError> {
         let is_encoder = matches!(batch.chunks.first(), Some(Chunk { phase: Phase::Encode, .. }));
         self.input.clear(if is_encoder { Pass::Encoder } else { Pass::Decoder });
+        let has_windows = self.arena.has_windows();
         for chunk in &batch.chunks {
             let sequence = scheduler.sequence(chunk.id).expect("a scheduled sequence is known");
             let table = sequence.block_table();
@@ -184,7 +185,7 @@ impl Runner {
                 tokens: &sequence.tokens()[chunk.start..chunk.start + chunk.len],
                 source_len: sequence.source_len(),
                 blocks: table.blocks(),
-                window: self.arena.has_windows().then_some(window),
+                window: has_windows.then_some(window),
                 state_slot: sequence.state_slot(),
             };
             self.input.push(rows, self.block_size);

@@ -7,7 +7,7 @@ use crate::batch::{Batch, FinishReason, Outcome, Phase, Progress, StateCopy, Upd
 use crate::budget::TokenBudget;
 use crate::config::SchedulerConfig;
 use crate::error::{AdmissionError, ConfigError};
-use crate::kv::{BlockManager, Snapshots, StateSlots, WindowBlocks};
+use crate::kv::{BlockManager, BlockPool, Snapshots, StateSlots, WindowBlocks};
 use crate::prefix::{InFlight, release};
 use crate::queue::{Arrival, Queue};
 use crate::request::{Request, RequestId};
@@ -169,6 +169,7 @@ impl Scheduler {
 
     /// Counts as of now.
     pub fn stats(&self) -> SchedulerStats {
+        let windows = self.blocks.windows().map(WindowBlocks::pool);
         SchedulerStats {
             num_running: self.running.len(),
             num_waiting: self.waiting.len(),
@@ -179,9 +180,9 @@ impl Scheduler {
             num_total_state_slots: self.state_slots.num_total(),
             num_snapshots: self.blocks.snapshots.num_kept(),
             num_total_snapshot_slots: self.blocks.snapshots.num_total(),
-            num_used_window_blocks: self.blocks.windows().map_or(0, WindowBlocks::num_used),
-            num_cached_window_blocks: self.blocks.windows().map_or(0, WindowBlocks::num_cached),
-            num_total_window_blocks: self.blocks.windows().map_or(0, WindowBlocks::num_total),
+            num_used_window_blocks: windows.map_or(0, BlockPool::num_used),
+            num_cached_window_blocks: windows.map_or(0, BlockPool::num_kept),
+            num_total_window_blocks: windows.map_or(0, BlockPool::num_total),
             num_preemptions: self.num_preemptions,
             num_prefix_queries: self.num_prefix_queries,
             num_prefix_hits: self.num_prefix_hits,

@@ -326,6 +326,9 @@ fn other_origins_are_let_in_only_where_configured() {
         .header("Access-Control-Request-Headers", "authorization,content-type");
     let response = server.send(&preflight);
     assert_eq!((response.status, response.header("access-control-allow-origin")), (200, Some("https://a.example")));
+    let own = server.send(&Request::get("/health").header("Origin", "https://a.example"));
+    let exposed = own.header("access-control-expose-headers").expect("pages may read some headers");
+    assert!(["x-request-id", "x-moesaic-cache", "retry-after"].iter().all(|name| exposed.contains(name)), "{exposed}");
     let other = Request::get("/health").header("Origin", "https://b.example");
     assert_eq!(server.send(&other).header("access-control-allow-origin"), None);
 }

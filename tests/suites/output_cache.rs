@@ -206,6 +206,11 @@ fn only_what_one_answer_has_is_cached_and_a_request_may_opt_out() {
     assert_eq!(ask(json!({"read": false})).as_deref(), Some("miss"));
     let wrong = server.post(COMPLETIONS, &completion(json!({"cache": {"read": 1}})));
     assert_eq!((wrong.status, &wrong.json()["error"]["param"]), (400, &json!("cache.read")));
+    for (cache, words) in [(json!({"reed": false}), "reed"), (json!(false), "an object like")] {
+        let wrong = server.post(COMPLETIONS, &completion(json!({"cache": cache})));
+        let message = wrong.json()["error"]["message"].as_str().expect("it says why").to_owned();
+        assert!(wrong.status == 400 && message.contains(words), "{message}");
+    }
 }
 
 #[test]

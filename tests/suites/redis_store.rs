@@ -69,6 +69,18 @@ impl Checked {
         Ok(payload)
     }
 
+    /// Waits until values of all nodes are kept and found.
+    async fn serves_all(&self) {
+        until("all nodes serve", async || {
+            let mut is_served = true;
+            for number in 0..30 {
+                is_served &= self.keep(number).await.is_ok() && self.look(number).await.is_some();
+            }
+            is_served
+        })
+        .await;
+    }
+
     async fn keep(&self, number: u64) -> Result<(), CacheError> {
         let start = Instant::now();
         let value = Value { payload: payload_of(number), ttl: HOUR };
@@ -441,14 +453,7 @@ async fn a_cluster_keeps_values_on_every_master_and_loses_one_without_harm() {
     }
     cluster.nodes[2].restart();
     cluster.wait_until_whole();
-    until("the cluster serves again", async || {
-        let mut is_served = true;
-        for number in 0..30 {
-            is_served &= tier.keep(number).await.is_ok() && tier.look(number).await.is_some();
-        }
-        is_served
-    })
-    .await;
+    tier.serves_all().await;
     tier.store.clear(None, Instant::now() + PATIENCE).await.expect("every master answers");
     for node in &cluster.nodes[..2] {
         assert_eq!(node.keys(), [key_in(node)], "what is not of the cache stays");
@@ -497,14 +502,7 @@ async fn a_node_of_a_cluster_that_hangs_costs_the_budget_a_few_times_and_the_oth
         node.restart();
     }
     cluster.wait_until_whole();
-    until("a cluster that was down as a whole serves again", async || {
-        let mut is_served = true;
-        for number in 0..30 {
-            is_served &= tier.keep(number).await.is_ok() && tier.look(number).await.is_some();
-        }
-        is_served
-    })
-    .await;
+    tier.serves_all().await;
 }
 
 /// A key in the slots of `node`.

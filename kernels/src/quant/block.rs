@@ -11,7 +11,8 @@ use crate::dispatch::{self, ByWidth, Kernel};
 use crate::lanes::{BYTES, Lanes, WIDTH};
 
 /// How far ahead of its use a weight is asked for, in bytes and times the panels of a tile, whose ends are followed by the
-/// next ones. Between 4 and 16 KiB it matters little (tests/bench/results/2026-11-22-prefetch.txt).
+/// next ones. Between 4 and 16 KiB it is a matter of a tenth or so, one way in one shape and the other in another
+/// (tests/bench/results/2026-11-22-prefetch.txt).
 pub(super) const PREFETCH_BYTES: usize = 6144;
 
 /// A product to compute: `out[i][j] = rows[i] · weight[outs.start + j]`.

@@ -15,6 +15,7 @@ mod windows;
 
 pub(crate) use block_hash::{BlockHash, BlockHashes};
 pub use block_pool::BlockId;
+pub(crate) use block_pool::BlockPool;
 pub use block_table::BlockTable;
 pub(crate) use manager::{BlockManager, CachedPrefix};
 pub(crate) use snapshots::Snapshots;

@@ -43,16 +43,8 @@ impl WindowBlocks {
         }
     }
 
-    pub(crate) fn num_used(&self) -> usize {
-        self.pool.num_used()
-    }
-
-    pub(crate) fn num_cached(&self) -> usize {
-        self.pool.num_kept()
-    }
-
-    pub(crate) fn num_total(&self) -> usize {
-        self.pool.num_total()
+    pub(crate) fn pool(&self) -> &BlockPool {
+        &self.pool
     }
 
     /// The first block that the row behind `num_tokens` positions sees.
@@ -71,12 +63,7 @@ impl WindowBlocks {
         let first = self.first_seen(table.blocks.len() * self.block_size);
         table.window_start = first;
         for tree_block in &table.blocks[first..] {
-            let kept = self.kept.get_mut(tree_block).expect("sequences start where their window is kept");
-            self.pool.share(kept.block);
-            if let Some(since) = kept.idle_since.take() {
-                self.order.remove(since, *tree_block);
-            }
-            table.window.push(kept.block);
+            table.window.push(self.share(*tree_block).expect("sequences start where their window is kept"));
         }
     }
 
@@ -92,16 +79,12 @@ impl WindowBlocks {
     pub(crate) fn publish(&mut self, table: &mut BlockTable, idx: usize) {
         let tree_block = table.blocks[idx];
         let own = &mut table.window[idx - table.window_start];
-        let Some(kept) = self.kept.get_mut(&tree_block) else {
+        if let Some(same) = self.share(tree_block) {
+            let block = std::mem::replace(own, same);
+            self.let_go(tree_block, block);
+        } else {
             self.kept.insert(tree_block, Kept { block: *own, idle_since: None });
-            return;
-        };
-        self.pool.share(kept.block);
-        if let Some(since) = kept.idle_since.take() {
-            self.order.remove(since, tree_block);
         }
-        let block = std::mem::replace(own, kept.block);
-        self.let_go(tree_block, block);
     }
 
     /// Lets go of what no row behind `num_tokens` positions sees.
@@ -156,6 +139,16 @@ impl WindowBlocks {
             let kept = self.kept.get(&table.blocks[idx]).map(|kept| kept.block);
             assert_eq!(kept, Some(table.window[idx - first]), "block {idx} of the window is not the published one");
         }
+    }
+
+    /// One more uses what is kept for the tree's block, if anything is.
+    fn share(&mut self, tree_block: BlockId) -> Option<BlockId> {
+        let kept = self.kept.get_mut(&tree_block)?;
+        self.pool.share(kept.block);
+        if let Some(since) = kept.idle_since.take() {
+            self.order.remove(since, tree_block);
+        }
+        Some(kept.block)
     }
 
     fn let_go_first(&mut self, table: &mut BlockTable, num_blocks: usize) {

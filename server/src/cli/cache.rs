@@ -14,13 +14,12 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::client::{Client, ServerArgs};
+use crate::output_cache::{ORIGIN_HEADER, Origin};
 
 /// Some editors begin a file with it.
 const BYTE_ORDER_MARK: char = '\u{feff}';
 /// Longest line of a file of prompts.
 const MAX_LINE_BYTES: usize = 16 << 20;
-/// The header that says where an answer came from, on answers that may be kept.
-const ORIGIN: &str = "x-moesaic-cache";
 /// Errors that are shown one by one.
 const MAX_SHOWN: u64 = 10;
 
@@ -153,7 +152,7 @@ fn warm(args: &WarmArgs) -> anyhow::Result<()> {
         let next = || requests.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
         while let Some((line, number)) = next() {
             let asked = line.and_then(|line| request(&line, &model)).and_then(|asked| match asked {
-                Some((path, body)) => Ok(Some(client.post_for_header(path, &body, ORIGIN)?)),
+                Some((path, body)) => Ok(Some(client.post_for_header(path, &body, ORIGIN_HEADER.as_str())?)),
                 None => Ok(None),
             });
             match asked {
@@ -189,7 +188,7 @@ impl Tally {
     fn count(&self, origin: Option<Option<String>>) {
         let Some(origin) = origin else { return };
         let counter = match origin.as_deref() {
-            Some("hit") => &self.found,
+            Some(name) if name == Origin::Hit.name() => &self.found,
             Some(_) => &self.computed,
             None => &self.unkept,
         };

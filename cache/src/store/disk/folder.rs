@@ -60,16 +60,14 @@ impl Folder {
     }
 }
 
-impl fmt::Display for SharedFolder {
+impl fmt::Display for Folder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("the cache directory")
     }
 }
 
-/// The folder, and whoever watches it.
-pub(super) struct SharedFolder(pub Arc<Folder>);
-
-impl Place for SharedFolder {
+/// Shared with whoever watches it.
+impl Place for Arc<Folder> {
     type Error = io::Error;
 
     const TIER: Tier = Tier::Disk;
@@ -84,8 +82,8 @@ impl Place for SharedFolder {
     fn answers(&self) -> BoxFuture<'_, Result<(), String>> {
         let probe = async {
             // An error is an answer, too.
-            if let Err(error) = self.0.try_out().await {
-                self.0.suspect(&error);
+            if let Err(error) = self.try_out().await {
+                self.suspect(&error);
             }
         };
         tokio::time::timeout(PROBE_TIMEOUT, probe).map(|done| done.map_err(|_| NO_ANSWER.to_owned())).boxed()

@@ -21,7 +21,7 @@ use futures::future::{BoxFuture, FutureExt as _};
 use tokio::time::Instant;
 
 use self::files::{Files, Look};
-use self::folder::{Folder, SharedFolder};
+use self::folder::Folder;
 use self::index::{Index, Name};
 use crate::breaker::BreakerConfig;
 use crate::circuit::Circuit;
@@ -51,7 +51,7 @@ pub const MAX_CALLS: usize = 16;
 /// One file per value. Full, read-only or gone, it costs hits, and is counted; one that hangs is left alone after a few calls.
 #[derive(Debug)]
 pub struct DiskStore {
-    circuit: Circuit<SharedFolder>,
+    circuit: Circuit<Arc<Folder>>,
     max_bytes: u64,
     max_value_bytes: usize,
 }
@@ -68,7 +68,7 @@ impl DiskStore {
         let folder = Arc::new(Folder::new(Files::new(config.directory, config.max_value_bytes, index)));
         tokio::spawn(scan_for_ever(Arc::downgrade(folder.files()), config.scan_interval));
         Ok(Self {
-            circuit: Circuit::new(SharedFolder(folder), config.breaker),
+            circuit: Circuit::new(folder, config.breaker),
             max_bytes: config.max_bytes,
             max_value_bytes: config.max_value_bytes,
         })
@@ -89,7 +89,7 @@ impl DiskStore {
     }
 
     fn folder(&self) -> &Arc<Folder> {
-        &self.circuit.place().0
+        self.circuit.place()
     }
 
     async fn find(&self, address: &Address, deadline: Instant) -> Result<Option<Found>, CacheError> {

@@ -43,7 +43,7 @@ fn explain(url: &str) -> Option<String> {
              authority that vouches for it"
         ));
     }
-    if scheme.ends_with("unix") || scheme == "unix" {
+    if scheme.ends_with("unix") {
         let is_path = rest.starts_with('/');
         return (!is_path).then(|| {
             format!("{scheme}:// wants the whole path of a socket, such as {scheme}:///run/redis/redis.sock, with three slashes")
