@@ -42,6 +42,7 @@ pub fn load(config: EngineConfig, progress: &mut dyn FnMut(LoadProgress)) -> Res
     let shared = Arc::new(Shared::new(summary, fingerprint, config.max_queue));
     // The queue's limit counts requests; one more place is for the word that wakes the loop.
     let (commands, receiver) = sync_channel(config.max_queue + 1);
+    kernels::keep_freed_memory();
     let step_loop = StepLoop::new(scheduler, runner, shared.clone());
     let thread = std::thread::Builder::new()
         .name("step-loop".into())

@@ -1,6 +1,6 @@
 //! Ops that mixture-of-experts models need beyond plain candle: each with a reference, a fast CPU path, and checks.
 //!
-//! Map: `weight` and `mapped_file` hold weights, `huge_pages` backs them, `paged_cache` holds keys and values, `state_cache` what recurrent layers
+//! Map: `weight` and `mapped_file` hold weights, `huge_pages` backs them, `freed_memory` keeps what steps give back, `paged_cache` holds keys and values, `state_cache` what recurrent layers
 //! carry, `pool` runs tasks on the compute threads, `dispatch` and `lanes` choose and wrap the instruction set, `amx` has
 //! its matrix tiles, `quant` has the quantized formats and their product, `ops` has one folder per op, and `bench` measures
 //! them beside the machine's limits.
@@ -20,6 +20,7 @@ pub mod block_format;
 mod check;
 mod dispatch;
 mod error;
+mod freed_memory;
 mod huge_pages;
 mod lanes;
 mod mapped_file;
@@ -41,6 +42,7 @@ pub const NUMERICS_VERSION: u32 = 1;
 
 pub use dispatch::{choose_isa, isa, isas};
 pub use error::{KernelError, Result};
+pub use freed_memory::keep_freed_memory;
 pub use huge_pages::HugePages;
 pub use mapped_file::MappedFile;
 pub use ops::argmax::argmax;

@@ -68,6 +68,14 @@ fn dot4(acc: __m256i, w: __m256i, x: [i8; 4]) -> __m256i {
     _mm256_add_epi32(acc, sums)
 }
 
+/// Two products at a time in 16 bits, which hold `2 * 127 * 127`.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn dot4_small(acc: __m256i, w: __m256i, x: [i8; 4]) -> __m256i {
+    let x = _mm256_set1_epi32(i32::from_le_bytes(x.map(i8::cast_unsigned)));
+    _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)))
+}
+
 /// To 16 bytes.
 #[inline]
 #[target_feature(enable = "avx2")]
@@ -90,6 +98,7 @@ impl Lanes for Avx2 {
     type B = (__m256i, __m256i);
 
     const NUM_VECTORS: usize = 8;
+    const DOTS_ANY_BYTE: bool = false;
 
     #[inline(always)]
     fn splat(self, value: f32) -> Self::V {
@@ -226,6 +235,11 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    fn sixteenth(self, v: Self::I) -> Self::I {
+        (op!(_mm256_srai_epi32::<4>(v.0)), op!(_mm256_srai_epi32::<4>(v.1)))
+    }
+
+    #[inline(always)]
     fn int_to_float(self, v: Self::I) -> Self::V {
         (op!(_mm256_cvtepi32_ps(v.0)), op!(_mm256_cvtepi32_ps(v.1)))
     }
@@ -261,6 +275,12 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    fn lifted_nibbles(self, v: Self::B) -> Self::B {
+        let mask = op!(_mm256_set1_epi8(15 << 4));
+        (op!(_mm256_and_si256(v.0, mask)), op!(_mm256_and_si256(v.1, mask)))
+    }
+
+    #[inline(always)]
     fn look_up(self, table: &[u8; 16], v: Self::B) -> Self::B {
         let table = op!(_mm_loadu_si128(table.as_ptr().cast()));
         let table = op!(_mm256_broadcastsi128_si256(table));
@@ -270,5 +290,10 @@ impl Lanes for Avx2 {
     #[inline(always)]
     fn dot4(self, acc: Self::I, w: Self::B, x: [i8; 4]) -> Self::I {
         (op!(dot4(acc.0, w.0, x)), op!(dot4(acc.1, w.1, x)))
+    }
+
+    #[inline(always)]
+    fn dot4_small(self, acc: Self::I, w: Self::B, x: [i8; 4]) -> Self::I {
+        (op!(dot4_small(acc.0, w.0, x)), op!(dot4_small(acc.1, w.1, x)))
     }
 }

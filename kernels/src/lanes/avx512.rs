@@ -40,6 +40,7 @@ impl Lanes for Avx512 {
     type B = __m512i;
 
     const NUM_VECTORS: usize = 32;
+    const DOTS_ANY_BYTE: bool = true;
 
     #[inline(always)]
     fn splat(self, value: f32) -> __m512 {
@@ -172,6 +173,11 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    fn sixteenth(self, v: __m512i) -> __m512i {
+        op!(_mm512_srai_epi32::<4>(v))
+    }
+
+    #[inline(always)]
     fn int_to_float(self, v: __m512i) -> __m512 {
         op!(_mm512_cvtepi32_ps(v))
     }
@@ -206,6 +212,12 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    fn lifted_nibbles(self, v: __m512i) -> __m512i {
+        let mask = op!(_mm512_set1_epi8(15 << 4));
+        op!(_mm512_and_si512(v, mask))
+    }
+
+    #[inline(always)]
     fn look_up(self, table: &[u8; 16], v: __m512i) -> __m512i {
         let table = op!(_mm_loadu_si128(table.as_ptr().cast()));
         let table = op!(_mm512_broadcast_i32x4(table));
@@ -216,5 +228,10 @@ impl Lanes for Avx512 {
     fn dot4(self, acc: __m512i, w: __m512i, x: [i8; 4]) -> __m512i {
         let x = op!(_mm512_set1_epi32(i32::from_le_bytes(x.map(i8::cast_unsigned))));
         op!(_mm512_dpbusd_epi32(acc, w, x))
+    }
+
+    #[inline(always)]
+    fn dot4_small(self, acc: __m512i, w: __m512i, x: [i8; 4]) -> __m512i {
+        self.dot4(acc, w, x)
     }
 }

@@ -37,6 +37,8 @@ pub(crate) trait Lanes: Copy {
 
     /// Vectors that fit the register file; tiles are sized by it.
     const NUM_VECTORS: usize;
+    /// Whether [`Self::dot4`] costs no more than [`Self::dot4_small`].
+    const DOTS_ANY_BYTE: bool;
 
     fn splat(self, value: f32) -> Self::V;
     fn load(self, from: &[f32; WIDTH]) -> Self::V;
@@ -72,6 +74,8 @@ pub(crate) trait Lanes: Copy {
     fn splat_int(self, value: i32) -> Self::I;
     fn load_int(self, from: &[i32; WIDTH]) -> Self::I;
     fn add_int(self, a: Self::I, b: Self::I) -> Self::I;
+    /// Of multiples of 16 the 16th part.
+    fn sixteenth(self, v: Self::I) -> Self::I;
     /// To the nearest f32, which is exact below 2^24.
     fn int_to_float(self, v: Self::I) -> Self::V;
     /// To the nearest integers, ties to even, for numbers within ±127.
@@ -82,10 +86,14 @@ pub(crate) trait Lanes: Copy {
     fn low_nibbles(self, v: Self::B) -> Self::B;
     /// Of each byte the upper four bits.
     fn high_nibbles(self, v: Self::B) -> Self::B;
+    /// The same times 16: where they are.
+    fn lifted_nibbles(self, v: Self::B) -> Self::B;
     /// Entry `v[i]` of the table for each byte, all below 16.
     fn look_up(self, table: &[u8; 16], v: Self::B) -> Self::B;
     /// Adds to each lane its four unsigned bytes of `w` times the four signed ones of `x`, exactly.
     fn dot4(self, acc: Self::I, w: Self::B, x: [i8; 4]) -> Self::I;
+    /// [`Self::dot4`] where the bytes of `w` are below 128 and those of `x` within ±127.
+    fn dot4_small(self, acc: Self::I, w: Self::B, x: [i8; 4]) -> Self::I;
 }
 
 /// A number that is widened to f32 when loaded.

@@ -19,6 +19,7 @@ impl Lanes for Portable {
     type B = [u8; BYTES];
 
     const NUM_VECTORS: usize = 8;
+    const DOTS_ANY_BYTE: bool = true;
 
     #[inline(always)]
     fn splat(self, value: f32) -> Self::V {
@@ -133,6 +134,11 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    fn sixteenth(self, v: Self::I) -> Self::I {
+        v.map(|value| value / 16)
+    }
+
+    #[inline(always)]
     fn int_to_float(self, v: Self::I) -> Self::V {
         v.map(|value| value as f32)
     }
@@ -163,6 +169,11 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    fn lifted_nibbles(self, v: Self::B) -> Self::B {
+        v.map(|byte| byte & (15 << 4))
+    }
+
+    #[inline(always)]
     fn look_up(self, table: &[u8; 16], v: Self::B) -> Self::B {
         v.map(|index| table[usize::from(index & 15)])
     }
@@ -173,5 +184,10 @@ impl Lanes for Portable {
             let products = x.iter().zip(&w[4 * lane..4 * lane + 4]).map(|(&x, &w)| i32::from(x) * i32::from(w));
             acc[lane] + products.sum::<i32>()
         })
+    }
+
+    #[inline(always)]
+    fn dot4_small(self, acc: Self::I, w: Self::B, x: [i8; 4]) -> Self::I {
+        self.dot4(acc, w, x)
     }
 }

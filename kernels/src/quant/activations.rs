@@ -43,6 +43,8 @@ pub(crate) struct Terms {
     pub(crate) scale: f32,
     /// Sum of the codes.
     pub(crate) sum: i32,
+    /// The same times the scale.
+    pub(crate) scaled_sum: f32,
 }
 
 impl QuantizedRows {
@@ -131,7 +133,7 @@ fn quantize_group<L: Lanes>(lanes: L, x: &[[f32; WIDTH]], (codes, terms): (&mut 
     lanes.store(largest, &mut magnitudes);
     let largest = magnitudes[0];
     if lanes.sum(poison) != 0.0 {
-        *terms = Terms { scale: f32::NAN, sum: 0 };
+        *terms = Terms { scale: f32::NAN, sum: 0, scaled_sum: f32::NAN };
         return codes.fill([[0; 4]; WIDTH / 4]);
     }
     terms.scale = largest / 127.0;
@@ -148,4 +150,5 @@ fn quantize_group<L: Lanes>(lanes: L, x: &[[f32; WIDTH]], (codes, terms): (&mut 
         codes.as_flattened_mut().copy_from_slice(&bytes);
     }
     terms.sum = lanes.sum(sum) as i32;
+    terms.scaled_sum = terms.scale * terms.sum as f32;
 }

@@ -2,11 +2,11 @@
 
 use std::ops::Range;
 
-use super::QuantFormat;
 use super::activations::{QuantizedRows, Terms};
 use super::layout::{Layout, PANEL_ROWS, Panel};
 #[cfg(target_arch = "x86_64")]
 use super::tiles;
+use super::{Codes, FP4_TABLE, QuantFormat};
 use crate::dispatch::{self, ByWidth, Kernel};
 use crate::lanes::{BYTES, Lanes, WIDTH};
 
@@ -60,10 +60,10 @@ impl Kernel for WideBlock<'_> {
 
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
-        if self.0.layout.format.codes.are_nibbles() {
-            self.bands::<L, Nibbles>(lanes);
-        } else {
-            self.bands::<L, Bytes>(lanes);
+        match self.0.layout.format.codes {
+            Codes::Fp4 => self.bands::<L, Fp4>(lanes),
+            codes if codes.are_nibbles() => self.bands::<L, Nibbles>(lanes),
+            _ => self.bands::<L, Bytes>(lanes),
         }
     }
 }
@@ -73,10 +73,10 @@ impl Kernel for NarrowBlock<'_> {
 
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
-        if self.0.layout.format.codes.are_nibbles() {
-            self.bands::<L, Nibbles>(lanes);
-        } else {
-            self.bands::<L, Bytes>(lanes);
+        match self.0.layout.format.codes {
+            Codes::Fp4 => self.bands::<L, Fp4>(lanes),
+            codes if codes.are_nibbles() => self.bands::<L, Nibbles>(lanes),
+            _ => self.bands::<L, Bytes>(lanes),
         }
     }
 }
@@ -85,9 +85,23 @@ impl Kernel for NarrowBlock<'_> {
 pub(super) trait Decode {
     /// Vectors of codes in 64 bytes.
     const VECTORS: usize;
+    /// Whether [`Self::lifted`] is less work than [`Self::decode`].
+    const LIFTS: bool = false;
 
     /// The first `VECTORS` are used.
-    fn decode<L: Lanes>(lanes: L, bytes: &[u8; BYTES], table: &[u8; 16]) -> [L::B; 2];
+    fn decode<L: Lanes>(lanes: L, bytes: &[u8; BYTES]) -> [L::B; 2];
+
+    /// The same with the second vector times 16.
+    #[inline(always)]
+    fn lifted<L: Lanes>(_lanes: L, _bytes: &[u8; BYTES]) -> [L::B; 2] {
+        unreachable!("only for those that lift")
+    }
+
+    /// Adds the products of one vector.
+    #[inline(always)]
+    fn dot4<L: Lanes>(lanes: L, acc: L::I, w: L::B, x: [i8; 4]) -> L::I {
+        lanes.dot4_small(acc, w, x)
+    }
 }
 
 pub(super) struct Bytes;
@@ -96,8 +110,13 @@ impl Decode for Bytes {
     const VECTORS: usize = 1;
 
     #[inline(always)]
-    fn decode<L: Lanes>(lanes: L, bytes: &[u8; BYTES], _table: &[u8; 16]) -> [L::B; 2] {
+    fn decode<L: Lanes>(lanes: L, bytes: &[u8; BYTES]) -> [L::B; 2] {
         [lanes.load_bytes(bytes); 2]
+    }
+
+    #[inline(always)]
+    fn dot4<L: Lanes>(lanes: L, acc: L::I, w: L::B, x: [i8; 4]) -> L::I {
+        lanes.dot4(acc, w, x)
     }
 }
 
@@ -105,12 +124,29 @@ pub(super) struct Nibbles;
 
 impl Decode for Nibbles {
     const VECTORS: usize = 2;
+    const LIFTS: bool = true;
 
-    /// The table is there for `Fp4`; where it changes nothing it costs less than code of its own.
     #[inline(always)]
-    fn decode<L: Lanes>(lanes: L, bytes: &[u8; BYTES], table: &[u8; 16]) -> [L::B; 2] {
+    fn decode<L: Lanes>(lanes: L, bytes: &[u8; BYTES]) -> [L::B; 2] {
         let v = lanes.load_bytes(bytes);
-        [lanes.look_up(table, lanes.low_nibbles(v)), lanes.look_up(table, lanes.high_nibbles(v))]
+        [lanes.low_nibbles(v), lanes.high_nibbles(v)]
+    }
+
+    #[inline(always)]
+    fn lifted<L: Lanes>(lanes: L, bytes: &[u8; BYTES]) -> [L::B; 2] {
+        let v = lanes.load_bytes(bytes);
+        [lanes.low_nibbles(v), lanes.lifted_nibbles(v)]
+    }
+}
+
+pub(super) struct Fp4;
+
+impl Decode for Fp4 {
+    const VECTORS: usize = 2;
+
+    #[inline(always)]
+    fn decode<L: Lanes>(lanes: L, bytes: &[u8; BYTES]) -> [L::B; 2] {
+        Nibbles::decode(lanes, bytes).map(|v| lanes.look_up(&FP4_TABLE, v))
     }
 }
 
@@ -215,8 +251,9 @@ fn tile<L: Lanes, D: Decode, const M: usize, const P: usize>(
     for idx in 0..num_groups {
         let codes: [&[[u8; BYTES]]; P] = std::array::from_fn(|p| &panels[p].codes[idx * vectors..(idx + 1) * vectors]);
         let x: [&[[i8; 4]]; M] = std::array::from_fn(|m| &x[m][idx * group / 4..(idx + 1) * group / 4]);
-        let starts = std::array::from_fn(|m| -offset * terms[m][idx].sum);
-        let sums = dot_group::<L, D, M, P>(lanes, x, (codes, format.codes.table()), starts);
+        // Codes with a minimum have no offset.
+        let starts = std::array::from_fn(|m| if has_min { 0 } else { -offset * terms[m][idx].sum });
+        let sums = dot_group::<L, D, M, P>(lanes, x, codes, starts);
         for p in 0..P {
             let (scale, min) = panels[p].scales(lanes, idx);
             for m in 0..M {
@@ -225,7 +262,7 @@ fn tile<L: Lanes, D: Decode, const M: usize, const P: usize>(
             }
             if has_min {
                 for m in 0..M {
-                    let x_sum = lanes.splat(terms[m][idx].scale * terms[m][idx].sum as f32);
+                    let x_sum = lanes.splat(terms[m][idx].scaled_sum);
                     acc[m][p] = lanes.fma(min, x_sum, acc[m][p]);
                 }
             }
@@ -245,10 +282,13 @@ fn tile<L: Lanes, D: Decode, const M: usize, const P: usize>(
 fn dot_group<L: Lanes, D: Decode, const M: usize, const P: usize>(
     lanes: L,
     x: [&[[i8; 4]]; M],
-    (codes, table): ([&[[u8; BYTES]]; P], &[u8; 16]),
+    codes: [&[[u8; BYTES]]; P],
     starts: [i32; M],
 ) -> [[L::I; P]; M] {
+    // One row leaves registers for sums of their own, which are shifted once for a group.
+    let lifts = D::LIFTS && L::DOTS_ANY_BYTE && M == 1;
     let mut acc: [[L::I; P]; M] = std::array::from_fn(|m| [lanes.splat_int(starts[m]); P]);
+    let mut lifted = [[lanes.splat_int(0); P]; M];
     let vectors = codes[0].len();
     let x = x.map(|x| &x[..vectors * D::VECTORS]);
     let codes = codes.map(|codes| &codes[..vectors]);
@@ -256,13 +296,25 @@ fn dot_group<L: Lanes, D: Decode, const M: usize, const P: usize>(
         let mut w = [[lanes.load_bytes(&[0; BYTES]); 2]; P];
         for p in 0..P {
             lanes.prefetch_far(codes[p][idx].as_ptr().wrapping_add(P * PREFETCH_BYTES));
-            w[p] = D::decode(lanes, &codes[p][idx], table);
+            w[p] = if lifts { D::lifted(lanes, &codes[p][idx]) } else { D::decode(lanes, &codes[p][idx]) };
         }
         for half in 0..D::VECTORS {
             for m in 0..M {
                 for p in 0..P {
-                    acc[m][p] = lanes.dot4(acc[m][p], w[p][half], x[m][idx * D::VECTORS + half]);
+                    let x = x[m][idx * D::VECTORS + half];
+                    if lifts && half == 1 {
+                        lifted[m][p] = lanes.dot4(lifted[m][p], w[p][half], x);
+                    } else {
+                        acc[m][p] = D::dot4(lanes, acc[m][p], w[p][half], x);
+                    }
                 }
+            }
+        }
+    }
+    if lifts {
+        for m in 0..M {
+            for p in 0..P {
+                acc[m][p] = lanes.add_int(acc[m][p], lanes.sixteenth(lifted[m][p]));
             }
         }
     }

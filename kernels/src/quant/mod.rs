@@ -55,9 +55,7 @@ pub struct QuantFormat {
     pub group: u16,
 }
 
-/// What the product uses in place of a code of four bits.
-const SAME_TABLE: [u8; 16] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
-/// `2 * E2M1[code] + 12`
+/// What the product uses in place of a code of `Fp4`: `2 * E2M1[code] + 12`.
 const FP4_TABLE: [u8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
 
 impl QuantFormat {
@@ -119,14 +117,9 @@ impl Codes {
         }
     }
 
-    /// What the product uses in place of a code of four bits.
-    pub(crate) fn table(self) -> &'static [u8; 16] {
-        if self == Self::Fp4 { &FP4_TABLE } else { &SAME_TABLE }
-    }
-
     /// The number that the product uses for a code.
     pub(crate) fn number(self, code: u8) -> i32 {
-        let code = if self.are_nibbles() { self.table()[usize::from(code)] } else { code };
+        let code = if self == Self::Fp4 { FP4_TABLE[usize::from(code)] } else { code };
         i32::from(code) - self.offset()
     }
 

@@ -5,7 +5,7 @@ use std::cell::RefCell;
 
 use super::Codes;
 use super::activations::QuantizedRows;
-use super::block::{Bytes, Decode, Nibbles, PREFETCH_BYTES, QuantBlock};
+use super::block::{Bytes, Decode, Fp4, Nibbles, PREFETCH_BYTES, QuantBlock};
 use super::layout::{PANEL_ROWS, Panel};
 use crate::amx::{MAX_ROW_BYTES, MAX_ROWS, TileConfig, TileUnit, Tiles};
 use crate::dispatch::{self, Kernel};
@@ -68,10 +68,10 @@ impl<U: TileUnit> Kernel for TileBlock<'_, U> {
 
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
-        if self.block.layout.format.codes.are_nibbles() {
-            self.bands::<L, Nibbles>(lanes);
-        } else {
-            self.bands::<L, Bytes>(lanes);
+        match self.block.layout.format.codes {
+            Codes::Fp4 => self.bands::<L, Fp4>(lanes),
+            codes if codes.are_nibbles() => self.bands::<L, Nibbles>(lanes),
+            _ => self.bands::<L, Bytes>(lanes),
         }
     }
 }
@@ -190,7 +190,7 @@ impl<const P: usize> Band<'_, P> {
                 codes.as_flattened()
             } else {
                 for (codes, expanded) in codes.iter().zip(expanded.as_chunks_mut::<2>().0) {
-                    let decoded = D::decode(lanes, codes, self.codes.table());
+                    let decoded = D::decode(lanes, codes);
                     lanes.store_bytes(decoded[0], &mut expanded[0]);
                     lanes.store_bytes(decoded[1], &mut expanded[1]);
                 }
@@ -265,7 +265,7 @@ impl<const P: usize> Band<'_, P> {
         for (m, (&row, acc)) in self.rows.iter().zip(acc).enumerate() {
             let terms = self.x.terms(row as usize)[group_idx];
             let (x_scale, offset) = (lanes.splat(terms.scale), lanes.splat_int(-self.codes.offset() * terms.sum));
-            let x_sum = lanes.splat(terms.scale * terms.sum as f32);
+            let x_sum = lanes.splat(terms.scaled_sum);
             for p in 0..P {
                 let sum = lanes.add_int(lanes.load_int(&sums[m / MAX_ROWS][p][m % MAX_ROWS]), offset);
                 let mut v = lanes.load(&acc[p]);
