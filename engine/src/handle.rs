@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 
 use crate::error::{GenerationError, SubmitError};
+use crate::experts::RoutedLayout;
 use crate::fingerprint::Fingerprint;
 use crate::sampling::params::SamplingParams;
 use crate::shared::Front;
@@ -21,6 +22,8 @@ pub struct GenerateRequest {
     pub stop: StopCriteria,
     /// Only requests of one salt share what was computed of their prompts.
     pub cache_salt: [u8; 32],
+    /// Tell with the tokens which experts they took.
+    pub wants_routed_experts: bool,
 }
 
 /// A token with what the caller asked to know about it.
@@ -31,6 +34,10 @@ pub struct SampledToken {
     pub logprob: Option<f32>,
     /// The most likely tokens and their log-probs, best first.
     pub top: Vec<(u32, f32)>,
+    /// Where asked for, the experts of the tokens that were computed since the last one was sampled, as
+    /// [`ModelSummary::routed`] lays them out: of the whole prompt with the first token, then of the token before. What
+    /// was sampled last is never computed, and has none.
+    pub routed_experts: Vec<u16>,
     /// A stop token: counted, never shown as text. `Finished` follows.
     pub is_stop: bool,
 }
@@ -127,6 +134,10 @@ pub struct ModelSummary {
     pub weight_formats: Vec<&'static str>,
     /// Of layers with a window only while the token is in it.
     pub kv_bytes_per_token: u64,
+    /// The experts of a token, kept beside its keys and values; 0 for models that have no experts, or an encoder.
+    pub routing_bytes_per_token: u64,
+    /// How [`SampledToken::routed_experts`] are laid out; without layers where routing is not kept.
+    pub routed: RoutedLayout,
     /// Of recurrent layers; 0 where there are none.
     pub state_bytes_per_sequence: u64,
     /// Prompt plus output tokens of one sequence.

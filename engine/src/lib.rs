@@ -31,7 +31,7 @@ pub mod weights;
 
 pub use config::{EngineConfig, KvDtype, WeightDtype, WeightQuant};
 pub use error::{EngineError, GenerationError, SubmitError};
-pub use experts::RoutingStats;
+pub use experts::{MoeShape, RoutedLayout, RoutingStats};
 pub use fingerprint::Fingerprint;
 pub use handle::{
     EngineHandle, EngineStats, Event, FinishReason, GenerateRequest, Generation, GenerationDefaults, ModelSummary,

@@ -159,6 +159,13 @@ impl Shared {
         if model.has_encoder && request.sampling.prompt_logprobs.is_some() {
             return Err(SubmitError::NoPromptLogprobs);
         }
+        if request.wants_routed_experts && model.routed.is_empty() {
+            let reason = match model.has_encoder {
+                true => "an encoder reads the prompt of this model",
+                false => "no router of this model chooses among at most 65536 experts",
+            };
+            return Err(SubmitError::NoRoutedExperts { reason });
+        }
         let needed = (prompt_len + max_tokens).div_ceil(model.block_size);
         if needed > model.num_blocks {
             return Err(SubmitError::NeverFits { needed, total: model.num_blocks });

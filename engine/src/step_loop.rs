@@ -267,6 +267,7 @@ impl Entry {
             sampling: &self.request.sampling,
             forbidden: if too_early { &stop.stop_token_ids } else { &[] },
             num_prompt_logprobs: self.prompt_logprobs.len(),
+            wants_routed_experts: self.request.wants_routed_experts,
         }
     }
 
@@ -287,6 +288,7 @@ mod tests {
     use super::*;
     use crate::config::EngineConfig;
     use crate::error::SubmitError;
+    use crate::experts::{RoutedLayout, RoutedRows};
     use crate::handle::StopCriteria;
     use crate::load::{LoadedModel, load_model};
     use crate::memory::{ArenaSize, KvArena};
@@ -322,7 +324,13 @@ mod tests {
 
     fn request() -> GenerateRequest {
         let stop = StopCriteria { max_tokens: 2, ..StopCriteria::default() };
-        GenerateRequest { prompt: [1, 2].into(), sampling: SamplingParams::default(), stop, cache_salt: [0; 32] }
+        GenerateRequest {
+            prompt: [1, 2].into(),
+            sampling: SamplingParams::default(),
+            stop,
+            cache_salt: [0; 32],
+            wants_routed_experts: false,
+        }
     }
 
     #[test]
@@ -333,20 +341,22 @@ mod tests {
             (|| panic!("planted"), "a broken invariant stopped the engine"),
         ] {
             let LoadedModel { summary, fingerprint, scheduler, .. } = golden();
-            let (num_layers, cache_sites, experts_per_moe_layer) = (0, Vec::new(), Vec::new());
+            let (num_layers, cache_sites, moe_layers) = (0, Vec::new(), Vec::new());
             let prefill = Prefill::Causal;
             let shape = ModelShape {
                 vocab_size: 4,
                 num_layers,
                 num_mtp_layers: 0,
                 cache_sites,
-                experts_per_moe_layer,
+                moe_layers,
+                num_mtp_moe_layers: 0,
                 prefill,
             };
             let size =
                 ArenaSize { format: KvFormat::F32, block_size: 16, num_blocks: 1, window: None, num_state_slots: 0 };
             let arena = KvArena::new(&[], size).unwrap();
-            let runner = Runner::new(Box::new(Broken { shape, fail }), arena, 16);
+            let routed = RoutedRows::new(RoutedLayout::of(&shape), 1, 16);
+            let runner = Runner::new(Box::new(Broken { shape, fail }), arena, routed, 16);
             let shared = Arc::new(Shared::new(summary, fingerprint, 4));
             let (commands, receiver) = sync_channel(5);
             let front = Front::new(shared.clone(), commands, std::thread::spawn(|| ()));

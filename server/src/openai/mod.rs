@@ -5,6 +5,7 @@ pub mod completions;
 pub mod error;
 pub mod logprobs;
 pub mod models;
+pub mod routed_experts;
 pub mod sampling;
 pub mod tokenize;
 pub mod usage;
