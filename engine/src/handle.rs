@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 
 use crate::error::{GenerationError, SubmitError};
-use crate::experts::RoutedLayout;
+use crate::experts::{ExpectedExperts, RoutedLayout};
 use crate::fingerprint::Fingerprint;
 use crate::sampling::params::SamplingParams;
 use crate::shared::Front;
@@ -24,6 +24,17 @@ pub struct GenerateRequest {
     pub cache_salt: [u8; 32],
     /// Tell with the tokens which experts they took.
     pub wants_routed_experts: bool,
+    /// Which experts its blocks will take, as far as that is known; measured against what they took.
+    pub expected_experts: Option<Arc<ExpectedExperts>>,
+}
+
+/// A full block that was computed and that requests which begin alike can find.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LearnedBlock {
+    /// As [`EngineHandle::block_names`] has it.
+    pub name: [u8; 32],
+    /// Of its tokens, as [`ModelSummary::routed`] lays them out.
+    pub experts: Vec<u16>,
 }
 
 /// A token with what the caller asked to know about it.
@@ -199,6 +210,21 @@ impl EngineHandle {
 
     pub fn stats(&self) -> EngineStats {
         self.front.shared.stats()
+    }
+
+    /// The names of the full blocks of a prompt: equal only for equal tokens, with equal ones before them, of one salt. They say
+    /// nothing of the weights, so that what outlives the process must add [`Fingerprint::whole`].
+    pub fn block_names(&self, tokens: &[u32], cache_salt: &[u8; 32]) -> Vec<[u8; 32]> {
+        scheduler::block_names(&self.fingerprint().numerics(), cache_salt, self.model().block_size, tokens)
+    }
+
+    /// The routing of every named block that is computed from now on; those that find `capacity` others waiting are left out.
+    /// `None` where blocks have no names or no routing, and where somebody listens already.
+    pub fn learned_blocks(&self, capacity: usize) -> Option<mpsc::Receiver<LearnedBlock>> {
+        let model = self.model();
+        let are_named = model.has_prefix_cache && !model.routed.is_empty();
+        let (sender, receiver) = mpsc::channel(capacity);
+        (are_named && self.front.shared.learn_from_now(sender)).then_some(receiver)
     }
 
     /// True while the step loop runs and, if it has work, finished a step in the last 60 seconds.

@@ -6,7 +6,7 @@ use candle_core::{Storage, Tensor};
 use scheduler::{Batch, BlockId, Chunk, Phase, RequestId, Scheduler, Sequence, StateSlot};
 
 use crate::error::EngineError;
-use crate::experts::{RoutedRows, RoutingStats};
+use crate::experts::{RoutedLayout, RoutedRows, RoutingStats};
 use crate::forward_input::{ChunkRows, ForwardInput, Pass, WindowRows};
 use crate::handle::{PromptLogprob, SampledToken};
 use crate::layers::decoder::gather_rows;
@@ -70,6 +70,16 @@ impl Runner {
 
     pub fn routing(&mut self) -> &mut RoutingStats {
         &mut self.routing
+    }
+
+    /// How the experts of a token follow each other; without layers where they are not kept.
+    pub fn routed_layout(&self) -> &RoutedLayout {
+        self.routed.layout()
+    }
+
+    /// The experts of all tokens of a full block.
+    pub fn experts_of_block(&self, block: BlockId) -> Vec<u16> {
+        self.routed.read(&[block], 0..self.block_size)
     }
 
     /// Computes every chunk of `batch`; the result has one entry per chunk.

@@ -58,6 +58,7 @@ fn greedy_tokens(dir: &Path, prompts: &[Vec<u32>]) -> Vec<Vec<u32>> {
     let submit = |prompt: &Vec<u32>| {
         let request = GenerateRequest {
             wants_routed_experts: false,
+            expected_experts: None,
             prompt: prompt.as_slice().into(),
             sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
             stop: StopCriteria { max_tokens: MAX_TOKENS, ..StopCriteria::default() },

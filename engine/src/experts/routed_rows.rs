@@ -91,6 +91,10 @@ impl RoutedRows {
         Self { layout, offsets, block_size, ids }
     }
 
+    pub fn layout(&self) -> &RoutedLayout {
+        &self.layout
+    }
+
     /// Keeps the choices of one router for the rows of a step, each of which goes to its slot. Layers that are not told of,
     /// those of multi-token prediction and of encoders, leave nothing.
     pub fn write(&mut self, moe_idx: usize, topk: &TopK, slots: &[u32]) {

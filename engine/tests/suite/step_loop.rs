@@ -25,6 +25,7 @@ fn request(prompt: &[u32], max_tokens: usize) -> GenerateRequest {
         stop: StopCriteria { max_tokens, ..StopCriteria::default() },
         cache_salt: [0; 32],
         wants_routed_experts: false,
+        expected_experts: None,
     }
 }
 

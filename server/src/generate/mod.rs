@@ -238,6 +238,7 @@ async fn start_choice(
         stop: StopCriteria { max_tokens: plan.max_tokens.max(1), min_tokens: valid.stop.min_tokens, stop_token_ids },
         cache_salt: job.salt.bytes(),
         wants_routed_experts: valid.output.routed_experts,
+        expected_experts: None,
     };
     let assembler = new_assembler(model, valid, plan.prompt)?;
     let (source, found) = Source::open(model, Asked { request, job, prompt_only }).await?;

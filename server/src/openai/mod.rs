@@ -6,6 +6,7 @@ pub mod error;
 pub mod logprobs;
 pub mod models;
 pub mod routed_experts;
+pub mod routing;
 pub mod sampling;
 pub mod tokenize;
 pub mod usage;

@@ -21,8 +21,16 @@ impl OutputKey<'_> {
     /// Every field is named, so that a new one cannot be forgotten.
     pub(super) fn digest(&self, fingerprint: &Fingerprint) -> Key {
         let Self { request, stop, output, prompt_only } = self;
-        // Who wants to know the experts does not ask the cache.
-        let GenerateRequest { prompt, sampling, stop: criteria, cache_salt, wants_routed_experts: _ } = request;
+        let GenerateRequest {
+            prompt,
+            sampling,
+            stop: criteria,
+            cache_salt,
+            // Who wants to know the experts does not ask the cache.
+            wants_routed_experts: _,
+            // They change no answer.
+            expected_experts: _,
+        } = request;
         let mut digest = Digest::new("output");
         digest.fingerprint_field(fingerprint).field("salt", cache_salt).numbers("prompt", prompt);
         digest.number("prompt_only", u64::from(*prompt_only));
@@ -149,7 +157,14 @@ mod tests {
             strings.dedup();
             let stop = StopCriteria { max_tokens, min_tokens, stop_token_ids };
             Case {
-                request: GenerateRequest { prompt: Arc::from(prompt), sampling, stop, cache_salt, wants_routed_experts: false },
+                request: GenerateRequest {
+                    prompt: Arc::from(prompt),
+                    sampling,
+                    stop,
+                    cache_salt,
+                    wants_routed_experts: false,
+                    expected_experts: None,
+                },
                 stop: StopRules { strings, include_in_output, ..StopRules::default() },
                 output: OutputOptions { skip_special_tokens, spaces_between_special_tokens, ..OutputOptions::default() },
                 prompt_only,

@@ -5,7 +5,6 @@
 pub mod fingerprint;
 mod key;
 mod lead;
-pub mod tiers;
 
 use std::sync::Arc;
 use std::time::Duration;

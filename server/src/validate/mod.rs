@@ -350,7 +350,11 @@ fn top_count(count: Option<u32>, param: &'static str) -> Result<Option<u32>, Api
     }
 }
 
-fn cache_salt(salt: Option<&str>) -> Result<Option<&str>, ApiError> {
+/// Checks the length of a `cache_salt`.
+///
+/// # Errors
+/// It is empty or too long.
+pub fn cache_salt(salt: Option<&str>) -> Result<Option<&str>, ApiError> {
     match salt.map(str::len) {
         Some(len) if !(1..=MAX_CACHE_SALT_BYTES).contains(&len) => {
             let reason = format!("has {len} bytes, allowed are 1 to {MAX_CACHE_SALT_BYTES}");
