@@ -8,6 +8,7 @@
 //! | `store` | the one `Store` trait, and its tiers |
 //! | `flight` | one computation, read by many |
 //! | `output` | the output cache: look up, join, or lead |
+//! | `routing` | the routing cache: which experts the tokens of a block took |
 //! | `breaker` | when to leave a place alone, and when to look again |
 //! | `circuit` | calls to a slow tier behind a breaker, and the probe that heals it |
 //! | `telemetry` | counters of every tier |
@@ -23,6 +24,7 @@ mod flight;
 mod key;
 mod output;
 mod recording;
+mod routing;
 pub mod store;
 mod telemetry;
 
@@ -33,4 +35,5 @@ pub use flight::{Failure, FlightEvent, Follower};
 pub use key::{Digest, Fingerprint, Key};
 pub use output::{Access, Leader, Lookup, OutputCache, OutputCacheConfig};
 pub use recording::{End, PromptLogprob, Recording, Token};
+pub use routing::{Profile, RoutedLayer, RoutingCache, RoutingCacheConfig};
 pub use telemetry::{SECONDS_BUCKETS, describe, observe};

@@ -60,6 +60,8 @@ pub enum SubmitError {
     TokenOutOfRange { token: u32, vocab_size: usize },
     #[error("an encoder reads the prompt of this model as a whole: there are no log-probs of prompt tokens")]
     NoPromptLogprobs,
+    #[error("{reason}: there are no routed experts to return")]
+    NoRoutedExperts { reason: &'static str },
     #[error("{limit} requests are already waiting")]
     QueueFull { limit: usize },
     #[error("the server is shutting down")]

@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 
 use crate::error::{GenerationError, SubmitError};
+use crate::experts::{ExpectedExperts, RoutedLayout};
 use crate::fingerprint::Fingerprint;
 use crate::sampling::params::SamplingParams;
 use crate::shared::Front;
@@ -21,6 +22,19 @@ pub struct GenerateRequest {
     pub stop: StopCriteria,
     /// Only requests of one salt share what was computed of their prompts.
     pub cache_salt: [u8; 32],
+    /// Tell with the tokens which experts they took.
+    pub wants_routed_experts: bool,
+    /// Which experts its blocks will take, as far as that is known; measured against what they took.
+    pub expected_experts: Option<Arc<ExpectedExperts>>,
+}
+
+/// A full block that was computed and that requests which begin alike can find.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LearnedBlock {
+    /// As [`EngineHandle::block_names`] has it.
+    pub name: [u8; 32],
+    /// Of its tokens, as [`ModelSummary::routed`] lays them out.
+    pub experts: Vec<u16>,
 }
 
 /// A token with what the caller asked to know about it.
@@ -31,6 +45,10 @@ pub struct SampledToken {
     pub logprob: Option<f32>,
     /// The most likely tokens and their log-probs, best first.
     pub top: Vec<(u32, f32)>,
+    /// Where asked for, the experts of the tokens that were computed since the last one was sampled, as
+    /// [`ModelSummary::routed`] lays them out: of the whole prompt with the first token, then of the token before. What
+    /// was sampled last is never computed, and has none.
+    pub routed_experts: Vec<u16>,
     /// A stop token: counted, never shown as text. `Finished` follows.
     pub is_stop: bool,
 }
@@ -127,6 +145,10 @@ pub struct ModelSummary {
     pub weight_formats: Vec<&'static str>,
     /// Of layers with a window only while the token is in it.
     pub kv_bytes_per_token: u64,
+    /// The experts of a token, kept beside its keys and values; 0 for models that have no experts, or an encoder.
+    pub routing_bytes_per_token: u64,
+    /// How [`SampledToken::routed_experts`] are laid out; without layers where routing is not kept.
+    pub routed: RoutedLayout,
     /// Of recurrent layers; 0 where there are none.
     pub state_bytes_per_sequence: u64,
     /// Prompt plus output tokens of one sequence.
@@ -188,6 +210,21 @@ impl EngineHandle {
 
     pub fn stats(&self) -> EngineStats {
         self.front.shared.stats()
+    }
+
+    /// The names of the full blocks of a prompt: equal only for equal tokens, with equal ones before them, of one salt. They say
+    /// nothing of the weights, so that what outlives the process must add [`Fingerprint::whole`].
+    pub fn block_names(&self, tokens: &[u32], cache_salt: &[u8; 32]) -> Vec<[u8; 32]> {
+        scheduler::block_names(&self.fingerprint().numerics(), cache_salt, self.model().block_size, tokens)
+    }
+
+    /// The routing of every named block that is computed from now on; those that find `capacity` others waiting are left out.
+    /// `None` where blocks have no names or no routing, and where somebody listens already.
+    pub fn learned_blocks(&self, capacity: usize) -> Option<mpsc::Receiver<LearnedBlock>> {
+        let model = self.model();
+        let are_named = model.has_prefix_cache && !model.routed.is_empty();
+        let (sender, receiver) = mpsc::channel(capacity);
+        (are_named && self.front.shared.learn_from_now(sender)).then_some(receiver)
     }
 
     /// True while the step loop runs and, if it has work, finished a step in the last 60 seconds.

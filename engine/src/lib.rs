@@ -8,7 +8,7 @@
 //! | `weights` | checkpoints in, GGUF in, upcycling out |
 //! | `fingerprint` | what the bits depend on, for caches |
 //! | `memory` | the KV cache's size and bytes |
-//! | `experts` | what the routers chose |
+//! | `experts` | what the routers chose, and are expected to |
 //! | `sampling` | a row of logits to a token |
 
 #![forbid(unsafe_code)]
@@ -31,11 +31,11 @@ pub mod weights;
 
 pub use config::{EngineConfig, KvDtype, WeightDtype, WeightQuant};
 pub use error::{EngineError, GenerationError, SubmitError};
-pub use experts::RoutingStats;
+pub use experts::{ExpectedExperts, MoeShape, RoutedLayout, RoutingStats};
 pub use fingerprint::Fingerprint;
 pub use handle::{
-    EngineHandle, EngineStats, Event, FinishReason, GenerateRequest, Generation, GenerationDefaults, ModelSummary,
-    PromptLogprob, SampledToken, StopCriteria,
+    EngineHandle, EngineStats, Event, FinishReason, GenerateRequest, Generation, GenerationDefaults, LearnedBlock,
+    ModelSummary, PromptLogprob, SampledToken, StopCriteria,
 };
 pub use kernels::bench as kernel_bench;
 pub use load::{LoadedModel, load, load_model};

@@ -8,6 +8,7 @@ use scheduler::{Scheduler, SchedulerConfig};
 
 use crate::config::{EngineConfig, KvDtype, WeightDtype, WeightStorage};
 use crate::error::EngineError;
+use crate::experts::{RoutedLayout, RoutedRows};
 use crate::fingerprint::{Fingerprint, Weights};
 use crate::handle::{EngineHandle, ModelSummary};
 use crate::layers::rope::ContextLen;
@@ -86,8 +87,10 @@ fn load_files(
     let Loaded { model, weights, weight_bytes, weight_formats } =
         load_weights(config, (files, &model_config), len, progress)?;
     let kv_dtype = resolve_kv_dtype(config, &inspection);
+    let routed = RoutedLayout::of(model.shape());
     let demand = budget::KvDemand {
         sites: &model.shape().cache_sites,
+        routing_bytes_per_token: routed.bytes_per_token() as u64,
         dtype: kv_dtype,
         weight_bytes,
         max_position_embeddings: max_len,
@@ -119,18 +122,21 @@ fn load_files(
     let num_state_slots = kv.num_state_slots + kv.num_snapshot_slots;
     let size = ArenaSize { format, block_size: config.block_size, num_blocks, window: kv.window, num_state_slots };
     let arena = KvArena::new(&shape.cache_sites, size)?;
+    let routed_rows = RoutedRows::new(routed.clone(), num_blocks, config.block_size);
     let summary = ModelSummary {
         architecture: model_config.model_type()?.to_owned(),
         vocab_size: shape.vocab_size,
         num_layers: shape.num_layers,
         num_mtp_layers: shape.num_mtp_layers,
-        num_experts: shape.experts_per_moe_layer.iter().copied().max().unwrap_or(0),
+        num_experts: shape.moe_layers.iter().map(|layer| layer.num_experts).max().unwrap_or(0),
         num_experts_per_tok: inspection.num_experts_per_tok,
         num_parameters: inspection.num_parameters,
         num_active_parameters: inspection.num_active_parameters,
         weight_bytes,
         weight_formats,
         kv_bytes_per_token: kv.bytes_per_token + kv.window_bytes_per_token,
+        routing_bytes_per_token: demand.routing_bytes_per_token,
+        routed,
         state_bytes_per_sequence: shape.cache_sites.iter().map(CacheSite::state_bytes).sum(),
         max_model_len: kv.max_model_len,
         block_size: config.block_size,
@@ -145,7 +151,12 @@ fn load_files(
         isa: kernels::isa(),
         generation_defaults: files.generation_defaults(&model_config)?,
     };
-    Ok(LoadedModel { summary, fingerprint, scheduler, runner: Runner::new(model, arena, config.block_size) })
+    Ok(LoadedModel {
+        summary,
+        fingerprint,
+        scheduler,
+        runner: Runner::new(model, arena, routed_rows, config.block_size),
+    })
 }
 
 /// What the bits of an output depend on beside request and weights.

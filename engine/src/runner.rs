@@ -6,7 +6,7 @@ use candle_core::{Storage, Tensor};
 use scheduler::{Batch, BlockId, Chunk, Phase, RequestId, Scheduler, Sequence, StateSlot};
 
 use crate::error::EngineError;
-use crate::experts::RoutingStats;
+use crate::experts::{RoutedLayout, RoutedRows, RoutingStats};
 use crate::forward_input::{ChunkRows, ForwardInput, Pass, WindowRows};
 use crate::handle::{PromptLogprob, SampledToken};
 use crate::layers::decoder::gather_rows;
@@ -24,6 +24,7 @@ pub struct Runner {
     model: Box<dyn Model>,
     arena: KvArena,
     routing: RoutingStats,
+    routed: RoutedRows,
     input: ForwardInput,
     block_size: usize,
 }
@@ -35,6 +36,8 @@ pub struct RowRequest<'a> {
     pub forbidden: &'a [u32],
     /// Prompt log-probs already delivered.
     pub num_prompt_logprobs: usize,
+    /// The experts of its tokens go with what is sampled, see [`SampledToken::routed_experts`].
+    pub wants_routed_experts: bool,
 }
 
 /// What a chunk gave.
@@ -55,9 +58,10 @@ struct WantedRow {
 }
 
 impl Runner {
-    pub fn new(model: Box<dyn Model>, arena: KvArena, block_size: usize) -> Self {
-        let routing = RoutingStats::new(&model.shape().experts_per_moe_layer);
-        Self { model, arena, routing, input: ForwardInput::default(), block_size }
+    /// `arena` and `routed` have the same blocks.
+    pub fn new(model: Box<dyn Model>, arena: KvArena, routed: RoutedRows, block_size: usize) -> Self {
+        let routing = RoutingStats::new(&model.shape().moe_layers);
+        Self { model, arena, routing, routed, input: ForwardInput::default(), block_size }
     }
 
     pub fn prefill(&self) -> Prefill {
@@ -66,6 +70,16 @@ impl Runner {
 
     pub fn routing(&mut self) -> &mut RoutingStats {
         &mut self.routing
+    }
+
+    /// How the experts of a token follow each other; without layers where they are not kept.
+    pub fn routed_layout(&self) -> &RoutedLayout {
+        self.routed.layout()
+    }
+
+    /// The experts of all tokens of a full block.
+    pub fn experts_of_block(&self, block: BlockId) -> Vec<u16> {
+        self.routed.read(&[block], 0..self.block_size)
     }
 
     /// Computes every chunk of `batch`; the result has one entry per chunk.
@@ -108,7 +122,21 @@ impl Runner {
                 }
             }
         }
+        for ((chunk, request), output) in batch.chunks.iter().zip(&requests).zip(&mut outputs) {
+            if let Some(Some(sampled)) = output.sampled.as_mut().filter(|_| request.wants_routed_experts) {
+                let sequence = scheduler.sequence(chunk.id).expect("a scheduled sequence is known");
+                sampled.routed_experts = self.experts_of_news(sequence);
+            }
+        }
         Ok(outputs)
+    }
+
+    /// Of the tokens that nobody was told the experts of: those of the prompt when its last row was computed, and then of
+    /// the newest one. They are read from the blocks, whoever computed those, and however often.
+    fn experts_of_news(&self, sequence: &Sequence) -> Vec<u16> {
+        let num_tokens = sequence.tokens().len();
+        let start = if sequence.num_generated() == 0 { 0 } else { num_tokens - 1 };
+        self.routed.read(sequence.block_table().blocks(), start..num_tokens)
     }
 
     /// Logits at every position of one sequence, `[tokens.len()][vocab_size]`, computed in one pass outside any schedule.
@@ -161,8 +189,12 @@ impl Runner {
             self.input.push(rows, self.block_size);
             let all_rows: Vec<u32> = (0..behind.len() as u32).collect();
             let input = DraftInput { mtp_idx, hidden: &hidden.narrow(0, 0, behind.len())?, rows: &all_rows };
-            let context =
-                &mut ForwardContext { input: &self.input, arena: &mut self.arena, routing: &mut self.routing };
+            let context = &mut ForwardContext {
+                input: &self.input,
+                arena: &mut self.arena,
+                routing: &mut self.routing,
+                routed: &mut self.routed,
+            };
             let draft = self.model.draft(&input, context)?;
             self.routing.finish_step();
             guesses.push(draft.logits.to_vec2::<f32>()?);
@@ -194,7 +226,12 @@ impl Runner {
     }
 
     fn hidden(&mut self) -> Result<Tensor, EngineError> {
-        let context = &mut ForwardContext { input: &self.input, arena: &mut self.arena, routing: &mut self.routing };
+        let context = &mut ForwardContext {
+            input: &self.input,
+            arena: &mut self.arena,
+            routing: &mut self.routing,
+            routed: &mut self.routed,
+        };
         let hidden = self.model.hidden(context)?;
         self.routing.finish_step();
         Ok(hidden)

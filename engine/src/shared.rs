@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::SyncSender;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -11,13 +11,13 @@ use tokio::sync::{mpsc, watch};
 
 use crate::error::{GenerationError, SubmitError};
 use crate::fingerprint::Fingerprint;
-use crate::handle::{EngineStats, Event, GenerateRequest, Generation, ModelSummary};
+use crate::handle::{EngineStats, Event, GenerateRequest, Generation, LearnedBlock, ModelSummary};
 
 /// A loop that has work and finishes no step for this long is reported unhealthy.
 const STALL_LIMIT: Duration = Duration::from_secs(60);
 
 pub(crate) enum Command {
-    Submit(Submission),
+    Submit(Box<Submission>),
     /// Nothing but a reason to look at the flags.
     Wake,
 }
@@ -44,6 +44,8 @@ pub(crate) struct Shared {
     /// Milliseconds from `started` to the end of the last step.
     last_step_ms: AtomicU64,
     stats: Mutex<EngineStats>,
+    /// Who wants to know the routing of blocks.
+    learner: OnceLock<mpsc::Sender<LearnedBlock>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +70,7 @@ impl Shared {
             started: Instant::now(),
             last_step_ms: AtomicU64::new(0),
             stats: Mutex::new(EngineStats::default()),
+            learner: OnceLock::new(),
         }
     }
 
@@ -83,6 +86,15 @@ impl Shared {
     pub(crate) fn set_idle(&self, idle: bool) {
         self.touch();
         self.idle.store(idle, Ordering::Relaxed);
+    }
+
+    /// False where somebody does already.
+    pub(crate) fn learn_from_now(&self, learner: mpsc::Sender<LearnedBlock>) -> bool {
+        self.learner.set(learner).is_ok()
+    }
+
+    pub(crate) fn learner(&self) -> Option<&mpsc::Sender<LearnedBlock>> {
+        self.learner.get()
     }
 
     /// No request gets in after this.
@@ -159,6 +171,13 @@ impl Shared {
         if model.has_encoder && request.sampling.prompt_logprobs.is_some() {
             return Err(SubmitError::NoPromptLogprobs);
         }
+        if request.wants_routed_experts && model.routed.is_empty() {
+            let reason = match model.has_encoder {
+                true => "an encoder reads the prompt of this model",
+                false => "no router of this model chooses among at most 65536 experts",
+            };
+            return Err(SubmitError::NoRoutedExperts { reason });
+        }
         let needed = (prompt_len + max_tokens).div_ceil(model.block_size);
         if needed > model.num_blocks {
             return Err(SubmitError::NeverFits { needed, total: model.num_blocks });
@@ -201,7 +220,7 @@ impl Front {
         // The start, prompt log-probs, the tokens and the end: the loop never waits for a slow reader.
         let (sender, events) = mpsc::channel(request.stop.max_tokens.max(1) + 3);
         let submission = Submission { request, events: sender, submitted: Instant::now() };
-        if self.commands.try_send(Command::Submit(submission)).is_err() {
+        if self.commands.try_send(Command::Submit(Box::new(submission))).is_err() {
             shared.leave_queue();
             return Err(SubmitError::QueueFull { limit });
         }

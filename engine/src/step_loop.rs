@@ -10,7 +10,8 @@ use scheduler::{Batch, Outcome, Progress, Request, RequestId, Scheduler, Schedul
 use tokio::sync::mpsc;
 
 use crate::error::{EngineError, GenerationError};
-use crate::handle::{Event, GenerateRequest, PromptLogprob, SampledToken};
+use crate::experts::RoutingAccuracy;
+use crate::handle::{Event, GenerateRequest, LearnedBlock, PromptLogprob, SampledToken};
 use crate::runner::{ChunkOutput, RowRequest, Runner};
 use crate::shared::{Command, Shared};
 
@@ -25,6 +26,7 @@ pub(crate) struct StepLoop {
     next_id: u64,
     started: Instant,
     routing_published: Instant,
+    routing_accuracy: RoutingAccuracy,
 }
 
 /// What the loop keeps of an open request beside the scheduler's sequence.
@@ -41,7 +43,16 @@ impl StepLoop {
     pub(crate) fn new(scheduler: Scheduler, runner: Runner, shared: Arc<Shared>) -> Self {
         let now = Instant::now();
         let entries = HashMap::new();
-        Self { scheduler, runner, entries, shared, next_id: 0, started: now, routing_published: now }
+        Self {
+            scheduler,
+            runner,
+            entries,
+            shared,
+            next_id: 0,
+            started: now,
+            routing_published: now,
+            routing_accuracy: RoutingAccuracy::default(),
+        }
     }
 
     /// Runs until the handle is shut down or dropped, or the device fails. Every open request has its last event when
@@ -127,6 +138,7 @@ impl StepLoop {
 
     fn accept(&mut self, command: Command) {
         let Command::Submit(submission) = command else { return };
+        let submission = *submission;
         let id = RequestId(self.next_id);
         self.next_id += 1;
         let (prompt, source_len) = self.runner.prefill().sequence(&submission.request.prompt);
@@ -183,6 +195,7 @@ impl StepLoop {
         let mut outputs = self.runner.run(scheduler, batch, request_of)?;
         let outcomes: Vec<Outcome> = outputs.iter().filter_map(ChunkOutput::outcome).collect();
         let progress = self.scheduler.complete(batch, &outcomes);
+        self.tell_computed_blocks();
         // Counters first: whoever has seen a request's last event finds it counted and its blocks free.
         self.count(batch, &progress);
         self.shared.publish(&self.scheduler.stats());
@@ -211,6 +224,27 @@ impl StepLoop {
         }
         let failed = progress.iter().filter(|progress| progress.update == Update::Failed).count();
         self.shared.count_step(num_prompt, progress.len() - failed, failed);
+    }
+
+    /// What the blocks took that the step has filled: measured where something else was expected, and told to whoever remembers it.
+    fn tell_computed_blocks(&mut self) {
+        let layout = self.runner.routed_layout();
+        for computed in self.scheduler.computed_blocks().iter().filter(|_| !layout.is_empty()) {
+            let request = &self.entries.get(&computed.id).expect("its sequence was open in this step").request;
+            let expected = request.expected_experts.as_ref().and_then(|expected| expected.of_block(computed.idx));
+            let learner = self.shared.learner();
+            if expected.is_none() && learner.is_none() {
+                continue;
+            }
+            let experts = self.runner.experts_of_block(computed.block);
+            if let Some(expected) = expected {
+                self.routing_accuracy.compare(layout, expected, &experts);
+            }
+            let block = LearnedBlock { name: computed.name, experts };
+            if learner.is_some_and(|learner| learner.try_send(block).is_err()) {
+                metrics::counter!("moesaic_routing_unlearned_blocks_total").increment(1);
+            }
+        }
     }
 
     fn deliver_prompt_logprobs(&mut self, batch: &Batch, outputs: &mut [ChunkOutput]) {
@@ -267,6 +301,7 @@ impl Entry {
             sampling: &self.request.sampling,
             forbidden: if too_early { &stop.stop_token_ids } else { &[] },
             num_prompt_logprobs: self.prompt_logprobs.len(),
+            wants_routed_experts: self.request.wants_routed_experts,
         }
     }
 
@@ -287,6 +322,7 @@ mod tests {
     use super::*;
     use crate::config::EngineConfig;
     use crate::error::SubmitError;
+    use crate::experts::{RoutedLayout, RoutedRows};
     use crate::handle::StopCriteria;
     use crate::load::{LoadedModel, load_model};
     use crate::memory::{ArenaSize, KvArena};
@@ -322,7 +358,14 @@ mod tests {
 
     fn request() -> GenerateRequest {
         let stop = StopCriteria { max_tokens: 2, ..StopCriteria::default() };
-        GenerateRequest { prompt: [1, 2].into(), sampling: SamplingParams::default(), stop, cache_salt: [0; 32] }
+        GenerateRequest {
+            prompt: [1, 2].into(),
+            sampling: SamplingParams::default(),
+            stop,
+            cache_salt: [0; 32],
+            wants_routed_experts: false,
+            expected_experts: None,
+        }
     }
 
     #[test]
@@ -333,20 +376,22 @@ mod tests {
             (|| panic!("planted"), "a broken invariant stopped the engine"),
         ] {
             let LoadedModel { summary, fingerprint, scheduler, .. } = golden();
-            let (num_layers, cache_sites, experts_per_moe_layer) = (0, Vec::new(), Vec::new());
+            let (num_layers, cache_sites, moe_layers) = (0, Vec::new(), Vec::new());
             let prefill = Prefill::Causal;
             let shape = ModelShape {
                 vocab_size: 4,
                 num_layers,
                 num_mtp_layers: 0,
                 cache_sites,
-                experts_per_moe_layer,
+                moe_layers,
+                num_mtp_moe_layers: 0,
                 prefill,
             };
             let size =
                 ArenaSize { format: KvFormat::F32, block_size: 16, num_blocks: 1, window: None, num_state_slots: 0 };
             let arena = KvArena::new(&[], size).unwrap();
-            let runner = Runner::new(Box::new(Broken { shape, fail }), arena, 16);
+            let routed = RoutedRows::new(RoutedLayout::of(&shape), 1, 16);
+            let runner = Runner::new(Box::new(Broken { shape, fail }), arena, routed, 16);
             let shared = Arc::new(Shared::new(summary, fingerprint, 4));
             let (commands, receiver) = sync_channel(5);
             let front = Front::new(shared.clone(), commands, std::thread::spawn(|| ()));

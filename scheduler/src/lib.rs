@@ -9,6 +9,7 @@
 //! | `sequence` | the lengths of one request and the asserts between them |
 //! | `queue`, `budget` | who waits, how many rows are left |
 //! | `prefix` | who starts from cached blocks, who waits for those of another |
+//! | `computed` | which full blocks a step left for others |
 //! | `snapshot` | where recurrent states are kept, and who starts from them |
 //! | `kv` | which block belongs to whom; their bytes live in the engine |
 //! | `invariants` | what holds after every call |
@@ -16,6 +17,7 @@
 
 mod batch;
 mod budget;
+mod computed;
 mod config;
 mod decode;
 mod encode;
@@ -33,6 +35,7 @@ mod snapshot;
 mod stats;
 
 pub use batch::{Batch, Chunk, FinishReason, Outcome, Phase, Progress, StateCopy, Update};
+pub use computed::{ComputedBlock, block_names};
 pub use config::{SchedulerConfig, WindowConfig, WindowLimits};
 pub use error::{AdmissionError, ConfigError};
 pub use kv::{BlockId, BlockTable, StateSlot};

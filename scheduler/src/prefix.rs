@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 
+use crate::computed::ComputedBlock;
 use crate::kv::{BlockHash, BlockHashes, BlockManager, CachedPrefix, StateSlot};
 use crate::queue::Arrival;
 use crate::request::{Request, RequestId};
@@ -181,6 +182,7 @@ impl Scheduler {
         let names = &prefix.names.as_slice()[..num_full];
         for (idx, &name) in names.iter().enumerate().skip(prefix.num_published) {
             self.blocks.publish(table, idx, name);
+            self.computed.push(ComputedBlock { id, idx, name: name.bytes(), block: table.blocks()[idx] });
         }
         self.in_flight.retire(id, &names[prefix.num_published..]);
         prefix.num_published = num_full;

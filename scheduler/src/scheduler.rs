@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::batch::{Batch, FinishReason, Outcome, Phase, Progress, StateCopy, Update};
 use crate::budget::TokenBudget;
+use crate::computed::ComputedBlock;
 use crate::config::SchedulerConfig;
 use crate::error::{AdmissionError, ConfigError};
 use crate::kv::{BlockManager, BlockPool, Snapshots, StateSlots, WindowBlocks};
@@ -31,6 +32,8 @@ pub struct Scheduler {
     pub(crate) in_flight: InFlight,
     /// Of the batch being made.
     pub(crate) restores: Vec<StateCopy>,
+    /// By the batch completed last.
+    pub(crate) computed: Vec<ComputedBlock>,
     /// The step before was one of encoder passes, so that decodes have the turn.
     has_encoded: bool,
     next_arrival: Arrival,
@@ -55,6 +58,7 @@ impl Scheduler {
             state_slots: StateSlots::new(config.num_state_slots),
             in_flight: InFlight::default(),
             restores: Vec::new(),
+            computed: Vec::new(),
             has_encoded: false,
             config,
             sequences: HashMap::new(),
@@ -133,6 +137,7 @@ impl Scheduler {
     /// If there are more or fewer outcomes than chunks that sample.
     pub fn complete(&mut self, batch: &Batch, outcomes: &[Outcome]) -> Vec<Progress> {
         assert_eq!(outcomes.len(), batch.num_samples(), "one outcome per chunk that samples");
+        self.computed.clear();
         let mut outcomes = outcomes.iter();
         let mut progress = Vec::with_capacity(outcomes.len());
         for chunk in &batch.chunks {
@@ -160,6 +165,11 @@ impl Scheduler {
             progress.push(Progress { id: chunk.id, update });
         }
         progress
+    }
+
+    /// The full blocks that the step completed last has computed and others can find, whether their sequences go on or not.
+    pub fn computed_blocks(&self) -> &[ComputedBlock] {
+        &self.computed
     }
 
     /// An accepted request that has not ended.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use scheduler::{
     AdmissionError, ConfigError, Outcome, Phase, Request, RequestId, Scheduler, SchedulerConfig, StateCopy,
-    StopCriteria, WindowConfig, WindowLimits,
+    StopCriteria, WindowConfig, WindowLimits, block_names,
 };
 
 /// Tokens of a block.
@@ -115,6 +115,33 @@ fn what_ended_is_found_again_in_whole_blocks() {
     driver.check(&["7 12..13"]);
     let stats = driver.scheduler.stats();
     assert_eq!((stats.num_prefix_queries, stats.num_prefix_hits), (10 + 13 + 8 + 9 + 12 + 5 + 13, 8 + 4 + 8 + 4 + 12));
+}
+
+#[test]
+fn a_step_names_the_blocks_that_it_filled() {
+    let mut driver = Driver::new(100, 64);
+    let names = |salt: u8, len: u32| block_names(&[3; 32], &[salt; 32], BLOCK, &(100..100 + len).collect::<Vec<_>>());
+    let computed = |driver: &Driver| -> Vec<(u64, usize, [u8; 32])> {
+        driver.scheduler.computed_blocks().iter().map(|block| (block.id.0, block.idx, block.name)).collect()
+    };
+    driver.add(request(1, 10, 0, 1));
+    driver.check(&["1 0..10"]);
+    assert_eq!(computed(&driver), [(1, 0, names(0, 4)[0]), (1, 1, names(0, 8)[1])], "also of one that has ended");
+    driver.add(request(2, 12, 0, 2));
+    driver.check(&["2 8..12"]);
+    assert_eq!(computed(&driver), [(2, 2, names(0, 12)[2])], "what was cached is not computed");
+    let held = driver.scheduler.sequence(RequestId(2)).expect("it runs").block_table().blocks()[2];
+    assert_eq!(driver.scheduler.computed_blocks()[0].block, held);
+    driver.check(&["d2 12..13"]);
+    assert_eq!(computed(&driver), []);
+    driver.add(Request { cache_salt: [1; 32], ..request(3, 4, 0, 1) });
+    driver.check(&["3 0..4"]);
+    assert_eq!(computed(&driver), [(3, 0, names(1, 4)[0])], "of another salt");
+    let uncached = SchedulerConfig { prefix_cache: None, ..config(100, 64) };
+    let mut driver = Driver::with(uncached);
+    driver.add(request(1, 10, 0, 1));
+    driver.check(&["1 0..10"]);
+    assert_eq!(computed(&driver), [], "without names");
 }
 
 #[test]

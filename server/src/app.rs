@@ -18,6 +18,7 @@ use crate::error::ApiError;
 use crate::limits::{Limits, Permit, cors};
 use crate::output_cache::OutputCache;
 use crate::replay::Replays;
+use crate::routing_cache::Routing;
 use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::rejected;
 use crate::text::{ChatTemplate, Tokenizer};
@@ -58,6 +59,7 @@ pub struct Model {
     pub template: Option<Arc<ChatTemplate>>,
     pub limits: ModelLimits,
     outputs: OutputCaches,
+    routing: Option<Arc<Routing>>,
     /// Seconds since the epoch.
     pub created: u64,
 }
@@ -80,6 +82,7 @@ impl Model {
             template: template.map(Arc::new),
             created: unix_seconds(),
             outputs: OutputCaches::default(),
+            routing: None,
             engine,
         }
     }
@@ -89,10 +92,23 @@ impl Model {
         Self { outputs, ..self }
     }
 
-    /// Waits until what was answered is written to slow tiers, or for the deadline.
+    #[must_use]
+    pub fn with_routing(self, routing: Option<Arc<Routing>>) -> Self {
+        Self { routing, ..self }
+    }
+
+    /// What is known of the experts that prompts take; `None` where nothing is.
+    pub fn routing(&self) -> Option<&Arc<Routing>> {
+        self.routing.as_ref()
+    }
+
+    /// Waits until what was answered and learned is written to slow tiers, or for the deadline.
     pub async fn settle(&self, deadline: tokio::time::Instant) {
         if let Some(tiers) = &self.outputs.tiers {
             tiers.settle(deadline).await;
+        }
+        if let Some(routing) = &self.routing {
+            routing.settle(deadline).await;
         }
     }
 

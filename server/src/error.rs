@@ -78,6 +78,7 @@ impl ApiError {
                 Self::ContextLength { param, reason: error.to_string() }
             }
             SubmitError::NoPromptLogprobs => Self::invalid("prompt_logprobs", error.to_string()),
+            SubmitError::NoRoutedExperts { .. } => Self::invalid("return_routed_experts", error.to_string()),
             SubmitError::QueueFull { limit } => Self::Busy { limit },
             SubmitError::ShuttingDown => Self::ShuttingDown,
             SubmitError::Dead => Self::EngineDead,

@@ -10,6 +10,8 @@
 //! | `validate`, `conversation` | wire types to what they mean |
 //! | `generate`, `answer`, `sse` | engine events to deltas, deltas to answers, answers to streams |
 //! | `output_cache`, `replay` | answers that were computed before, or are being computed for another request; as they were written |
+//! | `routing_cache` | which experts prompts take: learned, remembered, announced |
+//! | `cache_tiers` | where caches keep their values |
 //! | `text` | strings to token ids and back |
 //! | `hub`, `demo`, `upcycle`, `packing` | getting models onto the disk |
 //! | `telemetry` | logs and metrics |
@@ -20,6 +22,7 @@ pub mod app;
 pub mod args;
 pub mod auth;
 pub mod cache_salt;
+pub mod cache_tiers;
 mod checksum;
 pub mod cli;
 pub mod config;
@@ -36,6 +39,7 @@ pub mod output_cache;
 pub mod packing;
 pub mod replay;
 pub mod routes;
+pub mod routing_cache;
 pub mod shutdown;
 pub mod sse;
 pub mod telemetry;

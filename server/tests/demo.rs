@@ -57,6 +57,8 @@ fn greedy_tokens(dir: &Path, prompts: &[Vec<u32>]) -> Vec<Vec<u32>> {
     let engine = load(config(dir), &mut |_| {}).expect("the model loads");
     let submit = |prompt: &Vec<u32>| {
         let request = GenerateRequest {
+            wants_routed_experts: false,
+            expected_experts: None,
             prompt: prompt.as_slice().into(),
             sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
             stop: StopCriteria { max_tokens: MAX_TOKENS, ..StopCriteria::default() },

@@ -1,6 +1,8 @@
-//! Routing counts of a running model, and per-token capture for those who ask.
+//! Routing counts of a running model, and all router calls of a step for tests.
 
 use kernels::TopK;
+
+use crate::experts::MoeShape;
 
 /// Tokens per expert of every MoE layer since the last publication.
 #[derive(Debug)]
@@ -16,9 +18,8 @@ pub struct RoutingStats {
 }
 
 impl RoutingStats {
-    /// `experts_per_layer`: routed experts of each MoE layer.
-    pub fn new(experts_per_layer: &[usize]) -> Self {
-        let loads = experts_per_layer.iter().map(|&num_experts| vec![0; num_experts]).collect();
+    pub fn new(layers: &[MoeShape]) -> Self {
+        let loads = layers.iter().map(|layer| vec![0; layer.num_experts]).collect();
         Self { loads, active_in_step: 0, calls_in_step: 0, capture: None }
     }
 
@@ -79,7 +80,7 @@ mod tests {
 
     #[test]
     fn counts_loads_and_distinct_experts() {
-        let mut stats = RoutingStats::new(&[4, 4]);
+        let mut stats = RoutingStats::new(&[MoeShape { num_experts: 4, top_k: 1 }; 2]);
         stats.start_capture();
         let topk = TopK { experts: vec![0, 1, 0, 3], weights: vec![0.5; 4], k: 2 };
         stats.record(1, &topk);

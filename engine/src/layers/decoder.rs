@@ -12,6 +12,7 @@ use super::moe::{Moe, MoeParts};
 use super::mtp::MtpLayer;
 use super::norm::Norm;
 use crate::error::EngineError;
+use crate::experts::MoeShape;
 use crate::models::{CacheSite, Draft, DraftInput, ForwardContext, Model, ModelShape, ModelSource, Prefill};
 use crate::weights::loader::Loader;
 
@@ -73,8 +74,9 @@ impl Decoder {
     pub fn load(source: &ModelSource, config: DecoderConfig, parts: LayerParts) -> Result<Self, EngineError> {
         let mut layers = load_layers(source, config, parts)?;
         let cache_sites = layers.iter().map(|layer| layer.mixer.cache_site()).collect();
-        let experts_per_moe_layer = layers.iter().flat_map(DecoderLayer::num_experts).collect();
+        let moe_layers = layers.iter().flat_map(DecoderLayer::moe_shapes).collect();
         let num_layers = layers.len() - source.num_mtp_layers;
+        let num_mtp_moe_layers = layers[num_layers..].iter().flat_map(DecoderLayer::moe_shapes).count();
         let load_mtp = |(idx, layer)| {
             let names = config.mtp_layout.names(&format!("model.layers.{}", num_layers + idx));
             MtpLayer::load(source.loader, &config, &names, layer)
@@ -86,7 +88,8 @@ impl Decoder {
             num_layers,
             num_mtp_layers: source.num_mtp_layers,
             cache_sites,
-            experts_per_moe_layer,
+            moe_layers,
+            num_mtp_moe_layers,
             prefill: Prefill::Causal,
         };
         Ok(Self { ends: Ends::load(source.loader, config)?, layers, mtp_layers, shape })
@@ -107,7 +110,7 @@ fn load_layers(
             LayerNorms::Sandwich => ("pre_mlp_layernorm", true),
         };
         let mixer = (parts.mixer)(&prefix, idx)?;
-        num_moe_layers += usize::from(mixer.num_experts().is_some());
+        num_moe_layers += usize::from(mixer.moe_shape().is_some());
         let sandwich = |part: &str| is_sandwich.then(|| norm(format!("{prefix}.{part}"))).transpose();
         Ok(DecoderLayer {
             input_norm: norm(format!("{prefix}.input_layernorm"))?,
@@ -169,9 +172,9 @@ impl DecoderLayer {
         Ok((scaled(out, multipliers.residual)?, residual))
     }
 
-    /// Experts of the routers in the layer, in the order they are asked.
-    fn num_experts(&self) -> impl Iterator<Item = usize> {
-        self.mixer.num_experts().into_iter().chain(self.feed_forward.num_experts())
+    /// The routers in the layer, in the order they are asked.
+    fn moe_shapes(&self) -> impl Iterator<Item = MoeShape> {
+        self.mixer.moe_shape().into_iter().chain(self.feed_forward.moe_shape())
     }
 }
 
@@ -186,10 +189,10 @@ impl Mixer {
         }
     }
 
-    fn num_experts(&self) -> Option<usize> {
+    fn moe_shape(&self) -> Option<MoeShape> {
         match self {
             Self::Gqa(_) | Self::Mla(_) | Self::Delta(_) => None,
-            Self::Moa(attention) => Some(attention.num_experts()),
+            Self::Moa(attention) => Some(attention.shape()),
         }
     }
 
@@ -213,10 +216,10 @@ impl Mixer {
 }
 
 impl FeedForward {
-    fn num_experts(&self) -> Option<usize> {
+    fn moe_shape(&self) -> Option<MoeShape> {
         match self {
             Self::Dense(_) => None,
-            Self::Moe(moe) => Some(moe.num_experts()),
+            Self::Moe(moe) => Some(moe.shape()),
         }
     }
 

@@ -9,6 +9,7 @@ use kernels::{GqaSpec, LearnedScores, PackedWeight, RopeStyle, RopeTable, Router
 use super::decoder::gather_rows;
 use super::linear::{Bias, Linear};
 use crate::error::EngineError;
+use crate::experts::MoeShape;
 use crate::models::{CacheSite, ForwardContext};
 use crate::weights::loader::Loader;
 
@@ -76,8 +77,8 @@ impl MoaAttention {
         CacheSite::Gqa { num_kv_heads: self.config.num_kv_heads, head_dim: self.config.head_dim, window: None }
     }
 
-    pub fn num_experts(&self) -> usize {
-        self.config.num_experts
+    pub fn shape(&self) -> MoeShape {
+        MoeShape { num_experts: self.config.num_experts, top_k: self.config.spec.top_k }
     }
 
     /// `x`: `[num_tokens, hidden_size]`, normalised.
@@ -86,7 +87,7 @@ impl MoaAttention {
         let (width, num_heads) = (num_kv_heads * head_dim, self.attention.num_heads);
         let num_tokens = x.dim(0)?;
         let topk = kernels::route(&self.router.forward(x)?, &self.config.spec)?;
-        context.routing.record(self.place.moe_idx, &topk);
+        context.record_routing(self.place.moe_idx, &topk);
 
         let tokens: Vec<u32> = (0..num_tokens as u32).flat_map(|token| (0..topk.k).map(move |_| token)).collect();
         let q = grouped_linear(&gather_rows(x, &tokens)?, &topk, &self.queries)?;

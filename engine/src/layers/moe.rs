@@ -6,6 +6,7 @@ use kernels::{Expert, ExpertActivation, ExpertWeights, GluActivation, PackedWeig
 use super::linear::{Bias, Linear};
 use super::mlp::Mlp;
 use crate::error::EngineError;
+use crate::experts::MoeShape;
 use crate::models::ForwardContext;
 use crate::weights::Role;
 use crate::weights::loader::Loader;
@@ -114,14 +115,14 @@ impl Moe {
         Self { capacity: Some(capacity), ..self }
     }
 
-    pub fn num_experts(&self) -> usize {
-        self.experts.len()
+    pub fn shape(&self) -> MoeShape {
+        MoeShape { num_experts: self.experts.len(), top_k: self.spec.top_k }
     }
 
     /// `x`: `[num_tokens, hidden_size]`, normalised.
     pub fn forward(&self, x: &Tensor, context: &mut ForwardContext) -> Result<Tensor, EngineError> {
         let mut topk = kernels::route(&self.gate.forward(x)?, &self.spec)?;
-        context.routing.record(self.moe_idx, &topk);
+        context.record_routing(self.moe_idx, &topk);
         if let Some(capacity) = self.capacity {
             let num_dropped =
                 drop_overflow(&mut topk, &context.input.paged.batch.cu_seqlens, (capacity, self.experts.len()));

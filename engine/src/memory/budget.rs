@@ -47,6 +47,8 @@ pub struct KvDemand<'a> {
     pub sites: &'a [CacheSite],
     /// Never [`KvDtype::Auto`].
     pub dtype: KvDtype,
+    /// Kept with every position, whatever the sites.
+    pub routing_bytes_per_token: u64,
     pub weight_bytes: u64,
     /// The model's own limit, or [`longest_sequence`] if that is less.
     pub max_position_embeddings: usize,
@@ -83,7 +85,7 @@ pub fn plan(config: &EngineConfig, demand: &KvDemand) -> Result<KvBudget, Engine
     let num_blocks = blocks.num_blocks(bytes, num_window_blocks, num_running);
     let capacity = num_blocks * config.block_size;
     if num_blocks == 0 {
-        let per_token = widths.bytes_per_token + widths.window_bytes_per_token;
+        let per_token = widths.bytes_per_token + demand.routing_bytes_per_token + widths.window_bytes_per_token;
         return Err(EngineError::KvTooSmall { capacity: (bytes / per_token) as usize, block_size: config.block_size });
     }
     if config.max_model_len.is_some_and(|len| len > capacity) {
@@ -120,7 +122,7 @@ impl BlockDemand {
         let EngineConfig { block_size, max_num_seqs, max_num_batched_tokens, .. } = *config;
         let limits = WindowLimits { block_size, max_num_seqs, max_num_batched_tokens, max_model_len: wanted_len };
         Self {
-            block_bytes: widths.bytes_per_token * block_size as u64,
+            block_bytes: (widths.bytes_per_token + widths.routing_bytes_per_token) * block_size as u64,
             window_block_bytes: widths.window_bytes_per_token * block_size as u64,
             longest: wanted_len.div_ceil(block_size),
             max_num_seqs,
@@ -174,6 +176,7 @@ impl BlockDemand {
 /// What a token takes, at both kinds of sites.
 struct Widths {
     bytes_per_token: u64,
+    routing_bytes_per_token: u64,
     window_bytes_per_token: u64,
     /// The longest that is shorter than a sequence may be.
     window: Option<usize>,
@@ -187,7 +190,12 @@ impl Widths {
             let sites = demand.sites.iter().filter(|site| site.has_window_within(window) == windowed);
             (sites.map(CacheSite::token_width).sum::<usize>() * element_bytes) as u64
         };
-        Self { bytes_per_token: bytes(false), window_bytes_per_token: bytes(true), window }
+        Self {
+            bytes_per_token: bytes(false),
+            routing_bytes_per_token: demand.routing_bytes_per_token,
+            window_bytes_per_token: bytes(true),
+            window,
+        }
     }
 }
 
@@ -232,7 +240,16 @@ mod tests {
             max_num_seqs: 4,
             ..EngineConfig::new("")
         };
-        plan(&config, &KvDemand { sites, dtype: KvDtype::Bf16, weight_bytes: 1 << 19, max_position_embeddings: 4096 })
+        plan(
+            &config,
+            &KvDemand {
+                sites,
+                dtype: KvDtype::Bf16,
+                routing_bytes_per_token: 0,
+                weight_bytes: 1 << 19,
+                max_position_embeddings: 4096,
+            },
+        )
     }
 
     fn check(memory: Option<u64>, max_model_len: Option<usize>, expect: Result<(usize, usize), &str>) {
@@ -255,6 +272,23 @@ mod tests {
     }
 
     #[test]
+    fn the_experts_of_a_token_take_room_beside_it() {
+        let config = EngineConfig { kv_cache_memory: Some(20 * 2048), ..EngineConfig::new("") };
+        let plan_with = |routing_bytes_per_token, sites: &[CacheSite]| {
+            let (dtype, weight_bytes, max_position_embeddings) = (KvDtype::Bf16, 0, 4096);
+            plan(&config, &KvDemand { sites, dtype, routing_bytes_per_token, weight_bytes, max_position_embeddings })
+        };
+        let budget = plan_with(32, &SITES).unwrap();
+        // 2048 bytes of a block, and 32 for each of its tokens.
+        assert_eq!((budget.num_blocks, budget.bytes_per_token), (16, 128));
+        let windows = [CacheSite::Gqa { num_kv_heads: 2, head_dim: 8, window: Some(16) }];
+        let [few, many] = [512, 0].map(|bytes| plan_with(bytes, &windows).unwrap().num_blocks);
+        assert_eq!([few, many], [4, 40], "with windows alone, too");
+        let refused = plan_with(20 * 2048, &SITES).unwrap_err().to_string();
+        assert_eq!(refused, "the KV cache has room for 0 tokens, fewer than one block of 16");
+    }
+
+    #[test]
     fn a_quarter_of_many_states_is_kept_where_something_is_reused() {
         let sites = [SITES[0], CacheSite::Recurrent { width: 256 }];
         let check = |enable_prefix_caching, memory, expect: [usize; 2]| {
@@ -264,8 +298,13 @@ mod tests {
                 enable_prefix_caching,
                 ..EngineConfig::new("")
             };
-            let demand =
-                KvDemand { sites: &sites, dtype: KvDtype::Bf16, weight_bytes: 0, max_position_embeddings: 4096 };
+            let demand = KvDemand {
+                sites: &sites,
+                dtype: KvDtype::Bf16,
+                routing_bytes_per_token: 0,
+                weight_bytes: 0,
+                max_position_embeddings: 4096,
+            };
             let budget = plan(&config, &demand).unwrap();
             assert_eq!([budget.num_state_slots, budget.num_snapshot_slots], expect);
         };
@@ -318,7 +357,13 @@ mod tests {
                 enable_prefix_caching,
                 ..EngineConfig::new("")
             };
-            let demand = KvDemand { sites, dtype: KvDtype::Bf16, weight_bytes: 0, max_position_embeddings: 4096 };
+            let demand = KvDemand {
+                sites,
+                dtype: KvDtype::Bf16,
+                routing_bytes_per_token: 0,
+                weight_bytes: 0,
+                max_position_embeddings: 4096,
+            };
             let budget = plan(&config, &demand).unwrap();
             let (len, num_window_blocks) = budget.window.map_or((0, 0), |window| (window.len, window.num_blocks));
             assert_eq!([budget.num_blocks, num_window_blocks, len, budget.max_model_len], expect, "{num_kib} KiB");
@@ -360,6 +405,7 @@ mod tests {
                         let demand = KvDemand {
                             sites,
                             dtype: KvDtype::Bf16,
+                            routing_bytes_per_token: 0,
                             weight_bytes: 0,
                             max_position_embeddings: max_model_len,
                         };

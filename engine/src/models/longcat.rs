@@ -58,7 +58,8 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         num_layers: layers.len(),
         num_mtp_layers: mtp_layers.len(),
         cache_sites: sites.chain(mtp_sites).collect::<Vec<CacheSite>>(),
-        experts_per_moe_layer: layers.iter().map(|layer| layer.moe.num_experts()).collect(),
+        moe_layers: layers.iter().map(|layer| layer.moe.shape()).collect(),
+        num_mtp_moe_layers: 0,
         prefill: Prefill::Causal,
     };
     Ok(Box::new(LongCat { ends: Ends::load(source.loader, decoder)?, layers, mtp_layers, shape }))

@@ -25,13 +25,13 @@ mod switch;
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use kernels::PagedCache;
+use kernels::{PagedCache, TopK};
 
 pub use footprint::{Footprint, MAX_MODEL_LEN, Positions};
 pub use mtp::MtpStorage;
 
 use crate::error::EngineError;
-use crate::experts::RoutingStats;
+use crate::experts::{MoeShape, RoutedRows, RoutingStats};
 use crate::forward_input::{ForwardInput, PagedRows};
 use crate::layers::rope::ContextLen;
 use crate::memory::KvArena;
@@ -90,8 +90,10 @@ pub struct ModelShape {
     pub num_mtp_layers: usize,
     /// In the order of their indices in the arena; those of multi-token-prediction layers last.
     pub cache_sites: Vec<CacheSite>,
-    /// Routed experts of each MoE layer, in order; those of multi-token-prediction layers last.
-    pub experts_per_moe_layer: Vec<usize>,
+    /// Every router, in the order in which a token meets them; those of multi-token-prediction layers last.
+    pub moe_layers: Vec<MoeShape>,
+    /// How many of them are of multi-token-prediction layers.
+    pub num_mtp_moe_layers: usize,
     pub prefill: Prefill,
 }
 
@@ -170,6 +172,7 @@ pub struct ForwardContext<'a> {
     pub input: &'a ForwardInput,
     pub arena: &'a mut KvArena,
     pub routing: &'a mut RoutingStats,
+    pub routed: &'a mut RoutedRows,
 }
 
 impl<'a> ForwardContext<'a> {
@@ -177,6 +180,12 @@ impl<'a> ForwardContext<'a> {
     pub fn paged(&mut self, site: usize) -> (&mut PagedCache, &'a PagedRows) {
         let (cache, has_window) = self.arena.paged_mut(site);
         (cache, if has_window { &self.input.windowed } else { &self.input.paged })
+    }
+
+    /// Counts the choices of a router for all rows, and keeps them with the rows' blocks.
+    pub fn record_routing(&mut self, moe_idx: usize, topk: &TopK) {
+        self.routing.record(moe_idx, topk);
+        self.routed.write(moe_idx, topk, &self.input.paged.slot_mapping);
     }
 }
 

@@ -11,6 +11,7 @@ use kernels::{Expert, ExpertActivation, ExpertWeights, PackedWeight, Pointwise, 
 use super::footprint::{Footprint, Positions};
 use super::{ForwardContext, Model, ModelShape, ModelSource, Prefill};
 use crate::error::EngineError;
+use crate::experts::MoeShape;
 use crate::forward_input::Pass;
 use crate::layers::ends::scaled;
 use crate::layers::linear::{Bias, Linear};
@@ -98,7 +99,8 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         num_layers: num_encoder + num_decoder,
         num_mtp_layers: 0,
         cache_sites: vec![sizes.attention.cache_site(); num_decoder],
-        experts_per_moe_layer: vec![sizes.num_experts; encoder.num_moe() + decoder.num_moe()],
+        moe_layers: vec![MoeShape { num_experts: sizes.num_experts, top_k: 1 }; encoder.num_moe() + decoder.num_moe()],
+        num_mtp_moe_layers: 0,
         prefill: Prefill::Whole { decoder_start: decoder_start(config, vocab_size)? },
     };
     let head_scale = if is_tied { (sizes.attention.hidden_size as f64).powf(-0.5) } else { 1.0 };

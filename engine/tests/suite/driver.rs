@@ -55,8 +55,12 @@ impl Driver {
             return false;
         }
         let jobs = &self.jobs;
-        let request_of =
-            |id: RequestId| RowRequest { sampling: &jobs[&id.0].sampling, forbidden: &[], num_prompt_logprobs: 0 };
+        let request_of = |id: RequestId| RowRequest {
+            sampling: &jobs[&id.0].sampling,
+            forbidden: &[],
+            num_prompt_logprobs: 0,
+            wants_routed_experts: true,
+        };
         let outputs = runner.run(scheduler, &batch, request_of).expect("the step runs");
         let sampled: Vec<SampledToken> =
             outputs.into_iter().filter_map(|output| output.sampled).map(|row| row.expect("finite logits")).collect();

@@ -98,8 +98,42 @@ fn check_greedy(name: &str, driver: &mut Driver, reference: &Value) {
     }
 }
 
+/// The experts that a request is told of its prompt, whose first blocks another one computed.
+fn check_routed_experts(name: &str, driver: &mut Driver, reference: &Value) {
+    const ID: u64 = 1000;
+    let layout = driver.model.summary.routed.clone();
+    if driver.model.summary.has_encoder {
+        assert!(layout.is_empty(), "{name}");
+        return;
+    }
+    let routing = &reference["routing"];
+    let prompt = ids(&routing["ids"]);
+    let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+    driver.add(ID, &prompt, greedy, StopCriteria { max_tokens: 2, ..StopCriteria::default() });
+    driver.run();
+    let told = |idx: usize| driver.jobs[&ID].output[idx].routed_experts.as_slice();
+    let (found, of_first) = (told(0), told(1));
+    assert_eq!(found.len(), prompt.len() * layout.ids_per_token(), "{name}");
+    assert_eq!(of_first.len(), layout.ids_per_token(), "{name}: of the first generated token");
+    let calls = routing["calls"].as_array().expect("calls");
+    assert_eq!(calls.len(), layout.layers().len(), "{name}");
+    for (token, found) in found.chunks_exact(layout.ids_per_token()).enumerate() {
+        let mut rest = found;
+        for (call, layer) in calls.iter().zip(layout.layers()) {
+            let (of_layer, behind) = rest.split_at(layer.top_k);
+            rest = behind;
+            let mut found: Vec<u32> = of_layer.iter().copied().map(u32::from).collect();
+            let mut expected = ids(&call["experts"][token]);
+            found.sort_unstable();
+            expected.sort_unstable();
+            assert_eq!(found, expected, "{name} {} token {token}", call["name"]);
+        }
+    }
+}
+
 /// What is compared, in turn; a failed check says nothing of the next.
-pub const CHECKS: [fn(&str, &mut Driver, &Value); 3] = [check_logits, check_routing, check_greedy];
+pub const CHECKS: [fn(&str, &mut Driver, &Value); 4] =
+    [check_logits, check_routing, check_greedy, check_routed_experts];
 
 /// The model of a folder and what it must give.
 pub fn open(dir: &Path) -> (Driver, Value) {

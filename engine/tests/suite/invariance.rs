@@ -1,4 +1,4 @@
-//! The same bytes out, whatever else is in the batch, however the prompt is chunked, whenever a sequence is preempted,
+//! The same bytes out, tokens, log-probs and routed experts, whatever else is in the batch, however the prompt is chunked, whenever a sequence is preempted,
 //! and whether its prefix was computed for it or came from the cache.
 
 use crate::driver::{Driver, golden_dir};
@@ -233,7 +233,8 @@ fn with_few_window_blocks(case: &Case) {
     if summary.num_window_blocks == 0 {
         return;
     }
-    let block_bytes = summary.kv_bytes_per_token * case.config.block_size as u64;
+    let token_bytes = summary.kv_bytes_per_token + summary.routing_bytes_per_token;
+    let block_bytes = token_bytes * case.config.block_size as u64;
     let config = EngineConfig { kv_cache_memory: Some(NUM_BLOCKS as u64 * block_bytes), ..case.config.clone() };
     let few = Case { config, stride: case.stride };
     let mut driver = few.driver(16);

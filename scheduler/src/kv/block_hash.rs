@@ -17,6 +17,10 @@ impl BlockHash {
         Self(hasher.finalize().into())
     }
 
+    pub(crate) fn bytes(self) -> [u8; 32] {
+        self.0
+    }
+
     pub(crate) fn child(self, tokens: &[u32]) -> Self {
         let mut hasher = blake3::Hasher::new();
         hasher.update(&[BLOCK]).update(&self.0);

@@ -9,9 +9,10 @@ use crate::openai::usage::{PromptCount, Usage};
 
 impl Envelope {
     /// The answer to a chat that does not stream.
-    pub fn chat_completion(&self, prompt: &[u32], choices: Vec<Collected>) -> ChatCompletion {
+    pub fn chat_completion(&self, prompt: &[u32], mut choices: Vec<Collected>) -> ChatCompletion {
         let num_tokens = choices.iter().map(|choice| choice.token_ids.len()).sum();
         let num_cached = choices.first().map_or(0, |choice| choice.num_cached_tokens);
+        let prompt_experts = choices.first_mut().map(|choice| std::mem::take(&mut choice.prompt_experts));
         let prompt_logprobs = choices.first().and_then(|choice| choice.prompt_logprobs.as_deref());
         ChatCompletion {
             id: self.id.clone(),
@@ -22,6 +23,7 @@ impl Envelope {
             system_fingerprint: FINGERPRINT,
             prompt_token_ids: self.output.token_ids.then(|| prompt.to_vec()),
             prompt_logprobs: prompt_logprobs.map(|known| self.prompt_logprobs(known)),
+            prompt_routed_experts: prompt_experts.and_then(|ids| self.routed_experts(ids)),
             choices: choices.into_iter().zip(0..).map(|(choice, index)| self.chat_choice(index, choice)).collect(),
         }
     }
@@ -34,6 +36,7 @@ impl Envelope {
             finish_reason: end.reason,
             stop_reason: end.stop_reason,
             token_ids: self.output.token_ids.then_some(choice.token_ids),
+            routed_experts: self.routed_experts(choice.experts),
             message: AssistantMessage { role: "assistant", content: choice.text, refusal: None },
         }
     }
@@ -60,12 +63,17 @@ impl ChatWriter {
 
     fn text_chunk(&self, index: u32, delta: &Delta) -> ChatCompletionChunk {
         let envelope = &self.envelope;
-        self.chunk(ChatChunkChoice {
+        let mut chunk = self.chunk(ChatChunkChoice {
             delta: ChatDelta { role: None, content: Some(delta.text.clone()) },
             logprobs: envelope.chat_logprobs(&delta.logprobs).filter(|logprobs| !logprobs.content.is_empty()),
             token_ids: envelope.output.token_ids.then(|| delta.token_ids.clone()),
+            routed_experts: envelope.streamed_experts(&delta.experts),
             ..empty_choice(index)
-        })
+        });
+        // All choices have one prompt.
+        let prompt_experts = if index == 0 { delta.prompt_experts.as_slice() } else { &[] };
+        chunk.prompt_routed_experts = envelope.streamed_experts(prompt_experts);
+        chunk
     }
 
     fn chunk(&self, choice: ChatChunkChoice) -> ChatCompletionChunk {
@@ -78,6 +86,7 @@ impl ChatWriter {
             choices: vec![choice],
             usage: self.usage.of_chunk(),
             prompt_token_ids: None,
+            prompt_routed_experts: None,
         }
     }
 }
@@ -90,6 +99,7 @@ impl ChunkWriter for ChatWriter {
         let Output::Delta(delta) = indexed.output else { return Vec::new() };
         let shows = !delta.text.is_empty()
             || !delta.logprobs.is_empty()
+            || delta.has_experts()
             || (self.envelope.output.token_ids && !delta.token_ids.is_empty());
         let text = shows.then(|| self.text_chunk(indexed.index, &delta));
         let end = delta.finish.map(|finish| {
@@ -119,5 +129,6 @@ fn empty_choice(index: u32) -> ChatChunkChoice {
         finish_reason: None,
         stop_reason: None,
         token_ids: None,
+        routed_experts: None,
     }
 }

@@ -49,6 +49,8 @@ impl Envelope {
             token_ids: self.output.token_ids.then_some(choice.token_ids),
             prompt_token_ids: self.output.token_ids.then(|| prompt.ids.to_vec()),
             prompt_logprobs: known.map(|known| self.prompt_logprobs(known)),
+            prompt_routed_experts: self.routed_experts(choice.prompt_experts),
+            routed_experts: self.routed_experts(choice.experts),
         }
     }
 
@@ -96,7 +98,7 @@ impl CompletionWriter {
     fn text_choice(&self, index: u32, delta: &Delta) -> Option<CompletionChoice> {
         let output = self.envelope.output;
         let shows_ids = output.token_ids && !delta.token_ids.is_empty();
-        if delta.text.is_empty() && delta.logprobs.is_empty() && !shows_ids {
+        if delta.text.is_empty() && delta.logprobs.is_empty() && !delta.has_experts() && !shows_ids {
             return None;
         }
         let echoed = &self.prompts[(index / self.num_choices) as usize].text;
@@ -107,6 +109,8 @@ impl CompletionWriter {
             text: delta.text.clone(),
             logprobs,
             token_ids: output.token_ids.then(|| delta.token_ids.clone()),
+            prompt_routed_experts: self.envelope.streamed_experts(&delta.prompt_experts),
+            routed_experts: self.envelope.streamed_experts(&delta.experts),
             ..empty_choice(index)
         })
     }
@@ -158,5 +162,7 @@ fn empty_choice(index: u32) -> CompletionChoice {
         token_ids: None,
         prompt_token_ids: None,
         prompt_logprobs: None,
+        prompt_routed_experts: None,
+        routed_experts: None,
     }
 }

@@ -8,11 +8,13 @@ mod tests;
 
 use std::sync::Arc;
 
+use engine::RoutedLayout;
 use futures::stream::{self, Stream, StreamExt as _};
 
 use crate::error::ApiError;
 use crate::generate::{Batch, Delta, Finish, Indexed, Output, TokenRecord};
 use crate::openai::FinishReason;
+use crate::openai::routed_experts::RoutedExperts;
 use crate::openai::usage::{PromptCount, Usage};
 use crate::sse::to_json;
 use crate::text::Tokenizer;
@@ -50,8 +52,22 @@ pub struct Envelope {
     /// Whether log-probs of generated tokens were asked for.
     pub wants_logprobs: bool,
     pub vocabulary: Arc<dyn Vocabulary>,
+    /// How the experts of a token follow each other.
+    pub routed: RoutedLayout,
     /// Nothing was computed for the answer.
     pub is_cached: bool,
+}
+
+impl Envelope {
+    /// The experts of whole tokens, where they were asked for.
+    fn routed_experts(&self, ids: Vec<u16>) -> Option<RoutedExperts> {
+        self.output.routed_experts.then(|| RoutedExperts { ids, layout: self.routed.clone() })
+    }
+
+    /// The same for a part of a stream, which need not have any.
+    fn streamed_experts(&self, ids: &[u16]) -> Option<RoutedExperts> {
+        (!ids.is_empty()).then(|| self.routed_experts(ids.to_vec())).flatten()
+    }
 }
 
 /// All deltas of one choice put together.
@@ -61,6 +77,8 @@ pub struct Collected {
     pub token_ids: Vec<u32>,
     pub logprobs: Vec<TokenRecord>,
     pub prompt_logprobs: Option<Vec<engine::PromptLogprob>>,
+    pub prompt_experts: Vec<u16>,
+    pub experts: Vec<u16>,
     pub finish: Option<Finish>,
     /// Tokens of its prompt that were computed before.
     pub num_cached_tokens: usize,
@@ -71,6 +89,8 @@ impl Collected {
         self.text.push_str(&delta.text);
         self.token_ids.extend(delta.token_ids);
         self.logprobs.extend(delta.logprobs);
+        self.prompt_experts.extend(delta.prompt_experts);
+        self.experts.extend(delta.experts);
         self.finish = self.finish.take().or(delta.finish);
     }
 

@@ -8,6 +8,7 @@ use super::chat::ChatWriter;
 use super::completions::{CompletionPrompt, CompletionWriter};
 use super::*;
 use crate::openai::StopReason;
+use engine::MoeShape;
 
 const SPECIAL: u32 = 25;
 
@@ -26,12 +27,13 @@ impl Vocabulary for Letters {
 
 fn envelope(output: OutputOptions, wants_logprobs: bool) -> Envelope {
     let (id, model) = ("id-1".to_owned(), "m".to_owned());
-    Envelope { id, created: 7, model, output, wants_logprobs, vocabulary: Arc::new(Letters), is_cached: false }
+    let routed = RoutedLayout::new(&[MoeShape { num_experts: 9, top_k: 2 }]);
+    Envelope { id, created: 7, model, output, wants_logprobs, vocabulary: Arc::new(Letters), routed, is_cached: false }
 }
 
 fn text(index: u32, text: &str, token: u32) -> Indexed {
     let record = TokenRecord { token, logprob: -0.5, top: vec![(token, -0.5), (9, f32::NEG_INFINITY)], text_offset: 0 };
-    let delta = Delta { text: text.to_owned(), token_ids: vec![token], logprobs: vec![record], finish: None };
+    let delta = Delta { text: text.to_owned(), token_ids: vec![token], logprobs: vec![record], ..Delta::default() };
     Indexed { index, output: Output::Delta(delta) }
 }
 

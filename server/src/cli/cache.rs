@@ -69,6 +69,8 @@ pub struct WarmArgs {
 struct Stats {
     tiers: Vec<TierRow>,
     num_flights: u64,
+    /// Absent from servers that know no routing cache.
+    routing: Option<TierRow>,
 }
 
 #[derive(Deserialize)]
@@ -108,10 +110,14 @@ fn stats(args: AdminArgs) -> anyhow::Result<()> {
     let stats: Stats = serde_json::from_value(answer).context("the server's answer")?;
     let mut out = std::io::stdout().lock();
     if stats.tiers.is_empty() {
-        return Ok(writeln!(out, "the output cache is off")?);
+        writeln!(out, "the output cache is off")?;
+    }
+    let routing = stats.routing.map(|row| TierRow { tier: "routing".to_owned(), ..row });
+    if stats.tiers.is_empty() && routing.is_none() {
+        return Ok(());
     }
     writeln!(out, "{:<8} {:>10} {:>12} {:>12}  state", "tier", "entries", "bytes", "limit")?;
-    for row in stats.tiers {
+    for row in stats.tiers.into_iter().chain(routing) {
         let count = row.entries.map_or_else(|| "-".to_owned(), |count| count.to_string());
         let size = |bytes: Option<u64>| bytes.map_or_else(|| "-".to_owned(), |bytes| HumanBytes(bytes).to_string());
         let state = if row.available { "up" } else { "down" };

@@ -11,15 +11,17 @@ use cache::store::MAX_DISK_CALLS;
 use cache::{Fingerprint, OutputCacheConfig};
 use engine::{EngineConfig, EngineHandle, GgufFile, LoadProgress};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
 use crate::app::{App, Model, OutputCaches, router};
 use crate::args::ServeArgs;
+use crate::cache_tiers::{self, CacheTiers, SlowTiers, Tiers};
 use crate::config::{Config, check_environment};
 use crate::demo::{self, DemoOptions};
 use crate::hub::{self, HubOptions};
-use crate::output_cache::tiers::{self, SlowTiers, Tiers};
 use crate::output_cache::{OutputCache, fingerprint};
+use crate::routing_cache::Routing;
 use crate::text::{ChatTemplate, Tokenizer, TokenizerFiles};
 use crate::{listen, shutdown, telemetry, validate};
 
@@ -66,7 +68,7 @@ async fn serve(app: &Arc<App>) -> anyhow::Result<()> {
         format!("cannot listen on {address}; hint: choose another --host or --port (0 takes a free one)")
     })?;
     announce(app, listener.local_addr()?)?;
-    let tiers = tiers::open(&app.config)?;
+    let tiers = cache_tiers::open(&app.config)?;
     let mut loading = start_loading(Arc::clone(app), tiers)?;
     tokio::spawn(upkeep(Arc::clone(app)));
     let stop = &app.shutdown.close_connections;
@@ -94,10 +96,11 @@ async fn serve(app: &Arc<App>) -> anyhow::Result<()> {
 }
 
 /// Loads on a thread of its own, while probes are answered. The receiver hears how it went.
-fn start_loading(app: Arc<App>, tiers: Option<Tiers>) -> anyhow::Result<oneshot::Receiver<anyhow::Result<()>>> {
+fn start_loading(app: Arc<App>, tiers: Tiers) -> anyhow::Result<oneshot::Receiver<anyhow::Result<()>>> {
     let (sender, receiver) = oneshot::channel();
+    let runtime = Handle::current();
     std::thread::Builder::new().name("load".to_owned()).spawn(move || {
-        let result = load(&app, tiers).map(|model| {
+        let result = load(&app, tiers, &runtime).map(|model| {
             let summary = model.engine.model();
             tracing::info!(
                 model = %app.model_names[0],
@@ -120,7 +123,7 @@ fn start_loading(app: Arc<App>, tiers: Option<Tiers>) -> anyhow::Result<oneshot:
     Ok(receiver)
 }
 
-fn load(app: &App, tiers: Option<Tiers>) -> anyhow::Result<Model> {
+fn load(app: &App, tiers: Tiers, runtime: &Handle) -> anyhow::Result<Model> {
     let config = &app.config;
     let model_dir = find_model(config)?;
     let (tokenizer, template) = load_text(&model_dir, config.chat_template.as_deref())?;
@@ -134,14 +137,20 @@ fn load(app: &App, tiers: Option<Tiers>) -> anyhow::Result<Model> {
     bar.done();
     validate::model_defaults(&engine.model().generation_defaults)
         .context("generation_config.json, or general.sampling.* of a GGUF file")?;
-    let outputs = tiers.map(|tiers| open_outputs(config, tiers, (&engine, model_dir))).transpose()?;
-    Ok(Model::new(engine, (tokenizer, template), app).with_outputs(outputs.unwrap_or_default()))
+    let outputs = tiers.outputs.map(|tiers| open_outputs(config, tiers, (&engine, model_dir))).transpose()?;
+    let budget = Duration::from_millis(config.cache_timeout_ms);
+    let routing = match tiers.routing {
+        Some(tiers) => Routing::open(&engine, tiers, budget, runtime)?,
+        None => None,
+    };
+    let model = Model::new(engine, (tokenizer, template), app);
+    Ok(model.with_outputs(outputs.unwrap_or_default()).with_routing(routing))
 }
 
 /// The output cache in memory at once, and over all tiers as soon as the weights' digest is known.
 fn open_outputs(
     config: &Config,
-    tiers: Tiers,
+    tiers: CacheTiers,
     (engine, model_dir): (&EngineHandle, PathBuf),
 ) -> anyhow::Result<OutputCaches> {
     let budget = Duration::from_millis(config.cache_timeout_ms);

@@ -145,6 +145,9 @@ settings! {
         /// Milliseconds, 1 to 10000, that one request may wait for caches in all
         #[arg(long, env = "MOESAIC_CACHE_TIMEOUT_MS")]
         cache_timeout_ms: u64 = 50;
+        /// Bytes of memory that remember which experts blocks of prompts took; 0 turns that off, in slow tiers too
+        #[arg(long, env = "MOESAIC_ROUTING_CACHE_MEMORY")]
+        routing_cache_memory: ByteSize = ByteSize(8 << 20);
         /// Bytes of --cache-dir
         #[arg(long, env = "MOESAIC_CACHE_DISK")]
         cache_disk: ByteSize = ByteSize(4 << 30);

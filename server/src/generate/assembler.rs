@@ -51,10 +51,18 @@ pub struct Delta {
     pub token_ids: Vec<u32>,
     /// The tokens behind `text`, where log-probs were asked for.
     pub logprobs: Vec<TokenRecord>,
+    /// Where asked for, the experts of the whole prompt, with the first token.
+    pub prompt_experts: Vec<u16>,
+    /// And of the token before, with each of the others.
+    pub experts: Vec<u16>,
     pub finish: Option<Finish>,
 }
 
 impl Delta {
+    pub fn has_experts(&self) -> bool {
+        !self.prompt_experts.is_empty() || !self.experts.is_empty()
+    }
+
     /// An end without text.
     pub fn ended(finish: Finish) -> Self {
         Self { finish: Some(finish), ..Self::default() }
@@ -112,8 +120,12 @@ impl<D: TokenText> Assembler<D> {
     pub fn push(&mut self, sampled: SampledToken) -> Result<Delta, ApiError> {
         self.num_tokens += 1;
         let token_ids = vec![sampled.token];
+        let (prompt_experts, experts) = match self.num_tokens {
+            1 => (sampled.routed_experts, Vec::new()),
+            _ => (Vec::new(), sampled.routed_experts),
+        };
         if sampled.is_stop && !self.rules.include_in_output {
-            return Ok(Delta { token_ids, ..Delta::default() });
+            return Ok(Delta { token_ids, prompt_experts, experts, ..Delta::default() });
         }
         let text = self.decoder.push(sampled.token)?;
         let record = sampled.logprob.map(|logprob| TokenRecord {
@@ -134,7 +146,7 @@ impl<D: TokenText> Assembler<D> {
                 self.release(outcome.text, outcome.matched)
             }
         };
-        Ok(Delta { token_ids, ..delta })
+        Ok(Delta { token_ids, prompt_experts, experts, ..delta })
     }
 
     /// The engine ended the sequence: what was held back comes out.
@@ -172,7 +184,7 @@ impl<D: TokenText> Assembler<D> {
             reason: FinishReason::Stop,
             stop_reason: Some(StopReason::Text(self.rules.strings[stop_idx].clone())),
         });
-        Delta { text, token_ids: Vec::new(), logprobs, finish }
+        Delta { text, logprobs, finish, ..Delta::default() }
     }
 }
 
@@ -194,7 +206,8 @@ mod tests {
     }
 
     fn token(token: u32) -> SampledToken {
-        SampledToken { token, logprob: Some(-1.0), top: Vec::new(), is_stop: false }
+        let experts = vec![token as u16; 2];
+        SampledToken { token, logprob: Some(-1.0), top: Vec::new(), routed_experts: experts, is_stop: false }
     }
 
     fn run(pieces: &[&'static str], rules: StopRules) -> Vec<Delta> {
@@ -269,6 +282,21 @@ mod tests {
             assert_eq!(deltas[1].token_ids, [stop_token]);
             assert_eq!(deltas[2].finish.clone().unwrap().stop_reason, reason);
         }
+    }
+
+    #[test]
+    fn experts_come_with_the_token_that_follows_and_are_of_the_prompt_first() {
+        let deltas = run(&["one ", "ST", "OP", " more"], stops(&["STOP"]));
+        let of = |experts: fn(&Delta) -> &[u16]| deltas.iter().flat_map(experts).copied().collect::<Vec<u16>>();
+        assert_eq!(of(|delta| &delta.prompt_experts), [0, 0]);
+        assert_eq!(of(|delta| &delta.experts), [1, 1, 2, 2]);
+        let mut assembler = Assembler::new(Script(vec!["<0>"]), StopRules::default());
+        let stop = assembler.push(SampledToken { is_stop: true, ..token(0) }).unwrap();
+        assert_eq!(
+            (stop.text.as_str(), stop.prompt_experts),
+            ("", vec![0, 0]),
+            "a stop token tells of those before it"
+        );
     }
 
     #[test]

@@ -48,12 +48,18 @@ pub struct Indexed {
 /// log-probs and not streamed, as requests of 250 to 3000 tokens show (mixtral-base, one core of an EPYC): a millisecond or two in all.
 pub const TOKENS_PER_TURN: usize = 256;
 
+/// Ids of experts that take about as long to write as a token.
+const EXPERTS_PER_TOKEN: usize = 64;
+
+/// Most ids of experts in the answer to one request, all choices together: some 16 MiB of JSON.
+const MAX_ROUTED_EXPERTS: usize = 4 << 20;
+
 /// Tokens that outputs tell of.
 pub fn num_told(outputs: &[Indexed]) -> usize {
     let tokens = |indexed: &Indexed| match &indexed.output {
         Output::Started { .. } => 0,
         Output::Prompt(logprobs) => logprobs.len(),
-        Output::Delta(_) => 1,
+        Output::Delta(delta) => 1 + (delta.prompt_experts.len() + delta.experts.len()) / EXPERTS_PER_TOKEN,
     };
     outputs.iter().map(tokens).sum()
 }
@@ -91,6 +97,7 @@ impl Batch {
     /// # Errors
     /// A prompt that is empty or too long, a full queue, a server that is shutting down.
     pub async fn start(model: &Model, job: Job<'_>) -> Result<Self, ApiError> {
+        check_num_experts(model, &job)?;
         let mut choices = SelectAll::new();
         let (mut origin, mut keys, mut facts) = (None, Vec::new(), Vec::new());
         for (prompt_idx, prompt) in job.prompts.iter().enumerate() {
@@ -176,6 +183,30 @@ fn token_budget(valid: &ValidRequest, prompt_len: usize, limit: usize, param: &'
     }
 }
 
+/// Bounds the answer where the experts of all tokens are wanted.
+///
+/// # Errors
+/// They may be too many, or [`token_budget`]'s.
+fn check_num_experts(model: &Model, job: &Job<'_>) -> Result<(), ApiError> {
+    if !job.valid.output.routed_experts {
+        return Ok(());
+    }
+    let per_token = model.engine.model().routed.ids_per_token() * job.valid.num_choices as usize;
+    let mut num_ids = 0usize;
+    for prompt in job.prompts {
+        let max_tokens = token_budget(job.valid, prompt.len(), model.limits.max_tokens, job.param)?;
+        num_ids = num_ids.saturating_add((prompt.len() + max_tokens).saturating_mul(per_token));
+    }
+    if num_ids > MAX_ROUTED_EXPERTS {
+        let reason = format!(
+            "asks for up to {num_ids} ids of experts, one answer has at most {MAX_ROUTED_EXPERTS}; hint: lower \
+             `max_tokens`, or ask for fewer prompts and choices at once"
+        );
+        return Err(ApiError::invalid("return_routed_experts", reason));
+    }
+    Ok(())
+}
+
 struct ChoicePlan<'a> {
     prompt: &'a Arc<[u32]>,
     choice: u32,
@@ -194,7 +225,7 @@ async fn start_choice(
     let valid = job.valid;
     let index = plan.index;
     let prompt_only = plan.max_tokens == 0;
-    if prompt_only && valid.sampling.prompt_logprobs.is_none() {
+    if prompt_only && valid.sampling.prompt_logprobs.is_none() && !valid.output.routed_experts {
         let delta = Delta::ended(Finish { reason: FinishReason::Length, stop_reason: None });
         return Ok((stream::iter([Ok(Indexed { index, output: Output::Delta(delta) })]).boxed(), None));
     }
@@ -206,6 +237,8 @@ async fn start_choice(
         sampling,
         stop: StopCriteria { max_tokens: plan.max_tokens.max(1), min_tokens: valid.stop.min_tokens, stop_token_ids },
         cache_salt: job.salt.bytes(),
+        wants_routed_experts: valid.output.routed_experts,
+        expected_experts: None,
     };
     let assembler = new_assembler(model, valid, plan.prompt)?;
     let (source, found) = Source::open(model, Asked { request, job, prompt_only }).await?;
@@ -263,9 +296,14 @@ impl<D: TokenText> Choice<D> {
             }
             Event::PromptLogprobs(logprobs) => Output::Prompt(logprobs),
             // The engine always samples one token; a prompt that is only echoed ends before it.
-            Event::Token(_) | Event::Finished(_) if self.prompt_only => {
+            event @ (Event::Token(_) | Event::Finished(_)) if self.prompt_only => {
                 self.meter.finished("length");
-                Output::Delta(Delta::ended(Finish { reason: FinishReason::Length, stop_reason: None }))
+                let end = Delta::ended(Finish { reason: FinishReason::Length, stop_reason: None });
+                let prompt_experts = match event {
+                    Event::Token(sampled) => sampled.routed_experts,
+                    _ => Vec::new(),
+                };
+                Output::Delta(Delta { prompt_experts, ..end })
             }
             Event::Token(sampled) => {
                 self.meter.token();

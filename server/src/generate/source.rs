@@ -1,7 +1,7 @@
 //! Where a choice's events come from: the engine, or an answer that others read too.
 
 use cache::Key;
-use engine::{EngineHandle, Event, GenerateRequest, Generation, SubmitError};
+use engine::{Event, GenerateRequest, Generation, SubmitError};
 use tokio::sync::oneshot;
 
 use super::{Job, new_assembler};
@@ -42,7 +42,7 @@ impl Source {
         let access = job.valid.cache;
         let cache = model.outputs().filter(|_| access.read || access.write);
         let Some(cache) = cache else {
-            return Ok((Self::Engine(submit(&model.engine, request, job.param)?), None));
+            return Ok((Self::Engine(submit(model, request, job.param).await?), None));
         };
         let (stop, output) = (&job.valid.stop, job.valid.output);
         let key = OutputKey { request: &request, stop, output, prompt_only };
@@ -55,7 +55,7 @@ impl Source {
                 true => None,
                 false => Some(new_assembler(model, job.valid, &request.prompt)?),
             };
-            let generation = submit(&model.engine, request, job.param)?;
+            let generation = submit(model, request, job.param).await?;
             leader.begin();
             Computation { leader, generation, assembler, prompt_only, scheduled: sender }.spawn();
         }
@@ -109,8 +109,13 @@ impl Answer {
     }
 }
 
-fn submit(engine: &EngineHandle, request: GenerateRequest, param: &'static str) -> Result<Generation, ApiError> {
-    engine.submit(request).map_err(|error: SubmitError| {
+/// Hands a request over, with what is known of the experts that its prompt takes.
+async fn submit(model: &Model, mut request: GenerateRequest, param: &'static str) -> Result<Generation, ApiError> {
+    // Other choices share what the first one computes.
+    if let Some(routing) = model.routing().filter(|_| request.sampling.choice == 0) {
+        request.expected_experts = routing.announce(&model.engine, &request.prompt, &request.cache_salt).await;
+    }
+    model.engine.submit(request).map_err(|error: SubmitError| {
         let error = ApiError::from_submit(error, param);
         rejected(error.code());
         error

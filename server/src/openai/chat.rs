@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 use super::logprobs::{ChatLogprobs, PromptLogprobs};
+use super::routed_experts::RoutedExperts;
 use super::sampling::SamplingOptions;
 use super::usage::Usage;
 use super::{FinishReason, StopReason};
@@ -99,6 +100,10 @@ pub struct ChatCompletion {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Vec<Object>>)]
     pub prompt_logprobs: Option<PromptLogprobs>,
+    /// Of the prompt's tokens; with `return_routed_experts`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<Vec<Vec<u16>>>>)]
+    pub prompt_routed_experts: Option<RoutedExperts>,
 }
 
 #[derive(Clone, Debug, Serialize, ToSchema)]
@@ -110,6 +115,10 @@ pub struct ChatChoice {
     pub stop_reason: Option<StopReason>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token_ids: Option<Vec<u32>>,
+    /// Of all generated tokens but the last; with `return_routed_experts`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<Vec<Vec<u16>>>>)]
+    pub routed_experts: Option<RoutedExperts>,
 }
 
 #[derive(Clone, Debug, Serialize, ToSchema)]
@@ -137,6 +146,10 @@ pub struct ChatCompletionChunk {
     pub usage: Option<Option<Usage>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prompt_token_ids: Option<Vec<u32>>,
+    /// In the chunk of the first choice's first token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<Vec<Vec<u16>>>>)]
+    pub prompt_routed_experts: Option<RoutedExperts>,
 }
 
 #[derive(Clone, Debug, Serialize, ToSchema)]
@@ -149,6 +162,10 @@ pub struct ChatChunkChoice {
     pub stop_reason: Option<StopReason>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token_ids: Option<Vec<u32>>,
+    /// Of the generated token before the chunk's: only now is it computed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<Vec<Vec<u16>>>>)]
+    pub routed_experts: Option<RoutedExperts>,
 }
 
 #[derive(Clone, Debug, Default, Serialize, ToSchema)]

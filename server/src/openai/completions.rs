@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::logprobs::{CompletionLogprobs, PromptLogprobs};
+use super::routed_experts::RoutedExperts;
 use super::sampling::SamplingOptions;
 use super::usage::Usage;
 use super::{FinishReason, StopReason};
@@ -77,4 +78,13 @@ pub struct CompletionChoice {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Vec<Object>>)]
     pub prompt_logprobs: Option<PromptLogprobs>,
+    /// With `return_routed_experts`, of the prompt's tokens; in a stream in the chunk of the first token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<Vec<Vec<u16>>>>)]
+    pub prompt_routed_experts: Option<RoutedExperts>,
+    /// With `return_routed_experts`, of all generated tokens but the last; in a stream of the token before the chunk's, for
+    /// only now is it computed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<Vec<Vec<u16>>>>)]
+    pub routed_experts: Option<RoutedExperts>,
 }

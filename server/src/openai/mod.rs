@@ -5,6 +5,8 @@ pub mod completions;
 pub mod error;
 pub mod logprobs;
 pub mod models;
+pub mod routed_experts;
+pub mod routing;
 pub mod sampling;
 pub mod tokenize;
 pub mod usage;

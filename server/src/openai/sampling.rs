@@ -51,6 +51,9 @@ pub struct SamplingOptions {
     pub spaces_between_special_tokens: Option<bool>,
     /// Put `prompt_token_ids` and `token_ids` in the answer.
     pub return_token_ids: Option<bool>,
+    /// Put `prompt_routed_experts` and `routed_experts` in the answer: the experts of every token that was computed, which
+    /// the last generated one never is. Not kept in the output cache.
+    pub return_routed_experts: Option<bool>,
     /// Write tokens of log-probs as `token_id:N`.
     pub return_tokens_as_token_ids: Option<bool>,
     /// Log-probs of the prompt's tokens with so many alternatives each, 0 to 20; not for streams.

@@ -21,7 +21,16 @@ impl OutputKey<'_> {
     /// Every field is named, so that a new one cannot be forgotten.
     pub(super) fn digest(&self, fingerprint: &Fingerprint) -> Key {
         let Self { request, stop, output, prompt_only } = self;
-        let GenerateRequest { prompt, sampling, stop: criteria, cache_salt } = request;
+        let GenerateRequest {
+            prompt,
+            sampling,
+            stop: criteria,
+            cache_salt,
+            // Who wants to know the experts does not ask the cache.
+            wants_routed_experts: _,
+            // They change no answer.
+            expected_experts: _,
+        } = request;
         let mut digest = Digest::new("output");
         digest.fingerprint_field(fingerprint).field("salt", cache_salt).numbers("prompt", prompt);
         digest.number("prompt_only", u64::from(*prompt_only));
@@ -148,7 +157,14 @@ mod tests {
             strings.dedup();
             let stop = StopCriteria { max_tokens, min_tokens, stop_token_ids };
             Case {
-                request: GenerateRequest { prompt: Arc::from(prompt), sampling, stop, cache_salt },
+                request: GenerateRequest {
+                    prompt: Arc::from(prompt),
+                    sampling,
+                    stop,
+                    cache_salt,
+                    wants_routed_experts: false,
+                    expected_experts: None,
+                },
                 stop: StopRules { strings, include_in_output, ..StopRules::default() },
                 output: OutputOptions { skip_special_tokens, spaces_between_special_tokens, ..OutputOptions::default() },
                 prompt_only,
@@ -159,7 +175,7 @@ mod tests {
     /// Changes one field, and says whether that may change the answer.
     fn change(case: &mut Case, field: usize) -> bool {
         let Case { request, stop, output, prompt_only } = case;
-        let GenerateRequest { prompt, sampling, stop: criteria, cache_salt } = request;
+        let GenerateRequest { prompt, sampling, stop: criteria, cache_salt, .. } = request;
         let is_drawn = sampling.temperature > 0.0;
         let has_strings = !stop.strings.is_empty();
         let add = |value: &mut f32| *value += 0.25;

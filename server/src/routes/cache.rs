@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
-use cache::store::TierStats;
+use cache::store::{Store as _, TierStats};
 use serde::Serialize;
 use tokio::time::{Duration, Instant};
 use utoipa::ToSchema;
@@ -24,6 +24,8 @@ pub struct CacheStats {
     tiers: Vec<TierReport>,
     /// Answers that are being computed and that other requests may join.
     num_flights: usize,
+    /// The routing cache's own memory; null where it is off. In slow tiers its values are among the others.
+    routing: Option<TierReport>,
 }
 
 /// One place that keeps values.
@@ -57,16 +59,21 @@ pub struct CacheCleared {
     )
 )]
 pub async fn stats(State(app): State<Arc<App>>) -> Result<Json<CacheStats>, ApiError> {
-    let outputs = app.loaded().ok_or(ApiError::Loading)?.outputs();
+    let model = app.loaded().ok_or(ApiError::Loading)?;
+    let outputs = model.outputs();
     let tiers = match outputs {
         None => Vec::new(),
         Some(outputs) => outputs.store().stats(Instant::now() + PATIENCE).await,
     };
     let num_flights = outputs.map_or(0, OutputCache::num_flights);
-    Ok(Json(CacheStats { tiers: tiers.into_iter().map(TierReport::from).collect(), num_flights }))
+    let routing = match model.routing() {
+        None => None,
+        Some(routing) => routing.memory().stats(Instant::now() + PATIENCE).await.pop().map(TierReport::from),
+    };
+    Ok(Json(CacheStats { tiers: tiers.into_iter().map(TierReport::from).collect(), num_flights, routing }))
 }
 
-/// Remove every cached answer, in all tiers; blocks of prompts stay in the KV cache
+/// Remove every cached answer and what is known of routing, in all tiers; blocks of prompts stay in the KV cache
 #[utoipa::path(
     post,
     path = "/v1/cache/clear",
@@ -78,10 +85,15 @@ pub async fn stats(State(app): State<Arc<App>>) -> Result<Json<CacheStats>, ApiE
 )]
 pub async fn clear(State(app): State<Arc<App>>) -> Result<Json<CacheCleared>, ApiError> {
     app.replays.clear();
-    let Some(outputs) = app.loaded().ok_or(ApiError::Loading)?.outputs() else {
-        return Ok(Json(CacheCleared { complete: true }));
-    };
-    let result = outputs.clear(Instant::now() + PATIENCE).await;
+    let model = app.loaded().ok_or(ApiError::Loading)?;
+    let deadline = Instant::now() + PATIENCE;
+    let mut result = Ok(());
+    if let Some(outputs) = model.outputs() {
+        result = outputs.clear(deadline).await;
+    }
+    if let Some(routing) = model.routing() {
+        result = result.and(routing.clear(deadline).await);
+    }
     if let Err(error) = &result {
         tracing::warn!(%error, "the cache was not emptied in whole");
     }

@@ -75,6 +75,7 @@ pub async fn complete(
         output: valid.output,
         wants_logprobs: valid.sampling.logprobs.is_some(),
         vocabulary: Arc::clone(&model.tokenizer) as _,
+        routed: model.engine.model().routed.clone(),
         is_cached,
     };
     let (num_choices, own_prompt) = (valid.num_choices, Arc::clone(&prompt));

@@ -83,6 +83,7 @@ pub async fn complete(
         output: valid.output,
         wants_logprobs: valid.sampling.logprobs.is_some(),
         vocabulary: Arc::clone(&model.tokenizer) as _,
+        routed: model.engine.model().routed.clone(),
         is_cached,
     };
     let num_sequences = prompts.len() * valid.num_choices as usize;

@@ -19,6 +19,9 @@ pub async fn render(State(app): State<Arc<App>>) -> impl IntoResponse {
         if let Some(outputs) = model.outputs() {
             outputs.observe().await;
         }
+        if let Some(routing) = model.routing() {
+            routing.observe().await;
+        }
     }
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], app.metrics.render())
 }

@@ -7,6 +7,7 @@ mod completions;
 mod docs;
 mod metrics;
 mod models;
+mod moe;
 mod probes;
 mod server_info;
 mod tokenize;
@@ -36,6 +37,7 @@ use crate::output_cache::{ORIGIN_HEADER, Origin};
     paths(models::retrieve),
     tags(
         (name = "inference", description = "Generate text"),
+        (name = "experts", description = "What routers choose"),
         (name = "text", description = "Strings to token ids and back"),
         (name = "operation", description = "Probes, metrics and settings")
     )
@@ -47,6 +49,7 @@ fn described() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(chat::complete))
         .routes(routes!(completions::complete))
         .routes(routes!(models::list))
+        .routes(routes!(moe::of_text, moe::of_prompt))
         .routes(routes!(tokenize::tokenize))
         .routes(routes!(tokenize::detokenize))
         .routes(routes!(probes::health))

@@ -39,6 +39,8 @@ pub struct ModelInfo {
     /// Formats of the matrices in memory, most bytes first.
     weight_formats: Vec<&'static str>,
     kv_bytes_per_token: u64,
+    /// The experts of a token, kept in the KV cache's memory beside it; 0 where the model has none, or an encoder.
+    routing_bytes_per_token: u64,
     /// Of recurrent layers, for each running sequence; 0 where the model has none.
     state_bytes_per_sequence: u64,
     kv_cache_dtype: &'static str,
@@ -85,6 +87,7 @@ fn describe(app: &App, model: &Model) -> ModelInfo {
         weight_bytes: summary.weight_bytes,
         weight_formats: summary.weight_formats.clone(),
         kv_bytes_per_token: summary.kv_bytes_per_token,
+        routing_bytes_per_token: summary.routing_bytes_per_token,
         state_bytes_per_sequence: summary.state_bytes_per_sequence,
         kv_cache_dtype: summary.kv_dtype,
         max_model_len: summary.max_model_len,

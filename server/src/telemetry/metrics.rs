@@ -58,6 +58,10 @@ const COUNTERS: &[(&str, &str)] = &[
     ("vllm:num_preemptions_total", "Sequences that lost their KV blocks to others and were computed again"),
     ("vllm:corrupted_requests_total", "Sequences ended because the model produced NaN"),
     ("moesaic_expert_dropped_tokens_total", "Tokens that found their expert full and got nothing from it"),
+    ("moesaic_routing_expected_experts_total", "Experts that known blocks were expected to use, by layer and block"),
+    ("moesaic_routing_used_experts_total", "Experts that those blocks used when they were computed again"),
+    ("moesaic_routing_confirmed_experts_total", "Experts that were expected and used"),
+    ("moesaic_routing_unlearned_blocks_total", "Computed blocks whose routing was not kept because too many waited"),
     ("vllm:admission_rejections_total", "Requests refused at the door, by reason"),
     ("http_requests_total", "HTTP requests by route, method and status"),
 ];
@@ -78,6 +82,10 @@ const GAUGES: &[(&str, &str)] = &[
     ("moesaic_state_snapshots_usage_perc", "Share of the places for kept recurrent states that are taken, 1 is full"),
     ("vllm:cache_config_info", "The KV cache's settings as labels"),
     ("moesaic_weight_bytes", "Bytes of the weights in memory, with the formats of the matrices as a label"),
+    ("moesaic_routing_accuracy", "Of the experts that known blocks used, the share that was expected: recall"),
+    ("moesaic_routing_precision", "Of the experts that known blocks were expected to use, the share that was used"),
+    ("moesaic_routing_cache_bytes", "Bytes of memory that hold the routing of blocks"),
+    ("moesaic_routing_cache_entries", "Blocks whose routing is in memory"),
     ("moesaic_expert_imbalance_ratio", "Load of the busiest expert over the mean, by layer"),
 ];
 

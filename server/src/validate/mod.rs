@@ -74,6 +74,8 @@ pub struct OutputOptions {
     pub spaces_between_special_tokens: bool,
     pub token_ids: bool,
     pub tokens_as_ids: bool,
+    /// The experts of every token.
+    pub routed_experts: bool,
     pub echo: bool,
 }
 
@@ -204,6 +206,7 @@ fn shared(fields: &SamplingOptions, extras: &Extras, limits: &ModelLimits) -> Re
             spaces_between_special_tokens: fields.spaces_between_special_tokens.unwrap_or(true),
             token_ids: fields.return_token_ids.unwrap_or(false),
             tokens_as_ids: fields.return_tokens_as_token_ids.unwrap_or(false),
+            routed_experts: fields.return_routed_experts.unwrap_or(false),
             echo: extras.echo,
         },
         truncate_prompt: truncation(fields.truncate_prompt_tokens, limits.max_tokens)?,
@@ -213,9 +216,10 @@ fn shared(fields: &SamplingOptions, extras: &Extras, limits: &ModelLimits) -> Re
     })
 }
 
-/// Only what is greedy or seeded has one answer.
+/// Only what is greedy or seeded has one answer; and of that the experts are not stored.
 fn cache_access(fields: &SamplingOptions, sampling: &SamplingParams) -> Access {
-    let is_determined = sampling.temperature == 0.0 || fields.seed.is_some();
+    let is_determined =
+        (sampling.temperature == 0.0 || fields.seed.is_some()) && fields.return_routed_experts != Some(true);
     let options = fields.cache.unwrap_or_default();
     Access {
         read: is_determined && options.read.unwrap_or(true),
@@ -346,7 +350,11 @@ fn top_count(count: Option<u32>, param: &'static str) -> Result<Option<u32>, Api
     }
 }
 
-fn cache_salt(salt: Option<&str>) -> Result<Option<&str>, ApiError> {
+/// Checks the length of a `cache_salt`.
+///
+/// # Errors
+/// It is empty or too long.
+pub fn cache_salt(salt: Option<&str>) -> Result<Option<&str>, ApiError> {
     match salt.map(str::len) {
         Some(len) if !(1..=MAX_CACHE_SALT_BYTES).contains(&len) => {
             let reason = format!("has {len} bytes, allowed are 1 to {MAX_CACHE_SALT_BYTES}");
