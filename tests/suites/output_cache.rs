@@ -343,7 +343,7 @@ fn the_command_line_warms_shows_and_clears() {
         .unwrap();
     assert_eq!(String::from_utf8_lossy(&piped.stdout), "0 computed, 2 found, 0 not kept, 0 failed\n", "{piped:?}");
     let (code, out, err) = run(&["stats", "--admin-key", "root"]);
-    assert!(code == Some(0) && out.contains("memory") && out.contains(" 2 "), "{out}{err}");
+    assert!(code == Some(0) && out.contains("memory") && out.contains(" 2 ") && out.contains("routing"), "{out}{err}");
     let (code, _, err) = run(&["clear"]);
     assert!(code == Some(1) && err.contains("--admin-key"), "{err}");
     let (code, _, err) = run(&["clear", "--admin-key", "toor"]);

@@ -49,7 +49,7 @@ pub struct Indexed {
 pub const TOKENS_PER_TURN: usize = 256;
 
 /// Ids of experts that take about as long to write as a token.
-const EXPERTS_PER_TOKEN: usize = 64;
+const IDS_LIKE_ONE_TOKEN: usize = 64;
 
 /// Most ids of experts in the answer to one request, all choices together: some 16 MiB of JSON.
 const MAX_ROUTED_EXPERTS: usize = 4 << 20;
@@ -59,7 +59,7 @@ pub fn num_told(outputs: &[Indexed]) -> usize {
     let tokens = |indexed: &Indexed| match &indexed.output {
         Output::Started { .. } => 0,
         Output::Prompt(logprobs) => logprobs.len(),
-        Output::Delta(delta) => 1 + (delta.prompt_experts.len() + delta.experts.len()) / EXPERTS_PER_TOKEN,
+        Output::Delta(delta) => 1 + (delta.prompt_experts.len() + delta.experts.len()) / IDS_LIKE_ONE_TOKEN,
     };
     outputs.iter().map(tokens).sum()
 }

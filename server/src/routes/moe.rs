@@ -1,6 +1,5 @@
 //! `/v1/moe/routing`: which experts a prompt took when its blocks were computed, here or on a server that shares a tier.
 
-use std::cmp::Reverse;
 use std::sync::Arc;
 
 use axum::extract::rejection::QueryRejection;
@@ -145,7 +144,7 @@ fn sum(routing: &Routing, known: &[(Profile, Tier)]) -> Vec<LayerRouting> {
         let used = sums.into_iter().enumerate().filter(|(_, (_, num_blocks))| *num_blocks > 0);
         let share = |(expert, (share, num_blocks))| ExpertShare { expert, share, num_blocks };
         let mut experts: Vec<ExpertShare> = used.map(share).collect();
-        experts.sort_by(|a, b| b.share.total_cmp(&a.share).then(Reverse(b.expert).cmp(&Reverse(a.expert))));
+        experts.sort_by(|a, b| b.share.total_cmp(&a.share).then(a.expert.cmp(&b.expert)));
         LayerRouting { num_experts: layer.num_experts, top_k: layer.top_k, experts }
     };
     layers.iter().zip(sums).map(layer).collect()
