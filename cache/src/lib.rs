@@ -7,6 +7,7 @@
 //! | `recording` | what the engine gave for one choice, and its bytes |
 //! | `store` | the one `Store` trait, and its tiers |
 //! | `flight` | one computation, read by many |
+//! | `kv_prefix` | KV blocks of prefixes: what is kept, how soon it could be here, loading it |
 //! | `output` | the output cache: look up, join, or lead |
 //! | `breaker` | when to leave a place alone, and when to look again |
 //! | `circuit` | calls to a slow tier behind a breaker, and the probe that heals it |
@@ -21,6 +22,7 @@ pub mod codec;
 mod error;
 mod flight;
 mod key;
+mod kv_prefix;
 mod output;
 mod recording;
 pub mod store;
@@ -31,6 +33,7 @@ pub use codec::BadValue;
 pub use error::CacheError;
 pub use flight::{Failure, FlightEvent, Follower};
 pub use key::{Digest, Fingerprint, Key};
+pub use kv_prefix::{BlockName, KvHint, KvPrefixCache, KvPrefixConfig};
 pub use output::{Access, Leader, Lookup, OutputCache, OutputCacheConfig};
 pub use recording::{End, PromptLogprob, Recording, Token};
 pub use telemetry::{SECONDS_BUCKETS, describe, observe};
