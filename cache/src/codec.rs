@@ -75,20 +75,28 @@ pub struct Opened {
 
 /// The bytes to store for `value` at `address`.
 pub fn seal(address: &Address, value: &Value, now: SystemTime) -> Bytes {
-    let expires = unix_millis(now).saturating_add(u64::try_from(value.ttl.as_millis()).unwrap_or(u64::MAX));
     let mut bytes = BytesMut::with_capacity(HEADER_BYTES + value.payload.len());
-    bytes.put_slice(MAGIC);
-    bytes.put_u16_le(VERSION);
-    bytes.put_u8(address.kind.code());
-    bytes.put_u8(0);
-    bytes.put_u64_le(expires);
-    bytes.put_slice(address.fingerprint.as_bytes());
-    bytes.put_slice(address.key.as_bytes());
-    bytes.put_u64_le(value.payload.len() as u64);
-    let checksum = checksum(&bytes, &value.payload);
-    bytes.put_slice(&checksum);
+    bytes.put_slice(&header(address, value, now));
     bytes.put_slice(&value.payload);
     bytes.freeze()
+}
+
+/// What is stored before the payload of `value`.
+pub(crate) fn header(address: &Address, value: &Value, now: SystemTime) -> [u8; HEADER_BYTES] {
+    let expires = unix_millis(now).saturating_add(u64::try_from(value.ttl.as_millis()).unwrap_or(u64::MAX));
+    let mut header = [0; HEADER_BYTES];
+    let mut fields = &mut header[..];
+    fields.put_slice(MAGIC);
+    fields.put_u16_le(VERSION);
+    fields.put_u8(address.kind.code());
+    fields.put_u8(0);
+    fields.put_u64_le(expires);
+    fields.put_slice(address.fingerprint.as_bytes());
+    fields.put_slice(address.key.as_bytes());
+    fields.put_u64_le(value.payload.len() as u64);
+    let checksum = checksum(&header[..CHECKSUM.start], &value.payload);
+    header[CHECKSUM].copy_from_slice(&checksum);
+    header
 }
 
 /// The value in `bytes`.

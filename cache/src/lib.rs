@@ -7,6 +7,7 @@
 //! | `recording` | what the engine gave for one choice, and its bytes |
 //! | `store` | the one `Store` trait, and its tiers |
 //! | `flight` | one computation, read by many |
+//! | `kv_prefix` | KV blocks of prefixes: what is kept, how soon it could be here, loading it |
 //! | `output` | the output cache: look up, join, or lead |
 //! | `routing` | the routing cache: which experts the tokens of a block took |
 //! | `breaker` | when to leave a place alone, and when to look again |
@@ -22,6 +23,7 @@ pub mod codec;
 mod error;
 mod flight;
 mod key;
+mod kv_prefix;
 mod output;
 mod recording;
 mod routing;
@@ -33,6 +35,7 @@ pub use codec::BadValue;
 pub use error::CacheError;
 pub use flight::{Failure, FlightEvent, Follower};
 pub use key::{Digest, Fingerprint, Key};
+pub use kv_prefix::{BlockName, KvHint, KvPrefixCache, KvPrefixConfig};
 pub use output::{Access, Leader, Lookup, OutputCache, OutputCacheConfig};
 pub use recording::{End, PromptLogprob, Recording, Token};
 pub use routing::{Profile, RoutedLayer, RoutingCache, RoutingCacheConfig};

@@ -31,6 +31,11 @@ impl Outcome for Option<Found> {
     fn count(&self, kind: Kind, tier: Tier) {
         let name = if self.is_some() { "moesaic_cache_hits_total" } else { "moesaic_cache_misses_total" };
         counter!(name, "kind" => kind.as_str(), "tier" => tier.as_str()).increment(1);
+        if let Some(found) = self {
+            let bytes = found.payload.len() as u64;
+            counter!("moesaic_cache_read_bytes_total", "kind" => kind.as_str(), "tier" => tier.as_str())
+                .increment(bytes);
+        }
     }
 }
 
@@ -47,17 +52,52 @@ pub(crate) async fn measured<T: Outcome>(
 ) -> Result<T, CacheError> {
     let start = Instant::now();
     let result = work.await;
-    if call == Call::Get {
-        histogram!("moesaic_cache_seconds", "kind" => kind.as_str(), "tier" => tier.as_str()).record(start.elapsed());
+    timed(call, tier, kind, start.elapsed());
+    count(call, tier, kind, &result);
+    result
+}
+
+/// The same for a call about many values of a kind: each is counted, the time is that of the call.
+pub(crate) async fn measured_many<T: Outcome>(
+    call: Call,
+    tier: Tier,
+    kind: Kind,
+    work: impl Future<Output = Vec<Result<T, CacheError>>>,
+) -> Vec<Result<T, CacheError>> {
+    let start = Instant::now();
+    let results = work.await;
+    timed(call, tier, kind, start.elapsed());
+    for result in &results {
+        count(call, tier, kind, result);
     }
-    match &result {
+    results
+}
+
+fn timed(call: Call, tier: Tier, kind: Kind, elapsed: Duration) {
+    if call == Call::Get {
+        histogram!("moesaic_cache_seconds", "kind" => kind.as_str(), "tier" => tier.as_str()).record(elapsed);
+    }
+}
+
+fn count<T: Outcome>(call: Call, tier: Tier, kind: Kind, result: &Result<T, CacheError>) {
+    match result {
         Ok(outcome) => outcome.count(kind, tier),
         // Counted as errors when it opened; from then on it is as if there were no such tier.
         Err(CacheError::CircuitOpen { .. }) if call == Call::Get => None::<Found>.count(kind, tier),
         Err(CacheError::CircuitOpen { .. }) => dropped_write(kind),
         Err(error) => failed(error, tier, kind),
     }
-    result
+}
+
+/// Counts what a tier has taken in.
+pub(crate) fn written(tier: Tier, kind: Kind, bytes: usize) {
+    counter!("moesaic_cache_written_bytes_total", "kind" => kind.as_str(), "tier" => tier.as_str())
+        .increment(bytes as u64);
+}
+
+/// Notes how long a request waited for blocks of its prefix.
+pub(crate) fn loaded_blocks(elapsed: Duration) {
+    histogram!("moesaic_kv_load_seconds").record(elapsed);
 }
 
 /// Counts an error. What was too large or lives too short was refused by rule, not by a fault of the tier.
@@ -139,6 +179,8 @@ pub fn describe() {
     describe_counter!("moesaic_cache_errors_total", "Calls to a tier that failed or ran out of time");
     describe_counter!("moesaic_cache_refused_total", "Values that a tier's limits keep out");
     describe_counter!("moesaic_cache_bad_values_total", "Stored values that were broken, foreign or of another format");
+    describe_counter!("moesaic_cache_read_bytes_total", Unit::Bytes, "Bytes of the values that look-ups found");
+    describe_counter!("moesaic_cache_written_bytes_total", Unit::Bytes, "Bytes of the values that a tier took in");
     describe_counter!("moesaic_cache_joined_total", "Requests that read what another computes");
     describe_counter!(
         "moesaic_cache_dropped_writes_total",
@@ -147,9 +189,15 @@ pub fn describe() {
     describe_gauge!("moesaic_cache_up", "1 where the tier can be used");
     describe_gauge!(
         "moesaic_cache_circuit_open",
-        "1 while the tier fails and is left alone; of a Redis cluster, the nodes that are"
+        "1 while the tier fails and is left alone; of a Redis cluster, the nodes that are. Redis counts once more where the \
+         connection of KV blocks is left alone"
     );
-    describe_histogram!("moesaic_cache_seconds", Unit::Seconds, "Time of a look-up in a tier");
+    describe_histogram!(
+        "moesaic_cache_seconds",
+        Unit::Seconds,
+        "Time of a look-up in a tier, of one value or of a batch"
+    );
+    describe_histogram!("moesaic_kv_load_seconds", Unit::Seconds, "Time in which the blocks of a prefix were loaded");
     describe_gauge!("moesaic_cache_bytes", Unit::Bytes, "Bytes that a tier holds");
     describe_gauge!("moesaic_cache_entries", "Values that a tier holds");
 }

@@ -51,6 +51,10 @@ impl Store for Stuck {
     fn stats(&self, _: Instant) -> BoxFuture<'_, Vec<TierStats>> {
         async { vec![] }.boxed()
     }
+
+    fn stats_of(&self, _: Kind, _: Instant) -> BoxFuture<'_, Vec<TierStats>> {
+        async { vec![] }.boxed()
+    }
 }
 
 fn memory() -> Arc<MemoryStore> {

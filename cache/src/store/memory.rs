@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use crate::error::CacheError;
 use crate::store::{Address, Found, Kind, Store, Tier, TierStats, Value, check_ttl};
-use crate::telemetry::{Call, measured};
+use crate::telemetry::{self, Call, measured};
 
 /// What the map keeps beside the payload of an entry, roughly: address, lifetime, list nodes.
 const ENTRY_OVERHEAD: usize = 256;
@@ -61,6 +61,11 @@ impl MemoryStore {
         Self { map, max_bytes }
     }
 
+    /// Whether it is there. Looking does not count as use.
+    pub fn contains(&self, address: &Address) -> bool {
+        self.map.contains_key(address)
+    }
+
     async fn find(&self, address: &Address) -> Option<Found> {
         let entry = self.map.get(address).await?;
         let ttl = entry.expires.saturating_duration_since(StdInstant::now());
@@ -75,6 +80,7 @@ impl MemoryStore {
             return Err(CacheError::TooLarge { tier: Tier::Memory, bytes, limit });
         }
         self.map.insert(*address, Entry { payload: value.payload, expires: StdInstant::now() + value.ttl }).await;
+        telemetry::written(Tier::Memory, address.kind, bytes);
         Ok(())
     }
 }
@@ -94,6 +100,14 @@ impl Store for MemoryStore {
             Ok(())
         }
         .boxed()
+    }
+
+    fn contains_many<'a>(
+        &'a self,
+        addresses: &'a [Address],
+        _: Instant,
+    ) -> BoxFuture<'a, Result<Vec<bool>, CacheError>> {
+        async { Ok(addresses.iter().map(|address| self.contains(address)).collect()) }.boxed()
     }
 
     fn clear(&self, kind: Option<Kind>, _: Instant) -> BoxFuture<'_, Result<(), CacheError>> {
@@ -125,6 +139,24 @@ impl Store for MemoryStore {
                 is_available: true,
                 num_entries: Some(self.map.entry_count()),
                 bytes: Some(self.map.weighted_size()),
+                max_bytes: Some(self.max_bytes),
+            }]
+        }
+        .boxed()
+    }
+
+    fn stats_of(&self, kind: Kind, _: Instant) -> BoxFuture<'_, Vec<TierStats>> {
+        async move {
+            self.map.run_pending_tasks().await;
+            let of_kind = self.map.iter().filter(|(address, _)| address.kind == kind);
+            let (num_entries, bytes) = of_kind.fold((0, 0), |(num_entries, bytes), (_, entry)| {
+                (num_entries + 1, bytes + (entry.payload.len() + ENTRY_OVERHEAD) as u64)
+            });
+            vec![TierStats {
+                tier: Tier::Memory,
+                is_available: true,
+                num_entries: Some(num_entries),
+                bytes: Some(bytes),
                 max_bytes: Some(self.max_bytes),
             }]
         }

@@ -16,7 +16,8 @@ use std::fmt;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::future::BoxFuture;
+use futures::future::{BoxFuture, FutureExt as _};
+use futures::stream::{self, StreamExt as _};
 use tokio::time::Instant;
 
 use crate::error::CacheError;
@@ -26,6 +27,10 @@ pub use disk::{DiskConfig, DiskStore, MAX_CALLS as MAX_DISK_CALLS};
 pub use memory::MemoryStore;
 pub use redis::{RedisConfig, RedisStore};
 pub use tiered::{TieredConfig, TieredStore};
+
+/// Values of one call that a tier reads or writes at the same time. Less than half of what a folder admits: calls about one value
+/// must get through beside it.
+const MAX_AT_ONCE: usize = MAX_DISK_CALLS / 2 - 1;
 
 /// Longest lifetime of a value.
 pub const MAX_TTL: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
@@ -142,6 +147,39 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
 
     fn remove<'a>(&'a self, address: &'a Address, deadline: Instant) -> BoxFuture<'a, Result<(), CacheError>>;
 
+    /// Which of `addresses` seem to be there, in their order. A hint: what is there may be bad, or gone at the next look.
+    fn contains_many<'a>(
+        &'a self,
+        addresses: &'a [Address],
+        deadline: Instant,
+    ) -> BoxFuture<'a, Result<Vec<bool>, CacheError>> {
+        async move {
+            let found = self.get_many(addresses, deadline).await;
+            found.into_iter().map(|found| Ok(found?.is_some())).collect()
+        }
+        .boxed()
+    }
+
+    /// What `get` says of each, in their order; each is late for itself. The caller bounds what all of them may take.
+    fn get_many<'a>(
+        &'a self,
+        addresses: &'a [Address],
+        deadline: Instant,
+    ) -> BoxFuture<'a, Vec<Result<Option<Found>, CacheError>>> {
+        let calls: Vec<_> = addresses.iter().map(|address| self.get(address, deadline)).collect();
+        stream::iter(calls).buffered(MAX_AT_ONCE).collect().boxed()
+    }
+
+    /// What `put` says of each, in their order; each is late for itself. The values are of one kind.
+    fn put_many<'a>(
+        &'a self,
+        values: &'a [(Address, Value)],
+        deadline: Instant,
+    ) -> BoxFuture<'a, Vec<Result<(), CacheError>>> {
+        let calls: Vec<_> = values.iter().map(|(address, value)| self.put(address, value.clone(), deadline)).collect();
+        stream::iter(calls).buffered(MAX_AT_ONCE).collect().boxed()
+    }
+
     /// Removes every value of `kind`, or of all kinds. An error means that some may be left.
     fn clear(&self, kind: Option<Kind>, deadline: Instant) -> BoxFuture<'_, Result<(), CacheError>>;
 
@@ -151,6 +189,9 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
 
     /// One row per tier, fastest first; a tier that does not answer has no numbers.
     fn stats(&self, deadline: Instant) -> BoxFuture<'_, Vec<TierStats>>;
+
+    /// The same, with the numbers of values of `kind` alone; without numbers where the tier cannot tell.
+    fn stats_of(&self, kind: Kind, deadline: Instant) -> BoxFuture<'_, Vec<TierStats>>;
 }
 
 /// Refuses a lifetime that some tier could not express.

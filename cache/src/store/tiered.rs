@@ -158,4 +158,12 @@ impl Store for TieredStore {
         }
         .boxed()
     }
+
+    fn stats_of(&self, kind: Kind, deadline: Instant) -> BoxFuture<'_, Vec<TierStats>> {
+        async move {
+            let rows = futures::future::join_all(self.tiers().map(|tier| tier.stats_of(kind, deadline))).await;
+            rows.into_iter().flatten().collect()
+        }
+        .boxed()
+    }
 }

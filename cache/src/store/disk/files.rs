@@ -15,7 +15,7 @@ use bytes::Bytes;
 use super::index::{Index, Name};
 use crate::codec::{self, BadValue, HEADER_BYTES, Opened};
 use crate::key::Key;
-use crate::store::{Address, Kind};
+use crate::store::{Address, Kind, Value};
 
 /// A file's time of last use is written again once it is this old.
 const TOUCH_INTERVAL: Duration = Duration::from_secs(60);
@@ -89,23 +89,36 @@ impl Files {
         Ok(look)
     }
 
-    /// Writes a sealed value, then evicts what is too much.
-    pub fn write(&self, address: &Address, sealed: &[u8], now: SystemTime) -> io::Result<()> {
+    /// Whether the file of a value is there.
+    pub fn contains(&self, name: &Name) -> io::Result<bool> {
+        match fs::metadata(self.path(name)) {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                self.index().forget(name);
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Seals and writes a value, then evicts what is too much.
+    pub fn write(&self, address: &Address, value: &Value, now: SystemTime) -> io::Result<()> {
+        let header = codec::header(address, value, now);
         let name = Name { kind: address.kind, key: address.key };
         let path = self.path(&name);
         let number = self.num_written.fetch_add(1, Ordering::Relaxed);
         let unfinished = path.with_extension(format!("{}-{}-{number}{UNFINISHED}", std::process::id(), self.start));
-        let written = self.write_whole(&unfinished, &path, sealed);
+        let written = self.write_whole(&unfinished, &path, &[&header, &value.payload]);
         if written.is_err() {
             // What a full disk cut short must not stay; where even that fails, a later scan removes it.
             drop(fs::remove_file(&unfinished));
         }
         written?;
-        self.index().note(name, sealed.len() as u64, now);
+        self.index().note(name, (HEADER_BYTES + value.payload.len()) as u64, now);
         self.evict()
     }
 
-    fn write_whole(&self, unfinished: &Path, path: &Path, sealed: &[u8]) -> io::Result<()> {
+    fn write_whole(&self, unfinished: &Path, path: &Path, parts: &[&[u8]]) -> io::Result<()> {
         let folder = path.parent().expect("a file of the cache lies in a folder");
         let mut file = match create(unfinished) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -114,7 +127,9 @@ impl Files {
             }
             file => file?,
         };
-        file.write_all(sealed)?;
+        for part in parts {
+            file.write_all(part)?;
+        }
         drop(file);
         fs::rename(unfinished, path)
     }
@@ -125,7 +140,7 @@ impl Files {
         let folder = self.directory.join(Kind::Output.as_str()).join("00");
         let probe = |suffix| folder.join(format!("probe-{}-{}{suffix}{UNFINISHED}", std::process::id(), self.start));
         let (unfinished, path) = (probe("-a"), probe("-b"));
-        self.write_whole(&unfinished, &path, b"probe")?;
+        self.write_whole(&unfinished, &path, &[b"probe"])?;
         fs::read(&path)?;
         fs::remove_file(&path)
     }

@@ -25,12 +25,21 @@ struct Entry {
 /// Order of last use; the second part tells files of one moment apart.
 type Place = (SystemTime, u64);
 
+/// What the files of a kind take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct OfKind {
+    pub num_files: u64,
+    pub bytes: u64,
+}
+
 /// Bounded in bytes on disk and in files.
 #[derive(Debug)]
 pub(super) struct Index {
     entries: HashMap<Name, Entry>,
     order: BTreeMap<Place, Name>,
     bytes: u64,
+    /// By place in [`Kind::ALL`].
+    of_kinds: [OfKind; Kind::ALL.len()],
     num_uses: u64,
     max_bytes: u64,
     max_files: usize,
@@ -38,7 +47,15 @@ pub(super) struct Index {
 
 impl Index {
     pub fn new(max_bytes: u64, max_files: usize) -> Self {
-        Self { entries: HashMap::new(), order: BTreeMap::new(), bytes: 0, num_uses: 0, max_bytes, max_files }
+        Self {
+            entries: HashMap::new(),
+            order: BTreeMap::new(),
+            bytes: 0,
+            of_kinds: Default::default(),
+            num_uses: 0,
+            max_bytes,
+            max_files,
+        }
     }
 
     pub fn bytes(&self) -> u64 {
@@ -47,6 +64,10 @@ impl Index {
 
     pub fn len(&self) -> usize {
         self.entries.len()
+    }
+
+    pub fn of_kind(&self, kind: Kind) -> OfKind {
+        self.of_kinds[kind as usize]
     }
 
     pub fn contains(&self, name: &Name) -> bool {
@@ -62,12 +83,18 @@ impl Index {
         self.entries.insert(name, Entry { bytes, place });
         self.order.insert(place, name);
         self.bytes += bytes;
+        let of_kind = &mut self.of_kinds[name.kind as usize];
+        of_kind.num_files += 1;
+        of_kind.bytes += bytes;
     }
 
     pub fn forget(&mut self, name: &Name) {
         if let Some(entry) = self.entries.remove(name) {
             self.order.remove(&entry.place);
             self.bytes -= entry.bytes;
+            let of_kind = &mut self.of_kinds[name.kind as usize];
+            of_kind.num_files -= 1;
+            of_kind.bytes -= entry.bytes;
         }
     }
 
@@ -117,6 +144,11 @@ mod tests {
         }
         assert_eq!((index.pop_excess(), index.pop_excess()), (Some(name(0)), None));
         assert!(index.contains(&name(2)));
+        index.note(Name { kind: Kind::Kv, ..name(2) }, BLOCK_BYTES + 1, at(9));
+        assert_eq!((index.of_kind(Kind::Output).num_files, index.of_kind(Kind::Routing)), (2, OfKind::default()));
+        assert_eq!(index.of_kind(Kind::Kv), OfKind { num_files: 1, bytes: 2 * BLOCK_BYTES });
+        index.forget(&Name { kind: Kind::Kv, ..name(2) });
+        assert_eq!(index.of_kind(Kind::Kv), OfKind::default());
         index.forget(&name(2));
         index.forget(&name(1));
         assert_eq!((index.len(), index.bytes()), (0, 0));

@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
-use futures::future::{BoxFuture, FutureExt as _};
+use futures::future::{BoxFuture, FutureExt as _, try_join_all};
 use tokio::time::Instant;
 
 use self::files::{Files, Look};
@@ -25,7 +25,6 @@ use self::folder::Folder;
 use self::index::{Index, Name};
 use crate::breaker::BreakerConfig;
 use crate::circuit::Circuit;
-use crate::codec;
 use crate::error::CacheError;
 use crate::store::{Address, Found, Kind, Store, Tier, TierStats, Value, check_ttl};
 use crate::telemetry::{self, Call, measured};
@@ -44,6 +43,9 @@ pub struct DiskConfig {
 
 /// Files at most, so that the index stays within some 200 MB.
 const MAX_FILES: usize = 1_000_000;
+
+/// Files that one call may ask about.
+const MAX_ASKED: usize = 64;
 
 /// Calls that may be in the file system at once. A file system that hangs holds these threads and no more.
 pub const MAX_CALLS: usize = 16;
@@ -112,8 +114,9 @@ impl DiskStore {
         }
         let address = *address;
         self.call(deadline, move |files| {
-            let now = SystemTime::now();
-            files.write(&address, &codec::seal(&address, &value, now), now)
+            files.write(&address, &value, SystemTime::now())?;
+            telemetry::written(Tier::Disk, address.kind, bytes);
+            Ok(())
         })
         .await
     }
@@ -138,6 +141,21 @@ impl Store for DiskStore {
         self.call(deadline, move |files| files.remove(&name)).boxed()
     }
 
+    fn contains_many<'a>(
+        &'a self,
+        addresses: &'a [Address],
+        deadline: Instant,
+    ) -> BoxFuture<'a, Result<Vec<bool>, CacheError>> {
+        let calls = addresses.chunks(MAX_ASKED).map(|addresses| {
+            let names: Vec<_> = addresses.iter().map(|address| Name { kind: address.kind, key: address.key }).collect();
+            self.call(deadline, move |files| {
+                names.iter().map(|name| files.contains(name)).collect::<io::Result<Vec<_>>>()
+            })
+        });
+        let answers = try_join_all(calls);
+        async { Ok(answers.await?.concat()) }.boxed()
+    }
+
     fn clear(&self, kind: Option<Kind>, deadline: Instant) -> BoxFuture<'_, Result<(), CacheError>> {
         self.call(deadline, move |files| {
             let mut kinds = Kind::ALL.into_iter().filter(|each| kind.is_none_or(|kind| kind == *each));
@@ -160,6 +178,15 @@ impl Store for DiskStore {
                 bytes: Some(index.bytes()),
                 max_bytes: Some(self.max_bytes),
             }]
+        }
+        .boxed()
+    }
+
+    fn stats_of(&self, kind: Kind, deadline: Instant) -> BoxFuture<'_, Vec<TierStats>> {
+        async move {
+            let of_kind = self.folder().files().index().of_kind(kind);
+            let (num_entries, bytes) = (Some(of_kind.num_files), Some(of_kind.bytes));
+            self.stats(deadline).await.into_iter().map(|row| TierStats { num_entries, bytes, ..row }).collect()
         }
         .boxed()
     }

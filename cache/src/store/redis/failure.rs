@@ -72,7 +72,7 @@ impl From<Failure> for CacheError {
 }
 
 /// What an error of a command says about the server that gave it, or about the way to it.
-fn judge_command(error: &RedisError) -> Verdict {
+pub(super) fn judge_command(error: &RedisError) -> Verdict {
     match error.kind() {
         ErrorKind::Server(kind) => match kind {
             ServerErrorKind::NoPerm | ServerErrorKind::ReadOnly => Verdict::Refuses,

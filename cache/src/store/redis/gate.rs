@@ -53,6 +53,11 @@ impl Gate {
             || self.cluster().is_some_and(|cluster| cluster.circuits.values().any(|circuit| circuit.is_open()))
     }
 
+    /// Whether all of it is left alone.
+    pub fn is_shut(&self) -> bool {
+        self.cluster.is_none() && self.only.is_open()
+    }
+
     /// Who serves `key`, as far as that is known.
     pub fn node_of(&self, key: &str) -> Node {
         self.cluster().and_then(|cluster| cluster.masters.of(key).cloned()).unwrap_or(Node::Only)

@@ -8,6 +8,7 @@
 //! | `failure` | what an error says about Redis, and to an operator |
 //! | `gate` | the circuits: one for a server, one for each master of a cluster |
 //! | `masters` | which master of a cluster serves which key |
+//! | `many` | the commands of many values on the way together |
 //! | `clear` | removing all keys of a prefix, in bounded steps |
 
 mod address;
@@ -15,25 +16,27 @@ mod clear;
 mod failure;
 mod gate;
 mod link;
+mod many;
 mod masters;
 mod target;
 
+use std::io::Write as _;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt as _};
-use redis::{Cmd, Value as Reply, cmd};
+use redis::{Cmd, RedisWrite as _, Value as Reply, cmd};
 use tokio::time::Instant;
 
 use self::gate::Gate;
 use self::link::Link;
 use self::target::Target;
 use crate::breaker::BreakerConfig;
-use crate::codec::{self, BadValue, HEADER_BYTES};
+use crate::codec::{self, BadValue, HEADER_BYTES, Opened};
 use crate::error::CacheError;
 use crate::store::{Address, Found, Kind, Store, Tier, TierStats, Value, check_ttl};
-use crate::telemetry::{self, Call, measured};
+use crate::telemetry::{self, Call, measured, measured_many};
 
 /// Which Redis, and how it is used.
 #[derive(Clone)]
@@ -57,9 +60,12 @@ impl std::fmt::Debug for RedisConfig {
 }
 
 /// A tier in Redis. Down, slow, full or odd, it costs hits, and each call no more than its budget.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct RedisStore {
     gate: Arc<Gate>,
+    /// KV blocks have a connection of their own, made at their first call: a look for an answer, which has little time, must not
+    /// wait behind megabytes of them.
+    bulk: Arc<Gate>,
     key_prefix: String,
     max_value_bytes: usize,
 }
@@ -81,7 +87,8 @@ impl RedisStore {
         drop(rustls::crypto::ring::default_provider().install_default());
         let target = Target::parse(&config.url, config.ca.as_deref())?;
         Ok(Self {
-            gate: Arc::new(Gate::new(Link::new(target), config.breaker)),
+            gate: Arc::new(Gate::new(Link::new(target.clone()), config.breaker)),
+            bulk: Arc::new(Gate::new(Link::new(target), config.breaker)),
             key_prefix: prefix.clone(),
             max_value_bytes: config.max_value_bytes,
         })
@@ -91,66 +98,119 @@ impl RedisStore {
         format!("{}:{}:{}", self.key_prefix, address.kind.as_str(), address.key.to_hex())
     }
 
-    /// Runs a command whose first argument is `key`.
-    async fn call(&self, key: &str, command: Cmd, deadline: Instant) -> Result<Reply, CacheError> {
-        let node = self.gate.node_of(key);
-        self.gate.call(&node, deadline, async |mut connection| connection.query(&command).await).await
-    }
-
-    async fn find(&self, address: &Address, deadline: Instant) -> Result<Option<Found>, CacheError> {
-        // Not GET: whatever was put under this key, no more of it is read than a value may have.
-        let last = self.max_value_bytes + HEADER_BYTES;
-        let (key, mut command) = (self.key(address), cmd("GETRANGE"));
-        command.arg(&key).arg(0).arg(last);
-        let bytes = match self.call(&key, command, deadline).await? {
-            Reply::BulkString(bytes) if bytes.is_empty() => return Ok(None),
-            Reply::BulkString(bytes) => Bytes::from(bytes),
-            Reply::Nil => return Ok(None),
-            _ => return Err(self.unexpected("a bulk string")),
-        };
-        match codec::open(address, &bytes, SystemTime::now()) {
-            // Redis drops it by its own clock; by this one it is over already.
-            Ok(opened) if opened.ttl.is_zero() => Ok(None),
-            Ok(opened) => Ok(Some(Found { payload: opened.payload, tier: Tier::Redis, ttl: opened.ttl })),
-            Err(bad) => {
-                telemetry::bad_value(&bad, Tier::Redis, address.kind);
-                if matches!(bad, BadValue::Key | BadValue::Kind { .. }) {
-                    // Somebody copied it, or answers come one too late.
-                    self.gate.distrust();
-                }
-                // What cannot be removed stays a miss.
-                drop(self.forget(address, deadline).await);
-                Ok(None)
-            }
+    fn gate_of(&self, kind: Kind) -> &Arc<Gate> {
+        match kind {
+            Kind::Output | Kind::Routing => &self.gate,
+            Kind::Kv => &self.bulk,
         }
     }
 
-    fn unexpected(&self, expected: &'static str) -> CacheError {
-        self.gate.distrust();
-        CacheError::Reply { expected }
+    async fn find(&self, address: &Address, deadline: Instant) -> Result<Option<Found>, CacheError> {
+        let gate = self.gate_of(address.kind);
+        let reply = call(gate, &self.read(address), deadline).await?;
+        let Some(bytes) = bytes_of(gate, reply)? else { return Ok(None) };
+        Ok(self.take(address, codec::open(address, &bytes, SystemTime::now()), deadline).await)
     }
 
     async fn keep(&self, address: &Address, value: Value, deadline: Instant) -> Result<(), CacheError> {
+        self.check_size(&value)?;
+        let gate = self.gate_of(address.kind);
+        is_kept(gate, address, &value, call(gate, &self.write(address, &value), deadline).await?)
+    }
+
+    fn check_size(&self, value: &Value) -> Result<(), CacheError> {
         check_ttl(value.ttl)?;
         let (bytes, limit) = (value.payload.len(), self.max_value_bytes);
         if bytes > limit {
             return Err(CacheError::TooLarge { tier: Tier::Redis, bytes, limit });
         }
-        let sealed = codec::seal(address, &value, SystemTime::now());
-        let millis = u64::try_from(value.ttl.as_millis()).expect("lifetimes have a limit");
-        let (key, mut command) = (self.key(address), cmd("SET"));
-        command.arg(&key).arg(&sealed[..]).arg("PX").arg(millis);
-        match self.call(&key, command, deadline).await? {
-            Reply::Okay => Ok(()),
-            _ => Err(self.unexpected("OK")),
-        }
+        Ok(())
     }
 
     async fn forget(&self, address: &Address, deadline: Instant) -> Result<(), CacheError> {
-        let (key, mut command) = (self.key(address), cmd("UNLINK"));
-        command.arg(&key);
-        self.call(&key, command, deadline).await.map(drop)
+        call(self.gate_of(address.kind), &self.about("UNLINK", address), deadline).await.map(drop)
     }
+
+    /// What was found, once it is opened; what is bad is counted and removed.
+    async fn take(&self, address: &Address, opened: Result<Opened, BadValue>, deadline: Instant) -> Option<Found> {
+        match opened {
+            // Redis drops it by its own clock; by this one it is over already.
+            Ok(opened) if opened.ttl.is_zero() => None,
+            Ok(opened) => Some(Found { payload: opened.payload, tier: Tier::Redis, ttl: opened.ttl }),
+            Err(bad) => {
+                telemetry::bad_value(&bad, Tier::Redis, address.kind);
+                if matches!(bad, BadValue::Key | BadValue::Kind { .. }) {
+                    // Somebody copied it, or answers come one too late.
+                    self.gate_of(address.kind).distrust();
+                }
+                // What cannot be removed stays a miss.
+                drop(self.forget(address, deadline).await);
+                None
+            }
+        }
+    }
+
+    fn about(&self, name: &str, address: &Address) -> Command {
+        let (key, mut command) = (self.key(address), cmd(name));
+        command.arg(&key);
+        Command { key, command }
+    }
+
+    fn read(&self, address: &Address) -> Command {
+        // Not GET: whatever was put under this key, no more of it is read than a value may have.
+        let last = self.max_value_bytes + HEADER_BYTES;
+        let mut read = self.about("GETRANGE", address);
+        read.command.arg(0).arg(last);
+        read
+    }
+
+    fn write(&self, address: &Address, value: &Value) -> Command {
+        let header = codec::header(address, value, SystemTime::now());
+        let millis = u64::try_from(value.ttl.as_millis()).expect("lifetimes have a limit");
+        let mut write = self.about("SET", address);
+        let mut sealed = write.command.writer_for_next_arg();
+        let parts = [&header[..], &value.payload];
+        parts.into_iter().try_for_each(|part| sealed.write_all(part)).expect("a command takes what is written to it");
+        drop(sealed);
+        write.command.arg("PX").arg(millis);
+        write
+    }
+}
+
+/// A command, and the key that says which node of a cluster it is for.
+#[derive(Clone, Debug)]
+struct Command {
+    key: String,
+    command: Cmd,
+}
+
+async fn call(gate: &Arc<Gate>, command: &Command, deadline: Instant) -> Result<Reply, CacheError> {
+    let node = gate.node_of(&command.key);
+    gate.call(&node, deadline, async |mut connection| connection.query(&command.command).await).await
+}
+
+fn bytes_of(gate: &Gate, reply: Reply) -> Result<Option<Bytes>, CacheError> {
+    match reply {
+        Reply::BulkString(bytes) if bytes.is_empty() => Ok(None),
+        Reply::BulkString(bytes) => Ok(Some(Bytes::from(bytes))),
+        Reply::Nil => Ok(None),
+        _ => Err(unexpected(gate, "a bulk string")),
+    }
+}
+
+fn is_kept(gate: &Gate, address: &Address, value: &Value, reply: Reply) -> Result<(), CacheError> {
+    match reply {
+        Reply::Okay => {
+            telemetry::written(Tier::Redis, address.kind, value.payload.len());
+            Ok(())
+        }
+        _ => Err(unexpected(gate, "OK")),
+    }
+}
+
+fn unexpected(gate: &Gate, expected: &'static str) -> CacheError {
+    gate.distrust();
+    CacheError::Reply { expected }
 }
 
 impl Store for RedisStore {
@@ -169,6 +229,32 @@ impl Store for RedisStore {
 
     fn remove<'a>(&'a self, address: &'a Address, deadline: Instant) -> BoxFuture<'a, Result<(), CacheError>> {
         self.forget(address, deadline).boxed()
+    }
+
+    fn contains_many<'a>(
+        &'a self,
+        addresses: &'a [Address],
+        deadline: Instant,
+    ) -> BoxFuture<'a, Result<Vec<bool>, CacheError>> {
+        self.has_many(addresses, deadline).boxed()
+    }
+
+    fn get_many<'a>(
+        &'a self,
+        addresses: &'a [Address],
+        deadline: Instant,
+    ) -> BoxFuture<'a, Vec<Result<Option<Found>, CacheError>>> {
+        let Some(first) = addresses.first() else { return async { vec![] }.boxed() };
+        measured_many(Call::Get, Tier::Redis, first.kind, self.find_many(first.kind, addresses, deadline)).boxed()
+    }
+
+    fn put_many<'a>(
+        &'a self,
+        values: &'a [(Address, Value)],
+        deadline: Instant,
+    ) -> BoxFuture<'a, Vec<Result<(), CacheError>>> {
+        let Some((first, _)) = values.first() else { return async { vec![] }.boxed() };
+        measured_many(Call::Put, Tier::Redis, first.kind, self.keep_many(first.kind, values, deadline)).boxed()
     }
 
     fn clear(&self, kind: Option<Kind>, deadline: Instant) -> BoxFuture<'_, Result<(), CacheError>> {
@@ -190,6 +276,15 @@ impl Store for RedisStore {
             let deadline = deadline.min(Instant::now() + Duration::from_secs(1));
             let is_available = !self.gate.is_open() && self.gate.greet(deadline).await.is_ok();
             vec![TierStats { tier: Tier::Redis, is_available, num_entries: None, bytes: None, max_bytes: None }]
+        }
+        .boxed()
+    }
+
+    fn stats_of(&self, kind: Kind, deadline: Instant) -> BoxFuture<'_, Vec<TierStats>> {
+        async move {
+            let is_open = self.gate_of(kind).is_open();
+            let rows = self.stats(deadline).await.into_iter();
+            rows.map(|row| TierStats { is_available: row.is_available && !is_open, ..row }).collect()
         }
         .boxed()
     }
