@@ -8,6 +8,7 @@ use tokio::sync::mpsc;
 use crate::error::{GenerationError, SubmitError};
 use crate::experts::{ExpectedExperts, RoutedLayout};
 use crate::fingerprint::Fingerprint;
+use crate::prefix_tier::{PrefixHint, PrefixTier};
 use crate::sampling::params::SamplingParams;
 use crate::shared::Front;
 
@@ -22,6 +23,8 @@ pub struct GenerateRequest {
     pub stop: StopCriteria,
     /// Only requests of one salt share what was computed of their prompts.
     pub cache_salt: [u8; 32],
+    /// What of the prompt is known in the [`PrefixTier`].
+    pub prefix: PrefixHint,
     /// Tell with the tokens which experts they took.
     pub wants_routed_experts: bool,
     /// Which experts its blocks will take, as far as that is known; measured against what they took.
@@ -121,6 +124,8 @@ pub struct EngineStats {
     pub num_prefix_queries: u64,
     /// Those of them that were there.
     pub num_prefix_hits: u64,
+    /// Tokens whose keys and values came from a [`PrefixTier`].
+    pub num_loaded: u64,
     pub num_generation_tokens: u64,
     pub num_corrupted: u64,
     pub num_steps: u64,
@@ -163,6 +168,9 @@ pub struct ModelSummary {
     pub num_snapshot_slots: usize,
     /// Prompts that begin alike share what is computed of them.
     pub has_prefix_cache: bool,
+    /// The blocks of a prompt are all there is to know of it, so that they can be kept elsewhere: there are no recurrent
+    /// states and no windows.
+    pub can_load_prefixes: bool,
     /// An encoder reads the prompt: no log-probs of prompt tokens.
     pub has_encoder: bool,
     pub kv_dtype: &'static str,
@@ -216,6 +224,12 @@ impl EngineHandle {
     /// nothing of the weights, so that what outlives the process must add [`Fingerprint::whole`].
     pub fn block_names(&self, tokens: &[u32], cache_salt: &[u8; 32]) -> Vec<[u8; 32]> {
         scheduler::block_names(&self.fingerprint().numerics(), cache_salt, self.model().block_size, tokens)
+    }
+
+    /// From now on full blocks are handed to `tier`, and prompts that it knows are loaded from it: once in an engine's life,
+    /// where [`ModelSummary::can_load_prefixes`]. Waits for a place in the queue.
+    pub fn attach_prefix_tier(&self, tier: Box<dyn PrefixTier>) {
+        self.front.attach(tier);
     }
 
     /// The routing of every named block that is computed from now on; those that find `capacity` others waiting are left out.

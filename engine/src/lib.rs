@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `handle`, `shared` | the door: submit, events, counters |
 //! | `step_loop`, `runner`, `forward_input` | one thread: schedule, compute, sample, deliver |
+//! | `prefix_tier` | the door through which full blocks leave and come back |
 //! | `models`, `layers` | one file per family over shared layers |
 //! | `weights` | checkpoints in, GGUF in, upcycling out |
 //! | `fingerprint` | what the bits depend on, for caches |
@@ -23,6 +24,7 @@ mod layers;
 mod load;
 mod memory;
 mod models;
+mod prefix_tier;
 mod runner;
 pub mod sampling;
 mod shared;
@@ -39,6 +41,7 @@ pub use handle::{
 };
 pub use kernels::bench as kernel_bench;
 pub use load::{LoadedModel, load, load_model};
+pub use prefix_tier::{BlockName, LoadTicket, PrefixHint, PrefixTier};
 pub use runner::{ChunkOutput, RowRequest, Runner};
 pub use weights::gguf::GgufFile;
 pub use weights::inspect::{Inspection, inspect};

@@ -145,6 +145,7 @@ fn load_files(
         num_state_slots: kv.num_state_slots,
         num_snapshot_slots: kv.num_snapshot_slots,
         has_prefix_cache,
+        can_load_prefixes: scheduler.can_load(),
         has_encoder: shape.prefill != Prefill::Causal,
         kv_dtype: format.name(),
         threads,

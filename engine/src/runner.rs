@@ -2,6 +2,7 @@
 
 use std::sync::OnceLock;
 
+use bytes::Bytes;
 use candle_core::{Storage, Tensor};
 use scheduler::{Batch, BlockId, Chunk, Phase, RequestId, Scheduler, Sequence, StateSlot};
 
@@ -80,6 +81,30 @@ impl Runner {
     /// The experts of all tokens of a full block.
     pub fn experts_of_block(&self, block: BlockId) -> Vec<u16> {
         self.routed.read(&[block], 0..self.block_size)
+    }
+
+    /// All that is kept of the tokens of a full block: keys and values, then their experts, two bytes each.
+    pub fn read_block(&self, block: BlockId) -> Bytes {
+        let mut bytes = Vec::with_capacity(self.block_len());
+        self.arena.read_block(block, &mut bytes);
+        bytes.extend(self.experts_of_block(block).into_iter().flat_map(u16::to_le_bytes));
+        bytes.into()
+    }
+
+    /// Fills a block with what [`Self::read_block`] gave. False, with nothing changed, where that is not as long.
+    pub fn write_block(&mut self, block: BlockId, bytes: &[u8]) -> bool {
+        let is_whole = bytes.len() == self.block_len();
+        if is_whole {
+            let (kv, experts) = bytes.split_at(self.arena.block_len());
+            self.arena.write_block(block, kv);
+            self.routed.write_block(block, experts.as_chunks().0.iter().map(|&id| u16::from_le_bytes(id)));
+        }
+        is_whole
+    }
+
+    /// Bytes that [`Self::read_block`] gives.
+    pub fn block_len(&self) -> usize {
+        self.arena.block_len() + self.block_size * self.routed.layout().ids_per_token() * size_of::<u16>()
     }
 
     /// Computes every chunk of `batch`; the result has one entry per chunk.

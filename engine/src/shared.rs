@@ -12,13 +12,16 @@ use tokio::sync::{mpsc, watch};
 use crate::error::{GenerationError, SubmitError};
 use crate::fingerprint::Fingerprint;
 use crate::handle::{EngineStats, Event, GenerateRequest, Generation, LearnedBlock, ModelSummary};
+use crate::prefix_tier::{PrefixTier, TierExchange};
 
 /// A loop that has work and finishes no step for this long is reported unhealthy.
 const STALL_LIMIT: Duration = Duration::from_secs(60);
 
 pub(crate) enum Command {
     Submit(Box<Submission>),
-    /// Nothing but a reason to look at the flags.
+    /// From now on blocks leave and come back.
+    Attach(TierExchange),
+    /// Nothing but a reason to look at the flags, and at what came.
     Wake,
 }
 
@@ -140,6 +143,7 @@ impl Shared {
         stats.num_preemptions = scheduler.num_preemptions;
         stats.num_prefix_queries = scheduler.num_prefix_queries;
         stats.num_prefix_hits = scheduler.num_prefix_hits;
+        stats.num_loaded = scheduler.num_loaded;
     }
 
     fn touch(&self) {
@@ -225,6 +229,12 @@ impl Front {
             return Err(SubmitError::QueueFull { limit });
         }
         Ok(Generation { events })
+    }
+
+    /// Waits for a place in the channel.
+    pub(crate) fn attach(&self, tier: Box<dyn PrefixTier>) {
+        // A loop that is gone needs none.
+        let _ = self.commands.send(Command::Attach(TierExchange::new(tier, self.commands.clone())));
     }
 
     pub(crate) fn is_healthy(&self) -> bool {

@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use crate::error::{EngineError, GenerationError};
 use crate::experts::RoutingAccuracy;
 use crate::handle::{Event, GenerateRequest, LearnedBlock, PromptLogprob, SampledToken};
+use crate::prefix_tier::TierExchange;
 use crate::runner::{ChunkOutput, RowRequest, Runner};
 use crate::shared::{Command, Shared};
 
@@ -27,6 +28,7 @@ pub(crate) struct StepLoop {
     started: Instant,
     routing_published: Instant,
     routing_accuracy: RoutingAccuracy,
+    tier: Option<TierExchange>,
 }
 
 /// What the loop keeps of an open request beside the scheduler's sequence.
@@ -52,6 +54,7 @@ impl StepLoop {
             started: now,
             routing_published: now,
             routing_accuracy: RoutingAccuracy::default(),
+            tier: None,
         }
     }
 
@@ -97,7 +100,13 @@ impl StepLoop {
         while self.take_commands(commands) {
             self.drop_abandoned();
             let scheduling = Instant::now();
+            if let Some(tier) = &mut self.tier {
+                tier.finish_loads(&mut self.scheduler, &mut self.runner);
+            }
             let batch = self.scheduler.schedule(self.started.elapsed());
+            if let Some(tier) = &mut self.tier {
+                tier.begin_loads(&batch);
+            }
             if batch.chunks.is_empty() {
                 self.shared.publish(&self.scheduler.stats());
                 if !self.wait(commands, batch.wake_at) {
@@ -137,8 +146,14 @@ impl StepLoop {
     }
 
     fn accept(&mut self, command: Command) {
-        let Command::Submit(submission) = command else { return };
-        let submission = *submission;
+        let submission = match command {
+            Command::Submit(submission) => *submission,
+            Command::Attach(tier) => {
+                self.tier = Some(tier).filter(|_| self.scheduler.can_load());
+                return;
+            }
+            Command::Wake => return,
+        };
         let id = RequestId(self.next_id);
         self.next_id += 1;
         let (prompt, source_len) = self.runner.prefill().sequence(&submission.request.prompt);
@@ -148,6 +163,10 @@ impl StepLoop {
             source_len,
             stop: submission.request.stop.clone(),
             cache_salt: submission.request.cache_salt,
+            num_loadable: self
+                .tier
+                .as_ref()
+                .map_or(0, |tier| tier.num_loadable(submission.request.prefix, self.shared.model.block_size)),
             computes_whole_prompt: submission.request.sampling.prompt_logprobs.is_some(),
         };
         let entry = Entry {
@@ -196,6 +215,10 @@ impl StepLoop {
         let outcomes: Vec<Outcome> = outputs.iter().filter_map(ChunkOutput::outcome).collect();
         let progress = self.scheduler.complete(batch, &outcomes);
         self.tell_computed_blocks();
+        if let Some(tier) = &mut self.tier {
+            tier.note_step(batch.num_rows(), computing.elapsed(), self.shared.model.block_size);
+            tier.store(self.scheduler.computed_blocks(), &self.runner);
+        }
         // Counters first: whoever has seen a request's last event finds it counted and its blocks free.
         self.count(batch, &progress);
         self.shared.publish(&self.scheduler.stats());
@@ -363,6 +386,7 @@ mod tests {
             sampling: SamplingParams::default(),
             stop,
             cache_salt: [0; 32],
+            prefix: crate::PrefixHint::default(),
             wants_routed_experts: false,
             expected_experts: None,
         }

@@ -163,12 +163,28 @@ impl PagedCache {
         &self.slabs[slot / self.slab_slots()][start..start + row_bytes]
     }
 
+    /// All bytes of a block that exists, `block_size` rows.
+    pub fn block_bytes(&self, block: usize) -> &[u8] {
+        let (slab, place) = self.place_of(block);
+        &self.slabs[slab][place]
+    }
+
+    /// The same to write them: bytes that [`Self::block_bytes`] gave, of a cache of the same sizes and format.
+    pub fn block_bytes_mut(&mut self, block: usize) -> &mut [u8] {
+        let (slab, place) = self.place_of(block);
+        &mut self.slabs[slab][place]
+    }
+
+    fn place_of(&self, block: usize) -> (usize, Range<usize>) {
+        let block_bytes = self.block_size * self.width * self.format.element_bytes();
+        let start = block % self.blocks_per_slab * block_bytes;
+        (block / self.blocks_per_slab, start..start + block_bytes)
+    }
+
     /// The rows of a block that exists. Panics unless `T` is the type of the format.
     pub(crate) fn block<T: Plain>(&self, block: usize) -> &[T] {
         assert!(size_of::<T>() == self.format.element_bytes(), "rows are read in their own format");
-        let block_bytes = self.block_size * self.width * self.format.element_bytes();
-        let start = block % self.blocks_per_slab * block_bytes;
-        view(&self.slabs[block / self.blocks_per_slab][start..start + block_bytes])
+        view(self.block_bytes(block))
     }
 
     fn row_bytes_mut(&mut self, slot: usize) -> &mut [u8] {

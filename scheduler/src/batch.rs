@@ -18,6 +18,16 @@ pub struct Batch {
     pub restores: Vec<StateCopy>,
     /// Recurrent states to be kept, copied when all is computed. One may go where a restored one came from.
     pub snapshots: Vec<StateCopy>,
+    /// Blocks to be fetched from outside the pool; each is answered by one call of [`crate::Scheduler::loaded`].
+    pub loads: Vec<BlockLoad>,
+}
+
+/// Leading blocks that a sequence waits for, behind those it found in the pool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockLoad {
+    pub id: RequestId,
+    /// In order, as [`crate::ComputedBlock::name`] has them; at least one.
+    pub names: Vec<[u8; 32]>,
 }
 
 /// The state at one slot, to be written to another.

@@ -10,6 +10,7 @@
 //! | `queue`, `budget` | who waits, how many rows are left |
 //! | `prefix` | who starts from cached blocks, who waits for those of another |
 //! | `computed` | which full blocks a step left for others |
+//! | `load` | who waits for blocks from outside the pool |
 //! | `snapshot` | where recurrent states are kept, and who starts from them |
 //! | `kv` | which block belongs to whom; their bytes live in the engine |
 //! | `invariants` | what holds after every call |
@@ -24,6 +25,7 @@ mod encode;
 mod error;
 mod invariants;
 mod kv;
+mod load;
 mod preempt;
 mod prefill;
 mod prefix;
@@ -34,7 +36,7 @@ mod sequence;
 mod snapshot;
 mod stats;
 
-pub use batch::{Batch, Chunk, FinishReason, Outcome, Phase, Progress, StateCopy, Update};
+pub use batch::{Batch, BlockLoad, Chunk, FinishReason, Outcome, Phase, Progress, StateCopy, Update};
 pub use computed::{ComputedBlock, block_names};
 pub use config::{SchedulerConfig, WindowConfig, WindowLimits};
 pub use error::{AdmissionError, ConfigError};

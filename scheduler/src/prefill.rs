@@ -16,7 +16,7 @@ impl Scheduler {
             && let Some((&arrival, &id)) = self.running.range(next..).next()
         {
             next = arrival.next();
-            if self.seq(id).num_scheduled() == 0 {
+            if self.seq(id).num_scheduled() + self.seq(id).num_loading == 0 {
                 self.schedule_prefill(id, budget);
             }
         }
@@ -35,7 +35,9 @@ impl Scheduler {
             && !self.seq(id).awaits_encoder()
             && self.try_admit(id, cached, &mut num_growing)
         {
-            self.schedule_prefill(id, budget);
+            if self.seq(id).num_loading == 0 {
+                self.schedule_prefill(id, budget);
+            }
         }
     }
 
@@ -57,6 +59,7 @@ impl Scheduler {
             return false;
         }
         self.start_from(id, cached);
+        self.start_loading(id);
         let slot = self.state_slots.allocate();
         let sequence = self.seq_mut(id);
         sequence.state_slot = slot;

@@ -35,6 +35,16 @@ impl Prefix {
         &self.names.as_slice()[..self.num_published]
     }
 
+    /// The names of all full blocks known so far.
+    pub(crate) fn names(&self) -> &[BlockHash] {
+        self.names.as_slice()
+    }
+
+    /// True if it takes cached blocks.
+    pub(crate) fn may_reuse(&self) -> bool {
+        self.may_reuse
+    }
+
     /// The name of a full block of `tokens`, all that the sequence has.
     pub(crate) fn name_of(&mut self, block_idx: usize, tokens: &[u32]) -> BlockHash {
         self.names.extend(tokens);

@@ -29,6 +29,9 @@ pub struct Request {
     pub stop: StopCriteria,
     /// Only requests of one salt share cached blocks.
     pub cache_salt: [u8; 32],
+    /// Leading full blocks of the prompt that can be had from outside the pool, as far as the caller knows and if it is
+    /// faster than computing them; 0 for none. See [`crate::Scheduler::can_load`].
+    pub num_loadable: usize,
     /// Every position is to be computed, as its logits are wanted: cached blocks are given but not taken.
     pub computes_whole_prompt: bool,
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
-use crate::batch::{Batch, FinishReason, Outcome, Phase, Progress, StateCopy, Update};
+use crate::batch::{Batch, BlockLoad, FinishReason, Outcome, Phase, Progress, StateCopy, Update};
 use crate::budget::TokenBudget;
 use crate::computed::ComputedBlock;
 use crate::config::SchedulerConfig;
@@ -34,12 +34,15 @@ pub struct Scheduler {
     pub(crate) restores: Vec<StateCopy>,
     /// By the batch completed last.
     pub(crate) computed: Vec<ComputedBlock>,
+    /// Of the batch being made.
+    pub(crate) loads: Vec<BlockLoad>,
     /// The step before was one of encoder passes, so that decodes have the turn.
     has_encoded: bool,
     next_arrival: Arrival,
     pub(crate) num_preemptions: u64,
     pub(crate) num_prefix_queries: u64,
     pub(crate) num_prefix_hits: u64,
+    pub(crate) num_loaded: u64,
 }
 
 impl Scheduler {
@@ -59,6 +62,7 @@ impl Scheduler {
             in_flight: InFlight::default(),
             restores: Vec::new(),
             computed: Vec::new(),
+            loads: Vec::new(),
             has_encoded: false,
             config,
             sequences: HashMap::new(),
@@ -68,6 +72,7 @@ impl Scheduler {
             num_preemptions: 0,
             num_prefix_queries: 0,
             num_prefix_hits: 0,
+            num_loaded: 0,
         })
     }
 
@@ -99,7 +104,8 @@ impl Scheduler {
         }
     }
 
-    /// Makes the batch of the next step. It is empty only if nothing is to be done, or not before `wake_at`.
+    /// Makes the batch of the next step. It has no chunks only if nothing is to be done, not before `wake_at`, or not before
+    /// something is [`Self::loaded`].
     ///
     /// # Panics
     /// If the batch before has chunks and was not completed.
@@ -123,11 +129,13 @@ impl Scheduler {
             }
         }
         let mut chunks: Vec<_> = self.running.values().filter_map(|&id| self.seq(id).chunk()).collect();
-        assert!(!chunks.is_empty() || self.sequences.is_empty(), "there is work but no row for it");
+        let may_rest = self.sequences.is_empty() || self.running.values().any(|&id| self.seq(id).num_loading > 0);
+        assert!(!chunks.is_empty() || may_rest, "there is work but no row for it");
         chunks.sort_by_key(|chunk| chunk.phase == Phase::Prefill);
         let restores = std::mem::take(&mut self.restores);
         let snapshots = self.reserve_snapshots(&chunks);
-        Batch { chunks, wake_at: None, preempted, restores, snapshots }
+        let loads = std::mem::take(&mut self.loads);
+        Batch { chunks, wake_at: None, preempted, restores, snapshots, loads }
     }
 
     /// Takes the results of the batch made last: one outcome per chunk that samples, in order. Chunks of sequences that
@@ -196,6 +204,7 @@ impl Scheduler {
             num_preemptions: self.num_preemptions,
             num_prefix_queries: self.num_prefix_queries,
             num_prefix_hits: self.num_prefix_hits,
+            num_loaded: self.num_loaded,
         }
     }
 

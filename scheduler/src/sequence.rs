@@ -39,6 +39,10 @@ pub struct Sequence {
     /// Of the prompt, at its first admission.
     num_cached_tokens: Option<usize>,
     num_preemptions: u32,
+    /// Leading blocks that can be had from outside, until it was admitted for the first time.
+    pub(crate) num_loadable: usize,
+    /// Blocks behind `num_computed` that it waits for; it gets no rows meanwhile.
+    pub(crate) num_loading: usize,
 }
 
 impl Sequence {
@@ -58,6 +62,8 @@ impl Sequence {
             prefix,
             num_cached_tokens: None,
             num_preemptions: 0,
+            num_loadable: request.num_loadable,
+            num_loading: 0,
         }
     }
 
@@ -97,6 +103,11 @@ impl Sequence {
     /// Leading tokens of the prompt that the prefix cache had when it was first admitted; 0 before.
     pub fn num_cached_tokens(&self) -> usize {
         self.num_cached_tokens.unwrap_or(0)
+    }
+
+    /// Blocks behind the computed ones that it waits for; see [`crate::Scheduler::loaded`].
+    pub fn num_loading(&self) -> usize {
+        self.num_loading
     }
 
     /// How often it lost its blocks.
@@ -148,9 +159,18 @@ impl Sequence {
         is_first
     }
 
+    /// What it waited for came, as far as it came.
+    pub(crate) fn load(&mut self, num_tokens: usize) {
+        self.num_loading = 0;
+        self.num_computed += num_tokens;
+        assert!(self.num_computed < self.tokens.len(), "{:?} has nothing left to compute", self.id);
+        // Later admissions count nothing: who loads is admitted for the first time.
+        self.num_cached_tokens = Some(self.num_computed);
+    }
+
     /// Puts the next `num_rows` tokens into the batch being made.
     pub(crate) fn schedule(&mut self, num_rows: usize) {
-        assert_eq!(self.num_scheduled, 0, "{:?} is already in a batch", self.id);
+        assert_eq!(self.num_scheduled + self.num_loading, 0, "{:?} is already in a batch, or loading", self.id);
         assert!((1..=self.num_uncomputed()).contains(&num_rows), "{:?} cannot use {num_rows} rows", self.id);
         assert!(!self.awaits_encoder() || num_rows == self.source_len, "{:?} would have its source cut", self.id);
         self.num_scheduled = num_rows;
@@ -193,6 +213,7 @@ impl Sequence {
     pub(crate) fn rewind(&mut self) {
         self.num_computed = 0;
         self.num_scheduled = 0;
+        self.num_loading = 0;
         self.num_preemptions += 1;
     }
 }

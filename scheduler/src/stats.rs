@@ -30,4 +30,6 @@ pub struct SchedulerStats {
     pub num_prefix_queries: u64,
     /// Those of them that were there.
     pub num_prefix_hits: u64,
+    /// Tokens whose keys and values came from outside the pool, since the start.
+    pub num_loaded: u64,
 }

@@ -94,6 +94,7 @@ fn request(id: u64, common: usize, own: usize, max_tokens: usize) -> Request {
         source_len: 0,
         stop: StopCriteria { max_tokens, ..StopCriteria::default() },
         cache_salt: [0; 32],
+        num_loadable: 0,
         computes_whole_prompt: false,
     }
 }

@@ -46,7 +46,15 @@ fn config(block_size: usize, num_blocks: usize, max_num_seqs: usize, max_num_bat
 fn request(id: u64, prompt_len: usize, max_tokens: usize) -> Request {
     let stop = StopCriteria { max_tokens, ..StopCriteria::default() };
     let prompt = vec![1; prompt_len].into();
-    Request { id: RequestId(id), prompt, source_len: 0, stop, cache_salt: [0; 32], computes_whole_prompt: false }
+    Request {
+        id: RequestId(id),
+        prompt,
+        source_len: 0,
+        stop,
+        cache_salt: [0; 32],
+        num_loadable: 0,
+        computes_whole_prompt: false,
+    }
 }
 
 /// Runs one step per row. A step reads: `e`ncode, `p`refill or `d`ecode, id and positions of each chunk, `*` where it samples;

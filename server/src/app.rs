@@ -15,6 +15,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 use crate::auth::{Auth, require_key};
 use crate::config::Config;
 use crate::error::ApiError;
+use crate::kv_tier::KvTier;
 use crate::limits::{Limits, Permit, cors};
 use crate::output_cache::OutputCache;
 use crate::replay::Replays;
@@ -60,6 +61,7 @@ pub struct Model {
     pub limits: ModelLimits,
     outputs: OutputCaches,
     routing: Option<Arc<Routing>>,
+    kv_tier: Option<Arc<KvTier>>,
     /// Seconds since the epoch.
     pub created: u64,
 }
@@ -83,6 +85,7 @@ impl Model {
             created: unix_seconds(),
             outputs: OutputCaches::default(),
             routing: None,
+            kv_tier: None,
             engine,
         }
     }
@@ -97,6 +100,16 @@ impl Model {
         Self { routing, ..self }
     }
 
+    #[must_use]
+    pub fn with_kv_tier(self, kv_tier: Option<Arc<KvTier>>) -> Self {
+        Self { kv_tier, ..self }
+    }
+
+    /// Where blocks of prompts are kept beyond the KV cache; `None` where they are not.
+    pub fn kv_tier(&self) -> Option<&Arc<KvTier>> {
+        self.kv_tier.as_ref()
+    }
+
     /// What is known of the experts that prompts take; `None` where nothing is.
     pub fn routing(&self) -> Option<&Arc<Routing>> {
         self.routing.as_ref()
@@ -109,6 +122,9 @@ impl Model {
         }
         if let Some(routing) = &self.routing {
             routing.settle(deadline).await;
+        }
+        if let Some(kv_tier) = &self.kv_tier {
+            kv_tier.settle(deadline).await;
         }
     }
 

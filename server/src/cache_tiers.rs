@@ -10,10 +10,12 @@ use cache::store::{DiskConfig, DiskStore, MemoryStore, RedisConfig, RedisStore, 
 use cache::{BreakerConfig, CacheError};
 
 use crate::app::REPLAY_SHARE;
-use crate::config::{Config, OutputCacheType};
+use crate::config::{Config, OutputCacheType, Secret};
 
 /// Largest value on disk: the answer to a long context with many log-probs has a few MiB.
 const MAX_DISK_VALUE_BYTES: usize = 16 << 20;
+/// Largest block in Redis, over a connection of its own: a thousand of them on the way would hold up answers.
+const MAX_REDIS_BLOCK_BYTES: usize = 16 << 20;
 /// Largest value in Redis: what takes longer than a request may wait would only keep others from theirs.
 const MAX_REDIS_VALUE_BYTES: usize = 2 << 20;
 /// How often another process's files in a shared folder are noticed.
@@ -27,6 +29,17 @@ const MAX_PENDING_PROFILES: u32 = 4 << 20;
 pub struct Tiers {
     pub outputs: Option<CacheTiers>,
     pub routing: Option<CacheTiers>,
+    pub kv: Option<KvTiers>,
+}
+
+/// Where blocks of prompts are kept beyond the KV cache.
+#[derive(Debug)]
+pub struct KvTiers {
+    pub memory: Option<Arc<MemoryStore>>,
+    /// Those that outlive the process, fastest first.
+    pub slow: Vec<Arc<dyn Store>>,
+    /// In the order in which they are asked, for the log.
+    pub names: String,
 }
 
 /// Where one cache keeps its values.
@@ -60,7 +73,9 @@ struct SlowTier {
 pub fn open(config: &Config) -> anyhow::Result<Tiers> {
     let depth = config.output_cache_depth();
     let keeps_routing = config.routing_cache_memory.0 > 0;
-    let slow = open_slow(config, |tier| keeps_routing || depth >= tier)?;
+    let kv_depth = config.kv_tier_depth();
+    let is_wanted = |tier| keeps_routing || depth >= tier || tier == OutputCacheType::Disk && kv_depth >= tier;
+    let slow = open_slow(config, is_wanted)?;
     let answers: Vec<&SlowTier> = slow.iter().filter(|tier| depth >= tier.depth).collect();
     let outputs = (depth != OutputCacheType::Off).then(|| {
         let bytes = config.output_cache_memory.0 - config.output_cache_memory.0 / REPLAY_SHARE;
@@ -70,11 +85,32 @@ pub fn open(config: &Config) -> anyhow::Result<Tiers> {
         let pending = TieredConfig { max_pending_bytes: MAX_PENDING_PROFILES, ..TieredConfig::default() };
         stack(config.routing_cache_memory.0, &slow.iter().collect::<Vec<_>>(), pending)
     });
+    let kv = (kv_depth != OutputCacheType::Off).then(|| open_kv(config, &slow)).transpose()?;
     for SlowTier { store, .. } in slow {
         // What is wrong with a tier is to be read in the log before the first request meets it.
         tokio::spawn(async move { store.check().await });
     }
-    Ok(Tiers { outputs, routing })
+    Ok(Tiers { outputs, routing, kv })
+}
+
+/// The folder is shared with other caches; Redis has a connection of its own.
+fn open_kv(config: &Config, shared: &[SlowTier]) -> anyhow::Result<KvTiers> {
+    let depth = config.kv_tier_depth();
+    let (mut names, mut slow) = (Vec::new(), Vec::new());
+    let memory = (config.kv_tier_memory.0 > 0).then(|| {
+        names.push("memory");
+        Arc::new(MemoryStore::new(config.kv_tier_memory.0))
+    });
+    let is_disk = |tier: &&SlowTier| tier.depth == OutputCacheType::Disk && depth >= tier.depth;
+    if let Some(disk) = shared.iter().find(is_disk) {
+        names.push(disk.name);
+        slow.push(Arc::clone(&disk.store));
+    }
+    if let Some(url) = config.redis_url.as_ref().filter(|_| depth == OutputCacheType::Redis) {
+        names.push("Redis");
+        slow.push(open_redis(config, url, MAX_REDIS_BLOCK_BYTES)?);
+    }
+    Ok(KvTiers { memory, slow, names: names.join(", ") })
 }
 
 fn stack(memory_bytes: u64, slow: &[&SlowTier], config: TieredConfig) -> CacheTiers {
@@ -102,18 +138,22 @@ fn open_slow(config: &Config, is_wanted: impl Fn(OutputCacheType) -> bool) -> an
         slow.push(SlowTier { depth: OutputCacheType::Disk, name: "disk", store });
     }
     if let Some(url) = config.redis_url.as_ref().filter(|_| is_wanted(OutputCacheType::Redis)) {
-        let read = |path: &PathBuf| fs::read(path).with_context(|| format!("--redis-ca-file {}", path.display()));
-        let redis = RedisStore::open(&RedisConfig {
-            url: url.expose_text().to_owned(),
-            ca: config.redis_ca_file.as_ref().map(read).transpose()?,
-            key_prefix: config.redis_prefix.clone(),
-            max_value_bytes: MAX_REDIS_VALUE_BYTES,
-            breaker: BreakerConfig::default(),
-        });
-        let store = Arc::new(redis.map_err(|error| anyhow!("{}: {error}", flag_of(&error)))?);
+        let store = open_redis(config, url, MAX_REDIS_VALUE_BYTES)?;
         slow.push(SlowTier { depth: OutputCacheType::Redis, name: "Redis", store });
     }
     Ok(slow)
+}
+
+fn open_redis(config: &Config, url: &Secret, max_value_bytes: usize) -> anyhow::Result<Arc<dyn Store>> {
+    let read = |path: &PathBuf| fs::read(path).with_context(|| format!("--redis-ca-file {}", path.display()));
+    let redis = RedisStore::open(&RedisConfig {
+        url: url.expose_text().to_owned(),
+        ca: config.redis_ca_file.as_ref().map(read).transpose()?,
+        key_prefix: config.redis_prefix.clone(),
+        max_value_bytes,
+        breaker: BreakerConfig::default(),
+    });
+    Ok(Arc::new(redis.map_err(|error| anyhow!("{}: {error}", flag_of(&error)))?))
 }
 
 /// The flag that an error in the settings of Redis is about.

@@ -32,6 +32,7 @@ pub mod error;
 mod file_lock;
 pub mod generate;
 pub mod hub;
+pub mod kv_tier;
 pub mod limits;
 pub mod listen;
 pub mod openai;

@@ -57,6 +57,7 @@ fn greedy_tokens(dir: &Path, prompts: &[Vec<u32>]) -> Vec<Vec<u32>> {
     let engine = load(config(dir), &mut |_| {}).expect("the model loads");
     let submit = |prompt: &Vec<u32>| {
         let request = GenerateRequest {
+            prefix: engine::PrefixHint::default(),
             wants_routed_experts: false,
             expected_experts: None,
             prompt: prompt.as_slice().into(),

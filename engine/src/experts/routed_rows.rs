@@ -111,6 +111,17 @@ impl RoutedRows {
         }
     }
 
+    /// Fills a block with what [`Self::read`] gave for all its tokens.
+    pub fn write_block(&mut self, block: BlockId, experts: impl Iterator<Item = u16>) {
+        let block_ids = self.block_size * self.layout.ids_per_token;
+        let start = block.0 as usize * block_ids;
+        let place = start..start + block_ids;
+        match &mut self.ids {
+            Ids::Bytes(ids) => ids[place].iter_mut().zip(experts).for_each(|(id, expert)| *id = expert as u8),
+            Ids::Words(ids) => ids[place].iter_mut().zip(experts).for_each(|(id, expert)| *id = expert),
+        }
+    }
+
     /// Of the tokens at `positions` of a sequence that holds `blocks`: `[token][layer][top_k]`.
     pub fn read(&self, blocks: &[BlockId], positions: Range<usize>) -> Vec<u16> {
         let width = self.layout.ids_per_token;
@@ -146,6 +157,10 @@ mod tests {
         assert_eq!(rows.read(&blocks, 1..3), [3, last, 0, 1, 2, last]);
         assert_eq!(rows.read(&blocks, 2..3), [1, 2, last]);
         assert_eq!(rows.read(&blocks, 3..4), [0, 0, 0]);
+        let block = rows.read(&[BlockId(2)], 0..2);
+        rows.write_block(BlockId(1), block.iter().copied());
+        assert_eq!(rows.read(&[BlockId(1)], 0..2), [0, 0, 0, 3, last, 0]);
+        assert_eq!(rows.read(&[BlockId(2)], 0..2), block);
     }
 
     #[test]

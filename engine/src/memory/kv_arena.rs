@@ -3,7 +3,7 @@
 
 use kernels::{KvFormat, PagedCache, StateCache};
 
-use scheduler::{StateCopy, WindowConfig};
+use scheduler::{BlockId, StateCopy, WindowConfig};
 
 use crate::error::EngineError;
 use crate::models::CacheSite;
@@ -63,6 +63,36 @@ impl KvArena {
             SiteCache::Paged { cache, has_window } => (cache, *has_window),
             SiteCache::State(_) => panic!("site {site} is recurrent"),
         }
+    }
+
+    /// Bytes of one block at all sites that keep something per token.
+    pub fn block_len(&self) -> usize {
+        self.paged().map(|cache| cache.block_bytes(0).len()).sum()
+    }
+
+    /// Adds the bytes of a block, site after site, to `bytes`.
+    pub fn read_block(&self, block: BlockId, bytes: &mut Vec<u8>) {
+        self.paged().for_each(|cache| bytes.extend_from_slice(cache.block_bytes(block.0 as usize)));
+    }
+
+    /// Fills a block with what [`Self::read_block`] gave. Panics unless there are [`Self::block_len`] bytes.
+    pub fn write_block(&mut self, block: BlockId, mut bytes: &[u8]) {
+        for site in &mut self.sites {
+            if let SiteCache::Paged { cache, .. } = site {
+                let place = cache.block_bytes_mut(block.0 as usize);
+                let (own, rest) = bytes.split_at(place.len());
+                place.copy_from_slice(own);
+                bytes = rest;
+            }
+        }
+        assert!(bytes.is_empty(), "{} bytes belong to no site", bytes.len());
+    }
+
+    fn paged(&self) -> impl Iterator<Item = &PagedCache> {
+        self.sites.iter().filter_map(|site| match site {
+            SiteCache::Paged { cache, .. } => Some(cache),
+            SiteCache::State(_) => None,
+        })
     }
 
     /// Copies whole states, at every recurrent site.

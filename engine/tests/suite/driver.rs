@@ -1,12 +1,13 @@
 //! Drives a loaded model step by step, without the step loop's thread, so that a test can intervene between any two steps.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use bytes::Bytes;
 use engine::sampling::params::SamplingParams;
 use engine::{EngineConfig, LoadedModel, RowRequest, SampledToken, StopCriteria, load_model};
-use scheduler::{Outcome, Request, RequestId, Update};
+use scheduler::{Outcome, Request, RequestId, Update, block_names};
 
 /// A folder of `tests/golden`.
 pub fn golden_dir(name: &str) -> PathBuf {
@@ -23,18 +24,26 @@ pub struct Job {
 pub struct Driver {
     pub model: LoadedModel,
     pub jobs: BTreeMap<u64, Job>,
+    /// Blocks by name, kept as they are filled and loaded from where a prompt is found here.
+    pub outside: Option<HashMap<[u8; 32], Bytes>>,
+    /// Of what is asked for, so many come at most.
+    pub most_loaded: usize,
 }
 
 impl Driver {
     pub fn new(config: &EngineConfig) -> Self {
         let model = load_model(config, &mut |_| {}).expect("a golden model loads");
-        Self { model, jobs: BTreeMap::new() }
+        Self { model, jobs: BTreeMap::new(), outside: None, most_loaded: usize::MAX }
     }
 
     pub fn add(&mut self, id: u64, prompt: &[u32], sampling: SamplingParams, stop: StopCriteria) {
         let (prompt, source_len) = self.model.runner.prefill().sequence(&prompt.into());
         let computes_whole_prompt = sampling.prompt_logprobs.is_some();
+        let LoadedModel { fingerprint, summary, .. } = &self.model;
+        let names = block_names(&fingerprint.numerics(), &[0; 32], summary.block_size, &prompt);
+        let is_known = |name: &&[u8; 32]| self.outside.as_ref().is_some_and(|outside| outside.contains_key(*name));
         let request = Request {
+            num_loadable: names.iter().take_while(is_known).count(),
             id: RequestId(id),
             prompt,
             source_len,
@@ -51,8 +60,17 @@ impl Driver {
         let LoadedModel { scheduler, runner, .. } = &mut self.model;
         let batch = scheduler.schedule(Duration::ZERO);
         scheduler.assert_invariants();
+        for load in &batch.loads {
+            let outside = self.outside.as_ref().expect("nothing is known without it");
+            let wanted = scheduler.loading(load.id).to_vec();
+            assert_eq!(wanted.len(), load.names.len());
+            let found = load.names.iter().map_while(|name| outside.get(name)).take(self.most_loaded);
+            let num_filled =
+                wanted.iter().zip(found).filter(|(block, bytes)| runner.write_block(**block, bytes)).count();
+            scheduler.loaded(load.id, num_filled);
+        }
         if batch.chunks.is_empty() {
-            return false;
+            return !batch.loads.is_empty();
         }
         let jobs = &self.jobs;
         let request_of = |id: RequestId| RowRequest {
@@ -65,7 +83,12 @@ impl Driver {
         let sampled: Vec<SampledToken> =
             outputs.into_iter().filter_map(|output| output.sampled).map(|row| row.expect("finite logits")).collect();
         let outcomes: Vec<Outcome> = sampled.iter().map(|sampled| Outcome::Token(sampled.token)).collect();
-        for (progress, sampled) in scheduler.complete(&batch, &outcomes).into_iter().zip(sampled) {
+        let progress = scheduler.complete(&batch, &outcomes);
+        if let Some(outside) = &mut self.outside {
+            let blocks = scheduler.computed_blocks();
+            outside.extend(blocks.iter().map(|computed| (computed.name, runner.read_block(computed.block))));
+        }
+        for (progress, sampled) in progress.into_iter().zip(sampled) {
             let job = self.jobs.get_mut(&progress.id.0).expect("a known job");
             job.output.push(sampled);
             job.finished = matches!(progress.update, Update::Token { finished: Some(_), .. });

@@ -149,6 +149,7 @@ fn last_event(folder: &str, ending: &str, number: f32) -> Event {
     let engine = load(config, &mut |_| {}).expect("numbers are not read at load");
     let mut generation = engine
         .submit(GenerateRequest {
+            prefix: engine::PrefixHint::default(),
             wants_routed_experts: false,
             expected_experts: None,
             prompt: [5, 17, 200, 3, 91].into(),

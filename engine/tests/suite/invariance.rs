@@ -1,6 +1,8 @@
 //! The same bytes out, tokens, log-probs and routed experts, whatever else is in the batch, however the prompt is chunked, whenever a sequence is preempted,
 //! and whether its prefix was computed for it or came from the cache.
 
+use std::collections::HashMap;
+
 use crate::driver::{Driver, golden_dir};
 use engine::sampling::params::SamplingParams;
 use engine::{EngineConfig, KvDtype, SampledToken, StopCriteria, WeightDtype, WeightQuant};
@@ -167,6 +169,35 @@ fn from_cached_prefixes(case: &Case) {
     }
 }
 
+/// Blocks that another process computed are loaded, all or a part of them, at several chunk sizes of what is left.
+fn from_blocks_outside(case: &Case) {
+    let expected = case.alone(PROBE);
+    let mut first = case.driver(512);
+    first.outside = Some(HashMap::new());
+    (0..=PROBE).for_each(|id| add(&mut first, id));
+    first.run();
+    let can_load = first.model.summary.can_load_prefixes;
+    let block_size = case.config.block_size;
+    for (most_loaded, step) in [(usize::MAX, 512), (usize::MAX, 1), (1, 3), (0, 512)] {
+        let mut driver = case.driver(step);
+        driver.outside = first.outside.clone();
+        driver.most_loaded = most_loaded;
+        add(&mut driver, PROBE);
+        driver.run();
+        assert_eq!(driver.jobs[&PROBE].output, expected, "at most {most_loaded} blocks loaded, {step} rows a step");
+        let num_blocks = if can_load { most_loaded.min((PROBE_LEN - 1) / block_size) } else { 0 };
+        assert_eq!(driver.model.scheduler.stats().num_loaded, (num_blocks * block_size) as u64);
+    }
+    let mut driver = case.driver(64);
+    driver.outside = first.outside.clone();
+    (0..NUM_REQUESTS).for_each(|id| add(&mut driver, id));
+    driver.run();
+    for id in 0..NUM_REQUESTS {
+        assert_eq!(driver.jobs[&id].output, case.alone(id), "request {id} beside others that are loaded");
+    }
+    assert_eq!(driver.model.scheduler.stats().num_loaded > 0, can_load);
+}
+
 /// What was decoded is read as a prompt, and what was cached and given up is computed again.
 fn after_its_own_output(case: &Case) {
     let mut driver = case.driver(512);
@@ -264,6 +295,7 @@ fn check(folder: &str) {
         under_scarcity(&case);
         from_cached_prefixes(&case);
         after_its_own_output(&case);
+        from_blocks_outside(&case);
         beside_itself(&case);
         without_a_cache(&case);
         with_few_kept_states(&case);

@@ -24,6 +24,7 @@ fn request(prompt: &[u32], max_tokens: usize) -> GenerateRequest {
         sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
         stop: StopCriteria { max_tokens, ..StopCriteria::default() },
         cache_salt: [0; 32],
+        prefix: engine::PrefixHint::default(),
         wants_routed_experts: false,
         expected_experts: None,
     }

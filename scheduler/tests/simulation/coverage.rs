@@ -30,6 +30,10 @@ pub struct Coverage {
     pub reused_windows: u64,
     pub windows_kept: u64,
     pub windows_full: u64,
+    pub stored: u64,
+    pub loads: u64,
+    pub loads_cut: u64,
+    pub loads_unwanted: u64,
 }
 
 impl Coverage {
@@ -46,6 +50,7 @@ impl Coverage {
         let Coverage { reused, reused_after_preemption, passed, cached_and_full, .. } = self;
         assert!(reused.min(reused_after_preemption) > &1000 && passed > &100 && cached_and_full > &10, "{self:?}");
         assert!(self.reused_windows.min(self.windows_kept).min(self.windows_full) > 1000, "{self:?}");
+        assert!(self.stored.min(self.loads) > 1000 && self.loads_cut.min(self.loads_unwanted) > 100, "{self:?}");
         let Coverage { resumed, resumed_after_preemption, snapshots, snapshots_given_up, .. } = self;
         assert!(resumed.min(snapshots).min(snapshots_given_up) > &1000, "{self:?}");
         assert!(resumed_after_preemption > &500, "{self:?}");

@@ -10,6 +10,7 @@
 
 mod coverage;
 mod fake_model;
+mod outside;
 mod reuse;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,12 +18,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use scheduler::{
-    AdmissionError, Batch, BlockTable, Chunk, FinishReason, Outcome, Phase, Progress, Request, RequestId, Scheduler,
-    SchedulerConfig, Sequence, StateCopy, StopCriteria, Update, WindowConfig, WindowLimits,
+    AdmissionError, Batch, BlockLoad, BlockTable, Chunk, FinishReason, Outcome, Phase, Progress, Request, RequestId,
+    Scheduler, SchedulerConfig, Sequence, StateCopy, StopCriteria, Update, WindowConfig, WindowLimits,
 };
 
 use coverage::Coverage;
 use fake_model::{Rng, all_of, encode, entry, generate_alone, next_state, sample, seen_at};
+use outside::Outside;
 
 const NUM_SEEDS: u64 = 1100;
 const NUM_STEPS: usize = 300;
@@ -66,6 +68,10 @@ struct Simulation<'a> {
     stems: Vec<Vec<u32>>,
     /// Salt and tokens of every prefix of whole blocks that was ever computed.
     computed: BTreeSet<(u8, Vec<u32>)>,
+    /// Blocks that were kept outside the pool.
+    outside: Outside,
+    /// What is waited for.
+    loads: Vec<BlockLoad>,
     has_encoded: bool,
     /// Percent per step.
     trouble: usize,
@@ -109,6 +115,8 @@ impl<'a> Simulation<'a> {
             sources: if window.is_some() { 0 } else { [0, 50, 100][rng.between(0, 2)] },
             stems: (0..rng.between(1, 3)).map(|_| (0..120).map(|_| sample(rng.next())).collect()).collect(),
             computed: BTreeSet::new(),
+            outside: Outside::new(),
+            loads: Vec::new(),
             has_encoded: false,
             states: vec![0; config.num_state_slots + config.num_snapshot_slots],
             restored: BTreeMap::new(),
@@ -192,8 +200,9 @@ impl<'a> Simulation<'a> {
         };
         let salt = self.rng.between(0, 1) as u8;
         let computes_whole_prompt = self.rng.percent(10);
-        let prompt = prompt.into();
-        let request = Request { id, prompt, source_len, stop, cache_salt: [salt; 32], computes_whole_prompt };
+        let num_loadable = self.num_loadable(&prompt, salt);
+        let (prompt, cache_salt) = (prompt.into(), [salt; 32]);
+        let request = Request { id, prompt, source_len, stop, cache_salt, num_loadable, computes_whole_prompt };
         assert_eq!(self.scheduler.add(request.clone(), self.now), verdict, "{id:?}");
         if verdict.is_err() {
             self.coverage.refused += 1;
@@ -249,6 +258,7 @@ impl<'a> Simulation<'a> {
     }
 
     fn step(&mut self) {
+        self.answer_loads();
         let running: Vec<RequestId> = self.live.keys().copied().filter(|&id| self.is_running(id)).collect();
         let decoding: Vec<RequestId> = running.iter().copied().filter(|&id| is_decoding(self.sequence(id))).collect();
         let before = self.scheduler.stats();
@@ -258,6 +268,7 @@ impl<'a> Simulation<'a> {
             self.coverage.snapshots_given_up += batch.snapshots.len() as u64;
         }
         self.check_preempted(&batch);
+        self.take_loads(&batch);
         self.restored = batch.restores.iter().map(|copy| (copy.to.0 as usize, copy.from.0 as usize)).collect();
         assert_eq!(self.restored.len(), batch.restores.len(), "two states for one sequence");
         match batch.chunks.first() {
@@ -289,6 +300,7 @@ impl<'a> Simulation<'a> {
         self.coverage.snapshots_lost_in_flight += (batch.snapshots.len() - num_held) as u64;
         let progress = self.scheduler.complete(&batch, &outcomes);
         self.scheduler.assert_invariants();
+        self.store();
         let stats = self.scheduler.stats();
         let num_held = stats.num_used_window_blocks + stats.num_cached_window_blocks;
         self.coverage.windows_kept += u64::from(stats.num_cached_window_blocks > 0);
@@ -360,7 +372,11 @@ impl<'a> Simulation<'a> {
             self.coverage.chunked += u64::from(!chunk.samples);
         }
         let must_have_a_row = |id: &&RequestId| !batch.preempted.contains(id);
-        for id in decoding.iter().filter(must_have_a_row).chain(running.first()) {
+        // One that loads is older than all it lets pass, and may cost the youngest of them its blocks.
+        let is_loading = |id: &RequestId| !self.scheduler.loading(*id).is_empty();
+        let first = running.iter().find(|id| !is_loading(id));
+        let first = first.filter(|id| must_have_a_row(id) || !running.first().is_some_and(is_loading));
+        for id in decoding.iter().filter(must_have_a_row).chain(first) {
             assert!(in_batch.contains(id), "{id:?} is running and got no row");
         }
         match batch.wake_at {
@@ -369,7 +385,11 @@ impl<'a> Simulation<'a> {
                 assert!(wake_at > self.now && wake_at <= self.now + self.config.batch_timeout);
                 self.coverage.windows += 1;
             }
-            None => assert!(!batch.chunks.is_empty() || self.live.is_empty(), "work, but no row"),
+            None => {
+                let may_rest =
+                    self.live.is_empty() || self.live.keys().any(|&id| !self.scheduler.loading(id).is_empty());
+                assert!(!batch.chunks.is_empty() || may_rest, "work, but no row");
+            }
         }
     }
 

@@ -43,15 +43,13 @@ impl Simulation<'_> {
             chunk.id,
             chunk.start
         );
+        self.check_content(chunk.id, chunk.start);
         let sequence = self.sequence(chunk.id);
         let tokens = &sequence.tokens()[..chunk.start];
-        assert!(self.computed.contains(&(salt, tokens.to_vec())), "{:?} starts from what nobody computed", chunk.id);
         let (mut before, mut state) = (None, 0);
         for (position, &token) in tokens.iter().enumerate() {
             state = next_state(state, token);
-            let slot = sequence.block_table().blocks()[position / block_size].0 as usize * block_size;
             before = Some(entry(before, (salt, all_of(std::iter::empty())), token));
-            assert_eq!(Some(self.memory[slot + position % block_size]), before, "{:?} at {position}", chunk.id);
             if self.config.window.is_some_and(|window| seen_at(chunk.start, window).contains(&position)) {
                 let slot = window_slot(sequence.block_table(), position, block_size);
                 assert_eq!(Some(self.window_memory[slot]), before, "{:?} at {position} in its window", chunk.id);
@@ -73,6 +71,20 @@ impl Simulation<'_> {
             (true, true) => resumed,
             (true, false) => resumed_after_preemption,
         } += 1;
+    }
+
+    /// The first `num_tokens` of a sequence were computed some time, and its blocks hold what they and the salt say.
+    pub(super) fn check_content(&self, id: RequestId, num_tokens: usize) {
+        let (sequence, salt, block_size) = (self.sequence(id), self.live[&id].salt, self.config.block_size);
+        let tokens = &sequence.tokens()[..num_tokens];
+        let is_known = tokens.is_empty() || self.computed.contains(&(salt, tokens.to_vec()));
+        assert!(is_known, "{id:?} starts from what nobody computed");
+        let mut before = None;
+        for (position, &token) in tokens.iter().enumerate() {
+            let slot = sequence.block_table().blocks()[position / block_size].0 as usize * block_size;
+            before = Some(entry(before, (salt, all_of(std::iter::empty())), token));
+            assert_eq!(Some(self.memory[slot + position % block_size]), before, "{id:?} at {position}");
+        }
     }
 
     /// States are kept where somebody may start, each in a slot of its own behind those of sequences.

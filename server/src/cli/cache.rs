@@ -71,6 +71,9 @@ struct Stats {
     num_flights: u64,
     /// Absent from servers that know no routing cache.
     routing: Option<TierRow>,
+    /// Absent from servers that keep no blocks.
+    #[serde(default)]
+    kv: Vec<TierRow>,
 }
 
 #[derive(Deserialize)]
@@ -113,15 +116,17 @@ fn stats(args: AdminArgs) -> anyhow::Result<()> {
         writeln!(out, "the output cache is off")?;
     }
     let routing = stats.routing.map(|row| TierRow { tier: "routing".to_owned(), ..row });
-    if stats.tiers.is_empty() && routing.is_none() {
+    let kv = stats.kv.into_iter().map(|row| TierRow { tier: format!("kv {}", row.tier), ..row });
+    let rows: Vec<TierRow> = stats.tiers.into_iter().chain(routing).chain(kv).collect();
+    if rows.is_empty() {
         return Ok(());
     }
-    writeln!(out, "{:<8} {:>10} {:>12} {:>12}  state", "tier", "entries", "bytes", "limit")?;
-    for row in stats.tiers.into_iter().chain(routing) {
+    writeln!(out, "{:<9} {:>10} {:>12} {:>12}  state", "tier", "entries", "bytes", "limit")?;
+    for row in rows {
         let count = row.entries.map_or_else(|| "-".to_owned(), |count| count.to_string());
         let size = |bytes: Option<u64>| bytes.map_or_else(|| "-".to_owned(), |bytes| HumanBytes(bytes).to_string());
         let state = if row.available { "up" } else { "down" };
-        writeln!(out, "{:<8} {count:>10} {:>12} {:>12}  {state}", row.tier, size(row.bytes), size(row.max_bytes))?;
+        writeln!(out, "{:<9} {count:>10} {:>12} {:>12}  {state}", row.tier, size(row.bytes), size(row.max_bytes))?;
     }
     writeln!(out, "{} answers are being computed now", stats.num_flights)?;
     Ok(())

@@ -148,6 +148,12 @@ settings! {
         /// Bytes of memory that remember which experts blocks of prompts took; 0 turns that off, in slow tiers too
         #[arg(long, env = "MOESAIC_ROUTING_CACHE_MEMORY")]
         routing_cache_memory: ByteSize = ByteSize(8 << 20);
+        /// Bytes of memory for blocks of prompts beyond the KV cache; 0 keeps none there
+        #[arg(long, env = "MOESAIC_KV_TIER_MEMORY")]
+        kv_tier_memory: ByteSize = ByteSize(0);
+        /// Seconds that a block of a prompt is kept beyond the KV cache
+        #[arg(long, env = "MOESAIC_KV_TIER_TTL")]
+        kv_tier_ttl: Seconds = Seconds(86_400.0);
         /// Bytes of --cache-dir
         #[arg(long, env = "MOESAIC_CACHE_DISK")]
         cache_disk: ByteSize = ByteSize(4 << 30);
@@ -201,6 +207,9 @@ settings! {
         /// Deepest tier of the cache of deterministic answers; where not set, memory and each tier that has its setting below
         #[arg(long, env = "MOESAIC_OUTPUT_CACHE")]
         output_cache: OutputCacheType;
+        /// Deepest tier that keeps blocks of prompts beyond the KV cache; where not set, each tier that has its setting
+        #[arg(long, env = "MOESAIC_KV_TIER")]
+        kv_tier: OutputCacheType;
         /// Folder for cached values, which outlive the server
         #[arg(long, env = "MOESAIC_CACHE_DIR")]
         cache_dir: PathBuf;
@@ -317,11 +326,16 @@ impl Config {
 impl Config {
     fn check_caches(&self) -> Result<(), ConfigError> {
         let out_of_range = |setting, value: String, allowed| Err(ConfigError::OutOfRange { setting, value, allowed });
-        let missing = |setting| Err(ConfigError::Missing { setting, wanted_by: "output_cache" });
-        match self.output_cache {
-            Some(OutputCacheType::Disk) if self.cache_dir.is_none() => return missing("cache_dir"),
-            Some(OutputCacheType::Redis) if self.redis_url.is_none() => return missing("redis_url"),
-            _ => {}
+        for (depth, wanted_by) in [(self.output_cache, "output_cache"), (self.kv_tier, "kv_tier")] {
+            let missing = |setting| Err(ConfigError::Missing { setting, wanted_by });
+            match depth {
+                Some(OutputCacheType::Disk) if self.cache_dir.is_none() => return missing("cache_dir"),
+                Some(OutputCacheType::Redis) if self.redis_url.is_none() => return missing("redis_url"),
+                _ => {}
+            }
+        }
+        if self.kv_tier == Some(OutputCacheType::Memory) && self.kv_tier_memory.0 == 0 {
+            return Err(ConfigError::Missing { setting: "kv_tier_memory", wanted_by: "kv_tier" });
         }
         if self.redis_ca_file.is_some() && self.redis_url.is_none() {
             return Err(ConfigError::Missing { setting: "redis_url", wanted_by: "redis_ca_file" });
@@ -354,6 +368,16 @@ impl Config {
             (Some(_), _) => OutputCacheType::Redis,
             (None, Some(_)) => OutputCacheType::Disk,
             (None, None) => OutputCacheType::Memory,
+        })
+    }
+
+    /// Deepest tier for blocks of prompts.
+    pub fn kv_tier_depth(&self) -> OutputCacheType {
+        self.kv_tier.unwrap_or(match (&self.redis_url, &self.cache_dir) {
+            (Some(_), _) => OutputCacheType::Redis,
+            (None, Some(_)) => OutputCacheType::Disk,
+            (None, None) if self.kv_tier_memory.0 > 0 => OutputCacheType::Memory,
+            (None, None) => OutputCacheType::Off,
         })
     }
 }

@@ -7,7 +7,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use cache::Key;
-use engine::{Event, GenerateRequest, PromptLogprob, StopCriteria};
+use engine::{Event, GenerateRequest, PrefixHint, PromptLogprob, StopCriteria};
 use futures::StreamExt as _;
 use futures::stream::{self, SelectAll, Stream};
 use tokio::time::Instant;
@@ -237,6 +237,7 @@ async fn start_choice(
         sampling,
         stop: StopCriteria { max_tokens: plan.max_tokens.max(1), min_tokens: valid.stop.min_tokens, stop_token_ids },
         cache_salt: job.salt.bytes(),
+        prefix: PrefixHint::default(),
         wants_routed_experts: valid.output.routed_experts,
         expected_experts: None,
     };

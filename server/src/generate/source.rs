@@ -109,11 +109,15 @@ impl Answer {
     }
 }
 
-/// Hands a request over, with what is known of the experts that its prompt takes.
+/// Hands a request over, with what is known of its prompt: the experts that it takes, and blocks that can be loaded.
 async fn submit(model: &Model, mut request: GenerateRequest, param: &'static str) -> Result<Generation, ApiError> {
     // Other choices share what the first one computes.
     if let Some(routing) = model.routing().filter(|_| request.sampling.choice == 0) {
         request.expected_experts = routing.announce(&model.engine, &request.prompt, &request.cache_salt).await;
+    }
+    let takes_blocks = request.sampling.choice == 0 && request.sampling.prompt_logprobs.is_none();
+    if let Some(tier) = model.kv_tier().filter(|_| takes_blocks) {
+        request.prefix = tier.hint(&model.engine, &request.prompt, &request.cache_salt).await;
     }
     model.engine.submit(request).map_err(|error: SubmitError| {
         let error = ApiError::from_submit(error, param);

@@ -29,6 +29,7 @@ impl OutputKey<'_> {
             // Who wants to know the experts does not ask the cache.
             wants_routed_experts: _,
             // They change no answer.
+            prefix: _,
             expected_experts: _,
         } = request;
         let mut digest = Digest::new("output");
@@ -162,7 +163,8 @@ mod tests {
                     sampling,
                     stop,
                     cache_salt,
-                    wants_routed_experts: false,
+                    prefix: engine::PrefixHint::default(),
+            wants_routed_experts: false,
                     expected_experts: None,
                 },
                 stop: StopRules { strings, include_in_output, ..StopRules::default() },

@@ -26,6 +26,8 @@ pub struct CacheStats {
     num_flights: usize,
     /// The routing cache's own memory; null where it is off. In slow tiers its values are among the others.
     routing: Option<TierReport>,
+    /// Where blocks of prompts are kept beyond the KV cache, fastest first; what slow tiers hold of other kinds is counted too.
+    kv: Vec<TierReport>,
 }
 
 /// One place that keeps values.
@@ -70,10 +72,15 @@ pub async fn stats(State(app): State<Arc<App>>) -> Result<Json<CacheStats>, ApiE
         None => None,
         Some(routing) => routing.memory().stats(Instant::now() + PATIENCE).await.pop().map(TierReport::from),
     };
-    Ok(Json(CacheStats { tiers: tiers.into_iter().map(TierReport::from).collect(), num_flights, routing }))
+    let kv = match model.kv_tier() {
+        None => Vec::new(),
+        Some(kv_tier) => kv_tier.stats(Instant::now() + PATIENCE).await,
+    };
+    let reports = |rows: Vec<TierStats>| rows.into_iter().map(TierReport::from).collect();
+    Ok(Json(CacheStats { tiers: reports(tiers), num_flights, routing, kv: reports(kv) }))
 }
 
-/// Remove every cached answer and what is known of routing, in all tiers; blocks of prompts stay in the KV cache
+/// Remove every cached answer, what is known of routing and blocks of prompts, in all tiers; the KV cache itself stays
 #[utoipa::path(
     post,
     path = "/v1/cache/clear",
@@ -93,6 +100,9 @@ pub async fn clear(State(app): State<Arc<App>>) -> Result<Json<CacheCleared>, Ap
     }
     if let Some(routing) = model.routing() {
         result = result.and(routing.clear(deadline).await);
+    }
+    if let Some(kv_tier) = model.kv_tier() {
+        result = result.and(kv_tier.clear(deadline).await);
     }
     if let Err(error) = &result {
         tracing::warn!(%error, "the cache was not emptied in whole");

@@ -53,6 +53,12 @@ const COUNTERS: &[(&str, &str)] = &[
     ("vllm:prompt_tokens_cached_by_source_total", "Prompt tokens taken from a cache, by which"),
     ("vllm:prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache"),
     ("vllm:prefix_cache_hits_total", "Prompt tokens that the prefix cache had"),
+    ("vllm:external_prefix_cache_queries_total", "Prompt tokens of full blocks looked up in tiers beyond the KV cache"),
+    ("vllm:external_prefix_cache_hits_total", "Prompt tokens whose blocks were loaded from such a tier"),
+    (
+        "moesaic_kv_tier_decisions_total",
+        "Prompts known in such a tier, by whether loading or computing was expected to be faster",
+    ),
     ("vllm:generation_tokens_total", "Tokens generated"),
     ("vllm:request_success_total", "Sequences ended, by reason"),
     ("vllm:num_preemptions_total", "Sequences that lost their KV blocks to others and were computed again"),
@@ -137,11 +143,14 @@ pub fn observe_engine(engine: &EngineHandle) {
         gauge!("moesaic_state_snapshots_usage_perc").set(share);
     }
     counter!("vllm:prompt_tokens_total").absolute(stats.num_prompt_tokens);
-    counter!("vllm:prompt_tokens_cached_total").absolute(stats.num_prefix_hits);
+    counter!("vllm:prompt_tokens_cached_total").absolute(stats.num_prefix_hits + stats.num_loaded);
     counter!("vllm:prompt_tokens_cached_by_source_total", "source" => "local_cache_hit")
         .absolute(stats.num_prefix_hits);
+    counter!("vllm:prompt_tokens_cached_by_source_total", "source" => "external_kv_transfer")
+        .absolute(stats.num_loaded);
     counter!("vllm:prefix_cache_queries_total").absolute(stats.num_prefix_queries);
     counter!("vllm:prefix_cache_hits_total").absolute(stats.num_prefix_hits);
+    counter!("vllm:external_prefix_cache_hits_total").absolute(stats.num_loaded);
     counter!("vllm:generation_tokens_total").absolute(stats.num_generation_tokens);
     counter!("vllm:num_preemptions_total").absolute(stats.num_preemptions);
     counter!("vllm:corrupted_requests_total").absolute(stats.num_corrupted);
