@@ -120,7 +120,7 @@ impl Inner {
                 let address = &batch[place].address;
                 match result {
                     Ok(Some(found)) => blocks[place] = self.accept(address, found, depth, deadline).await,
-                    Ok(None) => self.slow[depth].lost(address.key.as_bytes()),
+                    Ok(None) => self.slow[depth].lost([address.key.as_bytes()]),
                     Err(error) => harvest.is_late |= matches!(error, CacheError::Timeout { .. }),
                 }
                 harvest.num_blocks += usize::from(blocks[place].is_some());
@@ -137,7 +137,7 @@ impl Inner {
         let name = *address.key.as_bytes();
         if found.payload.len() > self.config.max_block_bytes {
             telemetry::bad_value(&BadValue::Payload("longer than a block"), found.tier, Kind::Kv);
-            self.slow[depth].lost(&name);
+            self.slow[depth].lost([&name]);
             // What cannot be removed stays a miss.
             drop(self.slow[depth].store().remove(address, deadline).await);
             return None;

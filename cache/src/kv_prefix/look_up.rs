@@ -10,15 +10,17 @@ impl Inner {
     pub(super) async fn look_up(&self, names: &[BlockName], deadline: Instant) -> KvHint {
         let mut depths = self.depths_in_memory(names);
         let missing: Vec<_> = (0..names.len()).filter(|&idx| depths[idx].is_none()).collect();
-        // The first alone: of a prefix that nobody has computed, one question is enough.
-        let (first, others) = missing.split_at(missing.len().min(1));
-        for idxs in [first, others] {
-            if idxs.is_empty() || self.slow.is_empty() {
-                break;
-            }
-            self.ask_slow(names, idxs, &mut depths, deadline).await;
-            if depths[idxs[0]].is_none() {
-                break;
+        if let Some(&first) = missing.first() {
+            // The first alone: of a prefix that nobody has computed, one question is enough. A tier that hangs at it leaves half of
+            // the time for the second question, and is not asked that one.
+            let now = Instant::now();
+            let half = now + deadline.saturating_duration_since(now) / 2;
+            let answering = self.ask_slow(0..self.slow.len(), names, &[first], &mut depths, half).await;
+            if depths[first].is_some() {
+                self.ask_slow(answering, names, &missing[1..], &mut depths, deadline).await;
+            } else {
+                // Nobody asked for the others, which are about to be computed again: each is worth storing.
+                self.slow.iter().for_each(|tier| tier.lost(missing.iter().map(|&idx| &names[idx])));
             }
         }
         let leading: Vec<usize> = depths.into_iter().map_while(|depth| depth).collect();
@@ -36,21 +38,34 @@ impl Inner {
         names.iter().map(|name| has(name).then_some(0)).collect()
     }
 
-    /// Asks the slow tiers at the same time, for one that hangs must not take the time of the others; the fastest that has a block
-    /// counts.
-    async fn ask_slow(&self, names: &[BlockName], idxs: &[usize], depths: &mut [Option<usize>], deadline: Instant) {
-        let addresses: Vec<Address> = idxs.iter().map(|&idx| self.address(&names[idx])).collect();
-        let answers = join_all(self.slow.iter().map(|tier| tier.store().contains_many(&addresses, deadline))).await;
-        for (depth, (tier, answer)) in self.slow.iter().zip(answers).enumerate() {
-            // A tier that fails has nothing, as far as this prefix is concerned.
-            let Ok(answer) = answer else { continue };
-            for (&idx, is_there) in idxs.iter().zip(answer) {
-                if is_there {
-                    depths[idx].get_or_insert(depth + 1);
-                } else {
-                    tier.lost(&names[idx]);
-                }
-            }
+    /// Asks slow tiers at the same time, for one that hangs must not take the time of the others; the fastest that has a block counts.
+    /// Gives those that answered.
+    async fn ask_slow(
+        &self,
+        tiers: impl IntoIterator<Item = usize>,
+        names: &[BlockName],
+        idxs: &[usize],
+        depths: &mut [Option<usize>],
+        deadline: Instant,
+    ) -> Vec<usize> {
+        if idxs.is_empty() {
+            return Vec::new();
         }
+        let tiers: Vec<_> = tiers.into_iter().collect();
+        let addresses: Vec<Address> = idxs.iter().map(|&idx| self.address(&names[idx])).collect();
+        let questions = tiers.iter().map(|&tier| self.slow[tier].store().contains_many(&addresses, deadline));
+        let answers = join_all(questions).await;
+        let mut answering = Vec::new();
+        for (tier, answer) in tiers.into_iter().zip(answers) {
+            // One that fails has nothing, as far as this prefix is concerned.
+            let Ok(answer) = answer else { continue };
+            let (there, lost): (Vec<_>, Vec<_>) = idxs.iter().zip(answer).partition(|(_, is_there)| *is_there);
+            for (&idx, _) in there {
+                depths[idx].get_or_insert(1 + tier);
+            }
+            self.slow[tier].lost(lost.into_iter().map(|(&idx, _)| &names[idx]));
+            answering.push(tier);
+        }
+        answering
     }
 }

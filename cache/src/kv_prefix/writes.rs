@@ -71,9 +71,12 @@ impl SlowTier {
         self.shared.learn(name, ttl);
     }
 
-    /// It turned out not to have the block. That one waits to be written is no news.
-    pub fn lost(&self, name: &BlockName) {
-        self.shared.known().remove_written(name);
+    /// It turned out not to have these blocks. That one waits to be written is no news.
+    pub fn lost<'a>(&self, names: impl IntoIterator<Item = &'a BlockName>) {
+        let mut known = self.shared.known();
+        for name in names {
+            known.remove_written(name);
+        }
     }
 
     pub fn forget_all(&self) {

@@ -113,12 +113,9 @@ impl DiskStore {
             return Err(CacheError::TooLarge { tier: Tier::Disk, bytes, limit });
         }
         let address = *address;
-        self.call(deadline, move |files| {
-            files.write(&address, &value, SystemTime::now())?;
-            telemetry::written(Tier::Disk, address.kind, bytes);
-            Ok(())
-        })
-        .await
+        self.call(deadline, move |files| files.write(&address, &value, SystemTime::now())).await?;
+        telemetry::written(Tier::Disk, address.kind, bytes);
+        Ok(())
     }
 }
 
