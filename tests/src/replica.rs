@@ -90,7 +90,7 @@ impl Replica {
     /// It does not start, or does not answer.
     pub fn start(binary: &str, model: &Path, args: &[&str]) -> Self {
         // Its questions count values, so that nothing else may be in the tiers.
-        let own = ["--admin-key", ADMIN, "--routing-cache-memory", "0"];
+        let own = ["--admin-key", ADMIN, "--routing-cache-memory", "0", "--kv-tier", "off"];
         let server = Server::start_folder(binary, model, &[args, &own].concat());
         let request = Request::get("/v1/cache").header("Authorization", &format!("Bearer {ADMIN}"));
         poll("a server that uses all tiers", PATIENCE, || {

@@ -150,7 +150,9 @@ fn redis_keys(redis: &RedisServer, count: usize) -> Vec<String> {
 }
 
 fn on_redis(url: &str, args: &[&str]) -> Server {
-    let server = Server::start(SERVER, "mixtral-base", &[&PATIENT[..], &["--redis-url", url], args].concat());
+    // What is loaded is not computed.
+    let own = ["--redis-url", url, "--kv-tier", "off"];
+    let server = Server::start(SERVER, "mixtral-base", &[&PATIENT[..], &own, args].concat());
     poll("a server that knows the digest of its weights", PATIENCE, || {
         server.process.output().contains("the routing of prompts is looked for in memory, Redis").then_some(())
     });
@@ -237,7 +239,7 @@ fn a_broken_value_is_a_miss_and_is_written_anew() {
 fn a_folder_keeps_profiles_over_a_restart() {
     let folder = std::env::temp_dir().join(format!("moesaic-routing-{}", std::process::id()));
     let directory = folder.to_str().expect("a UTF-8 path");
-    let args = [&PATIENT[..], &["--cache-dir", directory]].concat();
+    let args = [&PATIENT[..], &["--cache-dir", directory, "--kv-tier", "off"]].concat();
     let start = || {
         let server = Server::start(SERVER, "mixtral-base", &args);
         poll("a server that knows the digest of its weights", PATIENCE, || {
