@@ -291,3 +291,37 @@ async fn a_file_system_that_hangs_costs_a_few_calls_and_heals_alone() {
     keep(&store, 0).await;
     assert!(look(&store, 0).await.is_some() && store.stats(late()).await[0].is_available);
 }
+
+#[tokio::test]
+async fn kv_blocks_that_hang_leave_room_for_calls_about_others() {
+    let directory = Directory::new();
+    let store = directory.open(1 << 20);
+    keep(&store, 1000).await;
+    let kv: Vec<_> =
+        (0..2 * MAX_DISK_CALLS as u64).map(|number| Address { kind: Kind::Kv, ..address(number) }).collect();
+    let files: Vec<_> = (0..kv.len() as u64)
+        .map(|number| {
+            let file = directory.file(number);
+            directory.0.join("kv").join(file.strip_prefix(directory.0.join("output")).expect("it is an output"))
+        })
+        .collect();
+    files.iter().for_each(|file| make_fifo(file));
+    let budget = Duration::from_millis(500);
+    let deadline = Instant::now() + budget;
+    let hanging = futures::future::join_all(kv.iter().map(|address| store.get(address, deadline)));
+    let looking = async {
+        // After all of them have begun.
+        tokio::task::yield_now().await;
+        let found = look(&store, 1000).await;
+        (found, Instant::now())
+    };
+    let (late, (found, when)) = futures::future::join(hanging, looking).await;
+    for file in &files {
+        // Its reader, if there is one, reads to the end of nothing; whoever comes later finds no file.
+        let writer = fs::File::options().read(true).write(true).open(file).expect("it can be written");
+        fs::remove_file(file).expect("it is there");
+        drop(writer);
+    }
+    assert!(found.is_some() && when < deadline, "it need not wait until they end");
+    assert!(late.iter().all(Result::is_err), "{late:?}");
+}

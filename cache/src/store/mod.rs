@@ -28,9 +28,8 @@ pub use memory::MemoryStore;
 pub use redis::{RedisConfig, RedisStore};
 pub use tiered::{TieredConfig, TieredStore};
 
-/// Values of one call that a tier reads or writes at the same time. Less than half of what a folder admits: calls about one value
-/// must get through beside it.
-const MAX_AT_ONCE: usize = MAX_DISK_CALLS / 2 - 1;
+/// Values of one call that a tier reads or writes at the same time.
+const MAX_AT_ONCE: usize = 8;
 
 /// Longest lifetime of a value.
 pub const MAX_TTL: Duration = Duration::from_secs(10 * 365 * 24 * 3600);

@@ -18,7 +18,8 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
 use futures::future::{BoxFuture, FutureExt as _, try_join_all};
-use tokio::time::Instant;
+use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::time::{Instant, timeout_at};
 
 use self::files::{Files, Look};
 use self::folder::Folder;
@@ -54,6 +55,8 @@ pub const MAX_CALLS: usize = 16;
 #[derive(Debug)]
 pub struct DiskStore {
     circuit: Circuit<Arc<Folder>>,
+    /// One permit per call about a KV block: they come by the dozen, and take half of [`MAX_CALLS`] at most.
+    bulk: Semaphore,
     max_bytes: u64,
     max_value_bytes: usize,
 }
@@ -71,6 +74,7 @@ impl DiskStore {
         tokio::spawn(scan_for_ever(Arc::downgrade(folder.files()), config.scan_interval));
         Ok(Self {
             circuit: Circuit::new(folder, config.breaker),
+            bulk: Semaphore::new(MAX_CALLS / 2),
             max_bytes: config.max_bytes,
             max_value_bytes: config.max_value_bytes,
         })
@@ -90,11 +94,24 @@ impl DiskStore {
         result
     }
 
+    /// Waits until it is the turn of a call about a value of `kind`.
+    async fn turn(&self, kind: Kind, deadline: Instant) -> Result<Option<SemaphorePermit<'_>>, CacheError> {
+        // While the folder is left alone nothing waits.
+        if kind != Kind::Kv || self.circuit.is_open() {
+            return Ok(None);
+        }
+        match timeout_at(deadline, self.bulk.acquire()).await {
+            Ok(permit) => Ok(Some(permit.expect("the semaphore is never closed"))),
+            Err(_) => Err(CacheError::Timeout { tier: Tier::Disk }),
+        }
+    }
+
     fn folder(&self) -> &Arc<Folder> {
         self.circuit.place()
     }
 
     async fn find(&self, address: &Address, deadline: Instant) -> Result<Option<Found>, CacheError> {
+        let _turn = self.turn(address.kind, deadline).await?;
         let wanted = *address;
         match self.call(deadline, move |files| files.read(&wanted, SystemTime::now())).await? {
             Look::Found(opened) => Ok(Some(Found { payload: opened.payload, tier: Tier::Disk, ttl: opened.ttl })),
@@ -113,6 +130,7 @@ impl DiskStore {
             return Err(CacheError::TooLarge { tier: Tier::Disk, bytes, limit });
         }
         let address = *address;
+        let _turn = self.turn(address.kind, deadline).await?;
         self.call(deadline, move |files| files.write(&address, &value, SystemTime::now())).await?;
         telemetry::written(Tier::Disk, address.kind, bytes);
         Ok(())
