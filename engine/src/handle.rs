@@ -150,6 +150,8 @@ pub struct ModelSummary {
     pub weight_formats: Vec<&'static str>,
     /// Of layers with a window only while the token is in it.
     pub kv_bytes_per_token: u64,
+    /// Of a block that is kept elsewhere, experts included.
+    pub block_bytes: usize,
     /// The experts of a token, kept beside its keys and values; 0 for models that have no experts, or an encoder.
     pub routing_bytes_per_token: u64,
     /// How [`SampledToken::routed_experts`] are laid out; without layers where routing is not kept.

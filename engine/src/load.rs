@@ -123,6 +123,9 @@ fn load_files(
     let size = ArenaSize { format, block_size: config.block_size, num_blocks, window: kv.window, num_state_slots };
     let arena = KvArena::new(&shape.cache_sites, size)?;
     let routed_rows = RoutedRows::new(routed.clone(), num_blocks, config.block_size);
+    let routing_bytes_per_token = demand.routing_bytes_per_token;
+    let runner = Runner::new(model, arena, routed_rows, config.block_size);
+    let shape = runner.shape();
     let summary = ModelSummary {
         architecture: model_config.model_type()?.to_owned(),
         vocab_size: shape.vocab_size,
@@ -135,7 +138,8 @@ fn load_files(
         weight_bytes,
         weight_formats,
         kv_bytes_per_token: kv.bytes_per_token + kv.window_bytes_per_token,
-        routing_bytes_per_token: demand.routing_bytes_per_token,
+        block_bytes: runner.block_len(),
+        routing_bytes_per_token,
         routed,
         state_bytes_per_sequence: shape.cache_sites.iter().map(CacheSite::state_bytes).sum(),
         max_model_len: kv.max_model_len,
@@ -152,12 +156,7 @@ fn load_files(
         isa: kernels::isa(),
         generation_defaults: files.generation_defaults(&model_config)?,
     };
-    Ok(LoadedModel {
-        summary,
-        fingerprint,
-        scheduler,
-        runner: Runner::new(model, arena, routed_rows, config.block_size),
-    })
+    Ok(LoadedModel { summary, fingerprint, scheduler, runner })
 }
 
 /// What the bits of an output depend on beside request and weights.

@@ -3,11 +3,13 @@
 //! The step loop hands over the bytes of blocks it has filled, and asks for those of prompts that are known outside. It never
 //! waits: what was asked for comes when it comes, and the sequence that wants it has no rows until then.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
 use std::time::Duration;
 
 use bytes::Bytes;
-use scheduler::{Batch, ComputedBlock, RequestId, Scheduler};
+use scheduler::{Batch, ComputedBlock, Phase, RequestId, Scheduler};
 
 use crate::runner::Runner;
 use crate::shared::Command;
@@ -43,6 +45,7 @@ pub struct LoadTicket {
     blocks: Vec<Bytes>,
     loaded: Sender<Loaded>,
     commands: SyncSender<Command>,
+    is_woken: Arc<AtomicBool>,
 }
 
 impl LoadTicket {
@@ -54,9 +57,13 @@ impl LoadTicket {
 
 impl Drop for LoadTicket {
     fn drop(&mut self) {
-        // A loop that is gone wants nothing; a full channel wakes it just as well.
+        // A loop that is gone wants nothing.
         let _ = self.loaded.send(Loaded { id: self.id, blocks: std::mem::take(&mut self.blocks) });
-        let _ = self.commands.try_send(Command::Wake);
+        // One word is enough, whatever comes before the loop looks, and a full channel wakes it just as well: requests need the
+        // places.
+        if !self.is_woken.swap(true, Ordering::AcqRel) {
+            let _ = self.commands.try_send(Command::Wake);
+        }
     }
 }
 
@@ -74,6 +81,8 @@ pub(crate) struct TierExchange {
     sender: Sender<Loaded>,
     receiver: Receiver<Loaded>,
     commands: SyncSender<Command>,
+    /// The loop was told that something came, and has not looked yet.
+    is_woken: Arc<AtomicBool>,
     /// Seconds that computing a token of a prompt takes.
     seconds_per_token: Option<f64>,
 }
@@ -84,7 +93,7 @@ const NEWEST: f64 = 0.2;
 impl TierExchange {
     pub(crate) fn new(tier: Box<dyn PrefixTier>, commands: SyncSender<Command>) -> Self {
         let (sender, receiver) = channel();
-        Self { tier, sender, receiver, commands, seconds_per_token: None }
+        Self { tier, sender, receiver, commands, is_woken: Arc::default(), seconds_per_token: None }
     }
 
     /// Blocks of a prompt that are to be loaded: all that can be if that is expected to be faster than computing them, as
@@ -95,15 +104,19 @@ impl TierExchange {
         }
         let compute = self.seconds_per_token.map(|seconds| seconds * block_size as f64);
         let is_slower = hint.seconds_per_block.zip(compute).is_some_and(|(load, compute)| load > compute);
-        let decision = if is_slower { "compute" } else { "load" };
-        metrics::counter!("moesaic_kv_tier_decisions_total", "decision" => decision).increment(1);
-        if is_slower { 0 } else { hint.num_blocks }
+        if is_slower {
+            metrics::counter!("moesaic_kv_tier_decisions_total", "decision" => "compute").increment(1);
+            return 0;
+        }
+        hint.num_blocks
     }
 
-    /// Notes how long a step of `num_rows` took. Steps of few rows say little: they read the same weights.
-    pub(crate) fn note_step(&mut self, num_rows: usize, elapsed: Duration, block_size: usize) {
-        if num_rows >= block_size {
-            let seconds = elapsed.as_secs_f64() / num_rows as f64;
+    /// Notes how long a step took, if it was for prompts: of few rows, or of decodes, each takes longer.
+    pub(crate) fn note_step(&mut self, batch: &Batch, elapsed: Duration, block_size: usize) {
+        let prefills = batch.chunks.iter().filter(|chunk| chunk.phase == Phase::Prefill);
+        let num_prompt: usize = prefills.map(|chunk| chunk.len).sum();
+        if num_prompt >= block_size && 2 * num_prompt > batch.num_rows() {
+            let seconds = elapsed.as_secs_f64() / batch.num_rows() as f64;
             let before = self.seconds_per_token.unwrap_or(seconds);
             self.seconds_per_token = Some(before + NEWEST * (seconds - before));
         }
@@ -113,13 +126,17 @@ impl TierExchange {
     pub(crate) fn begin_loads(&mut self, batch: &Batch) {
         for load in &batch.loads {
             let (loaded, commands) = (self.sender.clone(), self.commands.clone());
-            let ticket = LoadTicket { id: load.id, blocks: Vec::new(), loaded, commands };
+            let is_woken = Arc::clone(&self.is_woken);
+            let ticket = LoadTicket { id: load.id, blocks: Vec::new(), loaded, commands, is_woken };
+            metrics::counter!("moesaic_kv_tier_decisions_total", "decision" => "load").increment(1);
             self.tier.load(load.names.clone(), ticket);
         }
     }
 
     /// Fills the blocks of sequences for which something came. Bytes of another length end what is taken.
     pub(crate) fn finish_loads(&mut self, scheduler: &mut Scheduler, runner: &mut Runner) {
+        // Before the look: what comes after it wakes the loop again.
+        self.is_woken.store(false, Ordering::Release);
         for Loaded { id, blocks } in self.receiver.try_iter() {
             let wanted = scheduler.loading(id).iter();
             let num_filled =
@@ -130,7 +147,8 @@ impl TierExchange {
 
     /// Hands over the blocks that a step has filled.
     pub(crate) fn store(&mut self, computed: &[ComputedBlock], runner: &Runner) {
-        for block in computed {
+        // The last first: a place that has no room for all had better lose the end of a prefix.
+        for block in computed.iter().rev() {
             if self.tier.wants(&block.name) {
                 self.tier.store(block.name, runner.read_block(block.block));
             }

@@ -12,7 +12,7 @@ use crate::forward_input::{ChunkRows, ForwardInput, Pass, WindowRows};
 use crate::handle::{PromptLogprob, SampledToken};
 use crate::layers::decoder::gather_rows;
 use crate::memory::KvArena;
-use crate::models::{DraftInput, ForwardContext, Model, Prefill};
+use crate::models::{DraftInput, ForwardContext, Model, ModelShape, Prefill};
 use crate::sampling::params::SamplingParams;
 use crate::sampling::prompt_logprob;
 use crate::sampling::sampler::{SampleRow, sample};
@@ -63,6 +63,10 @@ impl Runner {
     pub fn new(model: Box<dyn Model>, arena: KvArena, routed: RoutedRows, block_size: usize) -> Self {
         let routing = RoutingStats::new(&model.shape().moe_layers);
         Self { model, arena, routing, routed, input: ForwardInput::default(), block_size }
+    }
+
+    pub fn shape(&self) -> &ModelShape {
+        self.model.shape()
     }
 
     pub fn prefill(&self) -> Prefill {

@@ -216,8 +216,7 @@ impl StepLoop {
         let progress = self.scheduler.complete(batch, &outcomes);
         self.tell_computed_blocks();
         if let Some(tier) = &mut self.tier {
-            tier.note_step(batch.num_rows(), computing.elapsed(), self.shared.model.block_size);
-            tier.store(self.scheduler.computed_blocks(), &self.runner);
+            tier.note_step(batch, computing.elapsed(), self.shared.model.block_size);
         }
         // Counters first: whoever has seen a request's last event finds it counted and its blocks free.
         self.count(batch, &progress);
@@ -226,6 +225,10 @@ impl StepLoop {
         let sampled = outputs.into_iter().filter_map(|output| output.sampled);
         for (progress, sampled) in progress.iter().zip(sampled) {
             self.deliver(progress, sampled);
+        }
+        // Nobody waits for this; the blocks stay as they are until the next step.
+        if let Some(tier) = &mut self.tier {
+            tier.store(self.scheduler.computed_blocks(), &self.runner);
         }
         metrics::histogram!("vllm:iteration_tokens_total").record(batch.num_rows() as f64);
         metrics::histogram!("moesaic_step_seconds", "phase" => "compute").record(computing.elapsed());

@@ -2,8 +2,8 @@
 
 /// Keeps freed memory in the process instead of giving it back to the system. A step allocates the activations that the
 /// one before it freed; by default glibc returns allocations of that size at once, and the next step pays a page fault
-/// for every 4 KiB it touches. What stays resident is at most what was in use at once before, up to 1 GiB at the end of
-/// the heap.
+/// for every 4 KiB it touches. What stays resident is what was in use at once before, up to 1 GiB at
+/// the end of each heap, and whatever lies below memory that is still in use.
 ///
 /// For the whole process, from the next allocation on: to be called when what is large and short-lived is behind it, as
 /// after loading. Does nothing with other allocators than glibc's. What a user set in `GLIBC_TUNABLES` for the same

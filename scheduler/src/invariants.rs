@@ -58,6 +58,8 @@ impl Scheduler {
         let is_waited_for =
             |id| self.sequences.get(&id).is_some_and(|owner: &Sequence| self.running.contains_key(&owner.arrival));
         assert!(self.in_flight.owners().all(is_waited_for), "somebody may wait for one that does not run");
+        let is_loading = |id| self.sequences.get(&id).is_some_and(|sequence: &Sequence| sequence.num_loading() > 0);
+        assert!(self.in_flight.loading().all(is_loading), "one that does not load is said to");
         let stats = self.stats();
         let num_free = self.blocks.num_free();
         let num_accounted = num_free + stats.num_used_blocks + stats.num_cached_blocks;

@@ -30,6 +30,7 @@ impl Scheduler {
         let block_size = self.config.block_size;
         let Some(sequence) = self.sequences.get_mut(&id).filter(|sequence| sequence.num_loading > 0) else { return };
         sequence.load(num_blocks * block_size);
+        self.in_flight.end_loading(id);
         self.num_loaded += (num_blocks * block_size) as u64;
         // They can be found from now on, but nobody computed them.
         let num_computed = self.computed.len();
@@ -50,6 +51,7 @@ impl Scheduler {
         };
         let names: Vec<[u8; 32]> = prefix.names()[first..end].iter().map(|name| name.bytes()).collect();
         sequence.num_loading = names.len();
+        self.in_flight.begin_loading(id);
         self.loads.push(BlockLoad { id, names });
     }
 }

@@ -4,7 +4,7 @@
 //! It waits for that block alone, those behind it in the queue pass meanwhile, and should the other lose its blocks or
 //! end, it computes for itself. So one wait ends with a block that is there or with a sequence that does not run.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use crate::computed::ComputedBlock;
 use crate::kv::{BlockHash, BlockHashes, BlockManager, CachedPrefix, StateSlot};
@@ -69,6 +69,8 @@ impl Prefix {
 #[derive(Debug, Default)]
 pub(crate) struct InFlight {
     owners: HashMap<BlockHash, RequestId>,
+    /// Those that wait for blocks from outside before they compute.
+    loading: HashSet<RequestId>,
 }
 
 impl InFlight {
@@ -88,6 +90,25 @@ impl InFlight {
 
     fn has(&self, name: BlockHash) -> bool {
         self.owners.contains_key(&name)
+    }
+
+    /// It is being computed, not loaded.
+    fn computes(&self, name: BlockHash) -> bool {
+        self.owners.get(&name).is_some_and(|owner| !self.loading.contains(owner))
+    }
+
+    /// What a sequence announced is loaded first.
+    pub(crate) fn begin_loading(&mut self, id: RequestId) {
+        self.loading.insert(id);
+    }
+
+    /// From now on it is computed.
+    pub(crate) fn end_loading(&mut self, id: RequestId) {
+        self.loading.remove(&id);
+    }
+
+    pub(crate) fn loading(&self) -> impl Iterator<Item = RequestId> {
+        self.loading.iter().copied()
     }
 
     /// Those that somebody may wait for.
@@ -134,6 +155,7 @@ impl Scheduler {
     /// for somebody has to sample.
     fn look_up(&mut self, id: RequestId) -> Option<CachedPrefix> {
         let sequence = self.sequences.get_mut(&id).expect("queues name only known sequences");
+        let num_loadable = sequence.num_loadable;
         let Some((prefix, tokens)) = sequence.prefix_and_tokens().filter(|(prefix, _)| prefix.may_reuse) else {
             return Some(CachedPrefix::default());
         };
@@ -148,7 +170,10 @@ impl Scheduler {
         // state was given up, while one behind it is still to come.
         let num_ahead = most / prefix.interval - cached.num_blocks / prefix.interval;
         let num_asked = if prefix.interval == 1 { num_ahead.min(1) } else { num_ahead };
-        let is_coming = |&name: &BlockHash| self.in_flight.has(name);
+        // Who would load nothing itself need not wait for one who does: computing may be faster.
+        let may_load = num_loadable > cached.num_blocks;
+        let is_coming =
+            |&name: &BlockHash| if may_load { self.in_flight.has(name) } else { self.in_flight.computes(name) };
         let awaited = prefix.places_behind(cached.num_blocks).take(num_asked).find(is_coming);
         prefix.awaited = awaited;
         prefix.awaited.is_none().then_some(cached)
@@ -208,6 +233,7 @@ pub(crate) fn release(blocks: &mut BlockManager, in_flight: &mut InFlight, id: R
     blocks.release(table);
     if let Some(prefix) = prefix {
         in_flight.retire(id, &prefix.names.as_slice()[prefix.num_published..]);
+        in_flight.end_loading(id);
         prefix.rewind();
         prefix.reserved.take().into_iter().for_each(|slot| blocks.snapshots.give_back(slot));
     }

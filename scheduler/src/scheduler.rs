@@ -160,7 +160,11 @@ impl Scheduler {
             self.leave_window(chunk.id);
             let Some(&outcome) = outcome else { continue };
             let (update, has_ended) = match outcome {
-                Outcome::Failed => (Update::Failed, true),
+                Outcome::Failed => {
+                    // What leaves the pool outlives the fault.
+                    self.computed.retain(|computed| computed.id != chunk.id);
+                    (Update::Failed, true)
+                }
                 Outcome::Token(token) => {
                     let finished = self.seq_mut(chunk.id).append(token);
                     let is_stop = matches!(finished, Some(FinishReason::Stop(_)));

@@ -13,9 +13,9 @@ use crate::app::REPLAY_SHARE;
 use crate::config::{Config, OutputCacheType, Secret};
 
 /// Largest value on disk: the answer to a long context with many log-probs has a few MiB.
-const MAX_DISK_VALUE_BYTES: usize = 16 << 20;
-/// Largest block in Redis, over a connection of its own: a thousand of them on the way would hold up answers.
-const MAX_REDIS_BLOCK_BYTES: usize = 16 << 20;
+const MAX_DISK_VALUE_BYTES: usize = MAX_BLOCK_BYTES;
+/// Largest block of a prompt: hundreds of KiB in most models, 4 MiB in Mixtral 8x22B.
+pub const MAX_BLOCK_BYTES: usize = 16 << 20;
 /// Largest value in Redis: what takes longer than a request may wait would only keep others from theirs.
 const MAX_REDIS_VALUE_BYTES: usize = 2 << 20;
 /// How often another process's files in a shared folder are noticed.
@@ -93,7 +93,8 @@ pub fn open(config: &Config) -> anyhow::Result<Tiers> {
     Ok(Tiers { outputs, routing, kv })
 }
 
-/// The folder is shared with other caches; Redis has a connection of its own.
+/// The folder is shared with other caches; Redis has a connection of its own, for a thousand blocks on the way would hold up
+/// answers.
 fn open_kv(config: &Config, shared: &[SlowTier]) -> anyhow::Result<KvTiers> {
     let depth = config.kv_tier_depth();
     let (mut names, mut slow) = (Vec::new(), Vec::new());
@@ -108,7 +109,7 @@ fn open_kv(config: &Config, shared: &[SlowTier]) -> anyhow::Result<KvTiers> {
     }
     if let Some(url) = config.redis_url.as_ref().filter(|_| depth == OutputCacheType::Redis) {
         names.push("Redis");
-        slow.push(open_redis(config, url, MAX_REDIS_BLOCK_BYTES)?);
+        slow.push(open_redis(config, url, MAX_BLOCK_BYTES)?);
     }
     Ok(KvTiers { memory, slow, names: names.join(", ") })
 }

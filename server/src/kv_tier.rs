@@ -8,11 +8,18 @@ use std::time::Duration;
 use bytes::Bytes;
 use cache::store::TierStats;
 use cache::{Digest, Fingerprint, KvHint, KvPrefixCache, KvPrefixConfig};
-use engine::{BlockName, EngineHandle, LoadTicket, PrefixHint, PrefixTier};
+use engine::{BlockName, EngineHandle, GenerateRequest, LoadTicket, PrefixHint, PrefixTier};
+use metrics::{counter, gauge};
 use tokio::runtime::Handle;
 use tokio::time::Instant;
 
-use crate::cache_tiers::KvTiers;
+use crate::cache_tiers::{KvTiers, MAX_BLOCK_BYTES};
+
+/// Time that a tier gets to tell what it holds.
+const SCRAPE_PATIENCE: Duration = Duration::from_millis(50);
+/// Bytes of prompts that may be on their way from slow tiers at once: of the longest one, within these bounds.
+const MIN_LOAD_BYTES: usize = 256 << 20;
+const MAX_LOAD_BYTES: usize = 2 << 30;
 
 /// The tier of one model.
 #[derive(Debug)]
@@ -25,8 +32,6 @@ pub struct KvTier {
 #[derive(Clone, Copy, Debug)]
 pub struct KvTierConfig {
     pub ttl: Duration,
-    /// What a look-up may cost a request.
-    pub lookup_timeout: Duration,
     /// What the load of a prompt may take in all.
     pub load_timeout: Duration,
 }
@@ -49,12 +54,29 @@ impl KvTier {
             );
             return Ok(None);
         }
+        let block_bytes = engine.model().block_bytes;
+        if block_bytes > MAX_BLOCK_BYTES {
+            tracing::warn!(
+                block_bytes,
+                limit = MAX_BLOCK_BYTES,
+                "blocks of prompts stay in the KV cache: they are too large; hint: a smaller --block-size"
+            );
+            return Ok(None);
+        }
         let tier = Arc::new(Self { whole: Arc::default() });
         let (whole, engine, runtime) = (Arc::clone(&tier.whole), engine.clone(), runtime.clone());
         std::thread::Builder::new().name("kv-digest".to_owned()).spawn(move || {
-            let fingerprint = Fingerprint::from_bytes(engine.fingerprint().whole());
-            let KvTierConfig { ttl, lookup_timeout, load_timeout } = config;
-            let config = KvPrefixConfig { ttl, lookup_timeout, load_timeout, ..KvPrefixConfig::default() };
+            let fingerprint = fingerprint(&engine);
+            let KvTierConfig { ttl, load_timeout } = config;
+            // A prompt as long as can be is one load.
+            let longest = engine.model().max_model_len.div_ceil(engine.model().block_size) * block_bytes;
+            let config = KvPrefixConfig {
+                ttl,
+                load_timeout,
+                max_block_bytes: block_bytes,
+                max_load_bytes: longest.clamp(MIN_LOAD_BYTES, MAX_LOAD_BYTES),
+                ..KvPrefixConfig::default()
+            };
             let names = tiers.names;
             let _context = runtime.enter();
             let cache = KvPrefixCache::new(config, tiers.memory, tiers.slow, fingerprint);
@@ -66,19 +88,20 @@ impl KvTier {
         Ok(Some(tier))
     }
 
-    /// What is known of a prompt. Waits for tiers no longer than a look-up may take.
-    pub async fn hint(&self, engine: &EngineHandle, prompt: &[u32], salt: &[u8; 32]) -> PrefixHint {
+    /// What is known of a prompt, as far as tiers say so by the deadline.
+    pub async fn hint(&self, engine: &EngineHandle, request: &GenerateRequest, deadline: Instant) -> PrefixHint {
         let Some(cache) = self.whole.get() else { return PrefixHint::default() };
         // The last token of a prompt is always computed.
-        let names = engine.block_names(&prompt[..prompt.len().saturating_sub(1)], salt);
+        let prompt = &request.prompt[..request.prompt.len().saturating_sub(1)];
+        let names = engine.block_names(prompt, &request.cache_salt);
         if names.is_empty() {
             return PrefixHint::default();
         }
-        let fingerprint = Fingerprint::from_bytes(engine.fingerprint().whole());
+        let fingerprint = fingerprint(engine);
         let names: Vec<BlockName> = names.iter().map(|name| shared_name(&fingerprint, name)).collect();
         let num_tokens = names.len() * engine.model().block_size;
-        metrics::counter!("vllm:external_prefix_cache_queries_total").increment(num_tokens as u64);
-        let KvHint { num_blocks, seconds_per_block } = cache.look_up(&names).await;
+        counter!("vllm:external_prefix_cache_queries_total").increment(num_tokens as u64);
+        let KvHint { num_blocks, seconds_per_block } = cache.look_up(&names, deadline).await;
         PrefixHint { num_blocks, seconds_per_block }
     }
 
@@ -87,6 +110,19 @@ impl KvTier {
         match self.whole.get() {
             Some(cache) => cache.stats(deadline).await,
             None => Vec::new(),
+        }
+    }
+
+    /// Sets the gauges of what tiers hold, of those that can tell at once.
+    pub async fn observe(&self) {
+        for row in self.stats(Instant::now() + SCRAPE_PATIENCE).await {
+            let set = |name: &'static str, value: Option<u64>| {
+                if let Some(value) = value {
+                    gauge!(name, "tier" => row.tier.as_str()).set(value as f64);
+                }
+            };
+            set("moesaic_kv_tier_bytes", row.bytes);
+            set("moesaic_kv_tier_entries", row.num_entries);
         }
     }
 
@@ -107,6 +143,13 @@ impl KvTier {
             cache.settle(deadline).await;
         }
     }
+}
+
+/// Of everything that decides the bytes of a block, how many there are included: layers that are loaded on request have some.
+fn fingerprint(engine: &EngineHandle) -> Fingerprint {
+    let mut digest = Digest::new("kv fingerprint");
+    digest.field("engine", &engine.fingerprint().whole()).number("block_bytes", engine.model().block_bytes as u64);
+    digest.fingerprint()
 }
 
 /// The name of a block among those of other models: an engine's own name says nothing of the weights.

@@ -40,8 +40,7 @@ impl Inner {
         let missing = blocks.iter().enumerate().filter(|(_, block)| block.is_none());
         let mut wanted: Vec<_> = missing.map(|(idx, _)| Wanted { idx, address: self.address(&names[idx]) }).collect();
         if !wanted.is_empty() && !self.slow.is_empty() {
-            let max_len = (self.config.max_load_bytes / self.config.max_block_bytes.max(1)).max(1);
-            wanted.truncate(max_len);
+            wanted.truncate(self.config.max_load_len());
             self.load_from_slow(&wanted, &mut blocks, deadline).await;
         }
         blocks.into_iter().map_while(|block| block).collect()

@@ -41,8 +41,6 @@ const MAX_BATCH_LEN: usize = 32;
 pub struct KvPrefixConfig {
     /// Lifetime of a stored block; between 1 ms and [`crate::store::MAX_TTL`].
     pub ttl: Duration,
-    /// Time that a look-up may take.
-    pub lookup_timeout: Duration,
     /// Time that loading a prefix may take, its wait for a turn included.
     pub load_timeout: Duration,
     /// Time that a slow tier may take for a batch of blocks that it is given.
@@ -64,11 +62,10 @@ impl Default for KvPrefixConfig {
     fn default() -> Self {
         Self {
             ttl: Duration::from_secs(24 * 3600),
-            lookup_timeout: Duration::from_millis(20),
             load_timeout: Duration::from_secs(2),
             write_timeout: Duration::from_secs(2),
             max_block_bytes: 1 << 20,
-            max_pending_bytes: 64 << 20,
+            max_pending_bytes: 256 << 20,
             max_loads: 4,
             max_load_bytes: 256 << 20,
             rate_lifetime: Duration::from_secs(60),
@@ -121,7 +118,7 @@ impl KvPrefixCache {
             fingerprint,
         };
         let slow: Vec<_> = slow.into_iter().map(|store| SlowTier::new(store, limits)).collect();
-        let room = (config.max_load_bytes / config.max_block_bytes.max(1)).clamp(1, Semaphore::MAX_PERMITS);
+        let room = config.max_load_len().min(Semaphore::MAX_PERMITS);
         Self {
             inner: Arc::new(Inner {
                 config,
@@ -135,10 +132,11 @@ impl KvPrefixCache {
         }
     }
 
-    /// How many leading blocks of `names` are somewhere, and how long loading one would take. Reads no payload; ends by the timeout of
-    /// look-ups.
-    pub async fn look_up(&self, names: &[BlockName]) -> KvHint {
-        self.inner.look_up(names, Instant::now() + self.inner.config.lookup_timeout).await
+    /// How many leading blocks of `names` are somewhere, as many as one load gives, and how long loading one would take. Reads no
+    /// payload; ends by the deadline.
+    pub async fn look_up(&self, names: &[BlockName], deadline: Instant) -> KvHint {
+        let most = self.inner.config.max_load_len();
+        self.inner.look_up(&names[..names.len().min(most)], deadline).await
     }
 
     /// Payloads of the leading `names`, in their order, ending before the first that is missing, late or bad. Ends by the timeout of
@@ -172,8 +170,9 @@ impl KvPrefixCache {
     /// # Errors
     /// Some may be left.
     pub async fn clear(&self, deadline: Instant) -> Result<(), CacheError> {
-        // What waits would come back after.
-        self.settle(deadline).await;
+        // What waits would come back after; a tier that takes its time leaves some for the rest.
+        let now = Instant::now();
+        self.settle(now + deadline.saturating_duration_since(now) / 2).await;
         let results = join_all(self.inner.stores().map(|store| store.clear(Some(Kind::Kv), deadline))).await;
         for tier in &self.inner.slow {
             tier.forget_all();
@@ -218,6 +217,11 @@ impl Inner {
 }
 
 impl KvPrefixConfig {
+    /// Blocks of one load from slow tiers.
+    fn max_load_len(&self) -> usize {
+        (self.max_load_bytes / self.max_block_bytes.max(1)).max(1)
+    }
+
     /// Blocks of one call to a tier.
     fn batch_len(&self) -> usize {
         (BATCH_BYTES / self.max_block_bytes.max(1)).clamp(1, MAX_BATCH_LEN)

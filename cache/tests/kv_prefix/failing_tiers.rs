@@ -159,18 +159,19 @@ async fn a_tier_that_hangs_takes_its_share_of_the_time_and_no_more() {
     let directory = Directory::new();
     keep(&over(vec![directory.open()]), 10).await;
     let budget = Duration::from_millis(400);
-    let times = KvPrefixConfig { lookup_timeout: budget, load_timeout: budget, ..config() };
+    let times = KvPrefixConfig { load_timeout: budget, ..config() };
     let slow: Vec<Arc<dyn Store>> = vec![Odd::stuck(), directory.open()];
     let cache = KvPrefixCache::new(times, None, slow, FINGERPRINT);
     let start = Instant::now();
-    assert_eq!(cache.look_up(&names(10)).await.num_blocks, 10);
+    assert_eq!(cache.look_up(&names(10), Instant::now() + budget).await.num_blocks, 10);
     assert!(start.elapsed() < 2 * budget + SLACK, "{:?}", start.elapsed());
     let start = Instant::now();
     assert_eq!(load(&cache, 10).await, 10, "the one below had time left");
     assert!(start.elapsed() < budget + SLACK, "{:?}", start.elapsed());
     let cache = KvPrefixCache::new(times, None, vec![Odd::stuck()], FINGERPRINT);
     let start = Instant::now();
-    assert_eq!((load(&cache, 10).await, cache.look_up(&names(10)).await.num_blocks), (0, 0));
+    let hint = cache.look_up(&names(10), Instant::now() + budget).await;
+    assert_eq!((load(&cache, 10).await, hint.num_blocks), (0, 0));
     assert!(start.elapsed() < 2 * (budget + SLACK), "{:?}", start.elapsed());
 }
 
@@ -181,7 +182,7 @@ async fn what_came_before_the_deadline_is_given() {
     let start = Instant::now();
     assert_eq!(load(&cache, 100).await, 50);
     assert!(start.elapsed() < times.load_timeout + SLACK, "{:?}", start.elapsed());
-    let hint = cache.look_up(&names(100)).await;
+    let hint = cache.look_up(&names(100), late()).await;
     let seconds = hint.seconds_per_block.expect("it was measured");
     assert!(seconds > 0.009, "the time in which it gave nothing counts: {hint:?}");
 }
@@ -190,13 +191,13 @@ async fn what_came_before_the_deadline_is_given() {
 async fn the_rate_is_that_of_real_loads_and_is_forgotten() {
     let tier = Odd::with(Duration::from_millis(20), 100, true);
     let cache = over(vec![Arc::clone(&tier) as _]);
-    assert_eq!(cache.look_up(&names(100)).await, cache::KvHint { num_blocks: 100, seconds_per_block: None });
+    assert_eq!(cache.look_up(&names(100), late()).await, cache::KvHint { num_blocks: 100, seconds_per_block: None });
     let mut measured = Vec::new();
     for _ in 0..2 {
         let start = Instant::now();
         assert_eq!(load(&cache, 100).await, 100);
         measured.push(start.elapsed().as_secs_f64() / 100.0);
-        let hint = cache.look_up(&names(100)).await;
+        let hint = cache.look_up(&names(100), late()).await;
         let predicted = hint.seconds_per_block.expect("it was measured");
         let (fastest, slowest) =
             measured.iter().fold((f64::MAX, 0.0_f64), |(low, high), &rate| (low.min(rate), high.max(rate)));
@@ -206,5 +207,5 @@ async fn the_rate_is_that_of_real_loads_and_is_forgotten() {
     let forgetful = KvPrefixConfig { rate_lifetime: Duration::ZERO, ..config() };
     let cache = KvPrefixCache::new(forgetful, None, vec![tier], FINGERPRINT);
     assert_eq!(load(&cache, 10).await, 10);
-    assert_eq!(cache.look_up(&names(10)).await, cache::KvHint { num_blocks: 10, seconds_per_block: None });
+    assert_eq!(cache.look_up(&names(10), late()).await, cache::KvHint { num_blocks: 10, seconds_per_block: None });
 }

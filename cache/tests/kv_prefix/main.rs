@@ -49,7 +49,6 @@ fn poll<T>(what: &str, within: Duration, mut probe: impl FnMut() -> Option<T>) -
 fn config() -> KvPrefixConfig {
     KvPrefixConfig {
         ttl: HOUR,
-        lookup_timeout: PATIENCE,
         load_timeout: PATIENCE,
         write_timeout: PATIENCE,
         max_block_bytes: BLOCK_BYTES,

@@ -10,26 +10,26 @@ use crate::counters::Counters;
 #[tokio::test]
 async fn leading_blocks_are_counted_and_loaded_up_to_the_first_hole() {
     let cache = KvPrefixCache::new(config(), Some(memory()), vec![], FINGERPRINT);
-    assert_eq!(cache.look_up(&names(8)).await, cache::KvHint { num_blocks: 0, seconds_per_block: None });
+    assert_eq!(cache.look_up(&names(8), late()).await, cache::KvHint { num_blocks: 0, seconds_per_block: None });
     let payloads: Vec<_> = (0..8).map(payload_of).collect();
     for number in [0, 1, 2, 3, 4, 6, 7] {
         assert!(!cache.is_known(&name(number)));
         cache.store(name(number), payloads[number].clone());
         assert!(cache.is_known(&name(number)));
     }
-    assert_eq!(cache.look_up(&names(8)).await, cache::KvHint { num_blocks: 5, seconds_per_block: None });
+    assert_eq!(cache.look_up(&names(8), late()).await, cache::KvHint { num_blocks: 5, seconds_per_block: None });
     let blocks = cache.load(&names(8)).await;
     assert_eq!(blocks, payloads[..5]);
     assert!(
         blocks.iter().zip(&payloads).all(|(block, payload)| block.as_ptr() == payload.as_ptr()),
         "nothing is copied"
     );
-    let hint = cache.look_up(&names(8)).await;
+    let hint = cache.look_up(&names(8), late()).await;
     let seconds = hint.seconds_per_block.expect("it was measured");
     assert!(hint.num_blocks == 5 && seconds > 0.0 && seconds < 0.1, "{hint:?}");
-    assert_eq!(cache.look_up(&[]).await.num_blocks + cache.load(&[]).await.len() + load(&cache, 3).await, 3);
+    assert_eq!(cache.look_up(&[], late()).await.num_blocks + cache.load(&[]).await.len() + load(&cache, 3).await, 3);
     cache.clear(late()).await.expect("memory can be cleared");
-    assert_eq!((cache.look_up(&names(8)).await.num_blocks, load(&cache, 8).await), (0, 0));
+    assert_eq!((cache.look_up(&names(8), late()).await.num_blocks, load(&cache, 8).await), (0, 0));
     assert!(!cache.is_known(&name(0)));
 }
 
@@ -43,7 +43,7 @@ async fn a_full_memory_lets_the_oldest_go() {
     let [row] = cache.stats(late()).await[..] else { panic!("there is one tier") };
     assert!(row.bytes.is_some_and(|bytes| bytes <= 10 * BLOCK_BYTES as u64), "{row:?}");
     assert_eq!((row.tier, row.num_entries), (Tier::Memory, Some(9)));
-    assert_eq!((load(&cache, 100).await, cache.look_up(&names(100)).await.num_blocks), (9, 9));
+    assert_eq!((load(&cache, 100).await, cache.look_up(&names(100), late()).await.num_blocks), (9, 9));
     assert!(!cache.is_known(&name(50)), "what went is worth storing again");
 }
 
@@ -52,7 +52,7 @@ async fn a_restart_finds_its_blocks_on_disk_and_takes_them_up_into_memory() {
     let directory = Directory::new();
     keep(&KvPrefixCache::new(config(), Some(memory()), vec![directory.open()], FINGERPRINT), 50).await;
     let cache = KvPrefixCache::new(config(), Some(memory()), vec![directory.open()], FINGERPRINT);
-    assert_eq!(cache.look_up(&names(60)).await, cache::KvHint { num_blocks: 50, seconds_per_block: None });
+    assert_eq!(cache.look_up(&names(60), late()).await, cache::KvHint { num_blocks: 50, seconds_per_block: None });
     assert!(!cache.is_known(&name(7)));
     assert_eq!(load(&cache, 60).await, 50);
     assert!(cache.is_known(&name(7)), "memory has it, and disk gave it");
@@ -81,11 +81,11 @@ async fn a_bad_file_ends_the_prefix_and_is_removed_and_counted() {
         fs::write(directory.file(10), bytes).expect("it can be written");
         let key = format!("moesaic_cache_bad_values_total kv disk {reason}");
         let before = counters.get(&key);
-        assert_eq!(cache.look_up(&names(20)).await.num_blocks, 20, "a look reads nothing");
+        assert_eq!(cache.look_up(&names(20), late()).await.num_blocks, 20, "a look reads nothing");
         assert_eq!(load(&cache, 20).await, 10, "{reason}");
         assert_eq!(counters.get(&key), before + 1, "{reason}");
         assert!(!directory.file(10).exists(), "{reason}");
-        assert_eq!(cache.look_up(&names(20)).await.num_blocks, 10);
+        assert_eq!(cache.look_up(&names(20), late()).await.num_blocks, 10);
         assert!(!cache.is_known(&name(10)), "it is worth storing again");
         cache.store(name(10), payload_of(10));
         cache.settle(late()).await;
@@ -123,9 +123,9 @@ async fn a_directory_that_is_removed_costs_its_blocks_and_nothing_else() {
     assert_eq!(load(&cache, 10).await, 0);
     assert!(!cache.is_known(&name(0)));
     keep(&cache, 10).await;
-    assert_eq!((cache.look_up(&names(10)).await.num_blocks, load(&cache, 10).await), (10, 10));
+    assert_eq!((cache.look_up(&names(10), late()).await.num_blocks, load(&cache, 10).await), (10, 10));
     fs::remove_dir_all(directory.path()).expect("it can be removed");
-    assert_eq!(cache.look_up(&names(10)).await.num_blocks, 0);
+    assert_eq!(cache.look_up(&names(10), late()).await.num_blocks, 0);
     fs::write(directory.path(), "a file in its place").expect("it can be written");
     keep(&cache, 10).await;
     assert!((0..10).all(|number| !cache.is_known(&name(number))), "what failed is worth storing again");

@@ -28,7 +28,7 @@ async fn heals(cache: &KvPrefixCache, count: usize) {
     let start = Instant::now();
     loop {
         keep(cache, count).await;
-        if cache.look_up(&names(count)).await.num_blocks == count && load(cache, count).await == count {
+        if cache.look_up(&names(count), late()).await.num_blocks == count && load(cache, count).await == count {
             return;
         }
         assert!(start.elapsed() < PATIENCE, "it does not heal");
@@ -47,7 +47,7 @@ async fn what_one_stored_another_loads_and_takes_up() {
     assert!((3_500_000..=3_600_000).contains(&millis), "{millis}");
     let slow: Vec<Arc<dyn Store>> = vec![directory.open(), open(&server.url())];
     let second = KvPrefixCache::new(config(), Some(memory()), slow, FINGERPRINT);
-    assert_eq!(second.look_up(&names(200)).await, cache::KvHint { num_blocks: 128, seconds_per_block: None });
+    assert_eq!(second.look_up(&names(200), late()).await, cache::KvHint { num_blocks: 128, seconds_per_block: None });
     assert_eq!(load(&second, 200).await, 128);
     second.settle(late()).await;
     let rows = second.stats(late()).await;
@@ -79,7 +79,7 @@ async fn bad_values_end_the_prefix_and_are_removed_and_counted() {
         [(&flipped[..], "checksum"), (cut, "truncated"), (&other, "key"), (&long, "magic"), (&foreign, "version")];
     for (bytes, reason) in cases {
         server.set(&key(10), bytes);
-        assert_eq!(cache.look_up(&names(20)).await.num_blocks, 20, "a look reads nothing");
+        assert_eq!(cache.look_up(&names(20), late()).await.num_blocks, 20, "a look reads nothing");
         assert_eq!(load(&cache, 20).await, 10, "{reason}");
         assert_eq!(counters.get(&format!("moesaic_cache_bad_values_total kv redis {reason}")), 1, "{reason}");
         assert_eq!(server.command(&["EXISTS", &key(10)]), Reply::Integer(0), "{reason}");
@@ -101,16 +101,16 @@ async fn keys_of_another_type_and_lost_ones_end_the_prefix() {
     keep(&cache, 20).await;
     server.command(&["DEL", &key(7)]);
     assert!(cache.is_known(&name(7)), "it cannot know yet");
-    assert_eq!((cache.look_up(&names(20)).await.num_blocks, load(&cache, 20).await), (7, 7));
+    assert_eq!((cache.look_up(&names(20), late()).await.num_blocks, load(&cache, 20).await), (7, 7));
     assert!(!cache.is_known(&name(7)));
     assert_eq!(server.command(&["RPUSH", &key(7), "x"]), Reply::Integer(1));
     for _ in 0..10 {
         assert_eq!(load(&cache, 20).await, 7);
     }
-    assert_eq!(cache.look_up(&names(20)).await.num_blocks, 20, "a list is there, and Redis is not left alone");
+    assert_eq!(cache.look_up(&names(20), late()).await.num_blocks, 20, "a list is there, and Redis is not left alone");
     heals(&cache, 20).await;
     server.command(&["FLUSHALL"]);
-    assert_eq!(cache.look_up(&names(20)).await, cache::KvHint::default());
+    assert_eq!(cache.look_up(&names(20), late()).await, cache::KvHint::default());
     heals(&cache, 20).await;
     server.set("another", b"value");
     cache.clear(late()).await.expect("Redis answers");
@@ -121,7 +121,7 @@ async fn keys_of_another_type_and_lost_ones_end_the_prefix() {
 async fn a_server_that_hangs_ends_a_load_by_its_deadline_with_what_is_there() {
     let server = RedisServer::start();
     let budget = Duration::from_millis(300);
-    let times = KvPrefixConfig { lookup_timeout: budget, load_timeout: budget, write_timeout: budget, ..config() };
+    let times = KvPrefixConfig { load_timeout: budget, write_timeout: budget, ..config() };
     let (store, memory) = (open(&server.url()), memory());
     let cache = KvPrefixCache::new(times, Some(Arc::clone(&memory)), vec![Arc::clone(&store) as _], FINGERPRINT);
     keep(&over(vec![open(&server.url())]), 64).await;
@@ -153,7 +153,7 @@ async fn a_server_that_hangs_ends_a_load_by_its_deadline_with_what_is_there() {
 async fn a_server_that_stops_or_dies_amid_loads_gives_prefixes_in_time() {
     let mut server = RedisServer::start();
     let budget = Duration::from_millis(300);
-    let times = KvPrefixConfig { lookup_timeout: budget, load_timeout: budget, ..config() };
+    let times = KvPrefixConfig { load_timeout: budget, ..config() };
     let cache = KvPrefixCache::new(times, None, vec![open(&server.url())], FINGERPRINT);
     let mut num_cut = 0;
     for round in 0..12 {
@@ -190,7 +190,7 @@ async fn a_server_that_stops_or_dies_amid_loads_gives_prefixes_in_time() {
 async fn a_cluster_keeps_blocks_on_every_master_and_loses_one_without_harm() {
     let mut cluster = RedisCluster::with_options(&["--cluster-require-full-coverage", "no"]);
     let budget = Duration::from_millis(500);
-    let times = KvPrefixConfig { lookup_timeout: budget, load_timeout: budget, write_timeout: budget, ..config() };
+    let times = KvPrefixConfig { load_timeout: budget, write_timeout: budget, ..config() };
     let cache = KvPrefixCache::new(times, None, vec![open(&cluster.url())], FINGERPRINT);
     heals(&cache, 60).await;
     for node in &cluster.nodes {

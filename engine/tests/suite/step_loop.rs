@@ -1,13 +1,16 @@
 //! The engine as a caller meets it: submit, events, refusal, abort, shutdown.
 
+use std::collections::HashMap;
 use std::path::Path;
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use crate::driver::golden_dir;
+use bytes::Bytes;
 use engine::sampling::params::SamplingParams;
 use engine::{
-    EngineConfig, EngineHandle, Event, FinishReason, GenerateRequest, Generation, GenerationError, KvDtype,
-    StopCriteria, SubmitError, WeightQuant, load,
+    BlockName, EngineConfig, EngineHandle, Event, FinishReason, GenerateRequest, Generation, GenerationError, KvDtype,
+    LoadTicket, PrefixHint, PrefixTier, StopCriteria, SubmitError, WeightQuant, load,
 };
 
 fn config(dir: &Path) -> EngineConfig {
@@ -24,7 +27,7 @@ fn request(prompt: &[u32], max_tokens: usize) -> GenerateRequest {
         sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
         stop: StopCriteria { max_tokens, ..StopCriteria::default() },
         cache_salt: [0; 32],
-        prefix: engine::PrefixHint::default(),
+        prefix: PrefixHint::default(),
         wants_routed_experts: false,
         expected_experts: None,
     }
@@ -250,4 +253,84 @@ fn a_row_of_nan_ends_its_own_request_only() {
     assert_eq!(tokens(&events(healthy)), tokens(&events(expected)));
     assert_eq!(engine.stats().num_corrupted, 1);
     std::fs::remove_dir_all(dir).expect("the temporary folder goes");
+}
+
+/// A tier that is asked and answers when the test says so.
+struct Slow {
+    stored: Arc<Mutex<HashMap<BlockName, Bytes>>>,
+    tickets: mpsc::Sender<(Vec<BlockName>, LoadTicket)>,
+}
+
+impl PrefixTier for Slow {
+    fn wants(&self, name: &BlockName) -> bool {
+        !self.stored.lock().expect("no test panics with it").contains_key(name)
+    }
+
+    fn store(&mut self, name: BlockName, bytes: Bytes) {
+        self.stored.lock().expect("no test panics with it").insert(name, bytes);
+    }
+
+    fn load(&mut self, names: Vec<BlockName>, ticket: LoadTicket) {
+        self.tickets.send((names, ticket)).expect("the test listens");
+    }
+}
+
+#[test]
+fn who_waits_for_blocks_holds_nobody_up_and_takes_what_comes() {
+    let (sender, tickets) = mpsc::channel();
+    let stored = Arc::new(Mutex::new(HashMap::new()));
+    let prompt: Vec<u32> = (0..70).map(|idx| 3 + idx * 5 % 300).collect();
+    let computed = {
+        let engine = start(config(&golden_dir("mixtral-base")));
+        engine.attach_prefix_tier(Box::new(Slow { stored: stored.clone(), tickets: sender.clone() }));
+        events(engine.submit(request(&prompt, 5)).expect("accepted"))
+    };
+    assert_eq!(stored.lock().expect("nobody panicked").len(), 4);
+    let engine = start(config(&golden_dir("mixtral-base")));
+    engine.attach_prefix_tier(Box::new(Slow { stored: stored.clone(), tickets: sender }));
+    let known = || {
+        let hint = PrefixHint { num_blocks: 4, seconds_per_block: None };
+        engine.submit(GenerateRequest { prefix: hint, ..request(&prompt, 5) }).expect("accepted")
+    };
+    let cached = |events: &[Event]| match events[0] {
+        Event::Scheduled { num_cached_tokens, .. } => num_cached_tokens,
+        _ => panic!("{events:?}"),
+    };
+    // Half of it comes, after others were served.
+    let waiting = known();
+    let (names, ticket) = tickets.recv().expect("it is asked for");
+    assert_eq!(names.len(), 4);
+    events(engine.submit(request(&[9, 8, 7], 3)).expect("accepted"));
+    let of =
+        |names: &[BlockName]| names.iter().map(|name| stored.lock().expect("nobody panicked")[name].clone()).collect();
+    ticket.finish(of(&names[..2]));
+    let first = events(waiting);
+    assert_eq!((cached(&first), tokens(&first)), (32, tokens(&computed)));
+    assert_eq!(engine.stats().num_loaded, 32);
+    // Another salt: nothing of it is in the pool. Nothing comes, or what is no block, or too late.
+    for (salt, answer) in [(1, None), (2, Some(vec![Bytes::from_static(b"short")]))] {
+        let hint = PrefixHint { num_blocks: 4, seconds_per_block: None };
+        let of_salt = GenerateRequest { prefix: hint, cache_salt: [salt; 32], ..request(&prompt, 5) };
+        let waiting = engine.submit(of_salt).expect("accepted");
+        let (_, ticket) = tickets.recv().expect("it is asked for");
+        match answer {
+            None => drop(ticket),
+            Some(blocks) => ticket.finish(blocks),
+        }
+        let answer = events(waiting);
+        assert_eq!((cached(&answer), tokens(&answer)), (0, tokens(&computed)));
+    }
+    let hint = PrefixHint { num_blocks: 4, seconds_per_block: None };
+    let late = GenerateRequest { prefix: hint, cache_salt: [3; 32], ..request(&prompt, 5) };
+    let abandoned = engine.submit(late.clone()).expect("accepted");
+    let (names, ticket) = tickets.recv().expect("it is asked for");
+    drop(abandoned);
+    events(engine.submit(request(&[9, 8, 7, 6], 3)).expect("accepted"));
+    ticket.finish(of(&names[..0]));
+    // The engine ends while a sequence waits.
+    let last = engine.submit(GenerateRequest { cache_salt: [4; 32], ..late }).expect("accepted");
+    let (_, ticket) = tickets.recv().expect("it is asked for");
+    engine.shutdown();
+    assert_eq!(events(last).last(), Some(&Event::Failed(GenerationError::ShuttingDown)));
+    drop(ticket);
 }

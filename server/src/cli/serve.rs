@@ -144,23 +144,13 @@ fn load(app: &App, tiers: Tiers, runtime: &Handle) -> anyhow::Result<Model> {
         Some(tiers) => Routing::open(&engine, tiers, budget, runtime)?,
         None => None,
     };
+    let kv_tier = KvTierConfig { ttl: config.kv_tier_ttl.duration(), load_timeout: config.kv_tier_timeout.duration() };
     let kv_tier = match tiers.kv {
-        Some(tiers) => KvTier::open(&engine, tiers, kv_tier_config(config), runtime)?,
+        Some(tiers) => KvTier::open(&engine, tiers, kv_tier, runtime)?,
         None => None,
     };
     let model = Model::new(engine, (tokenizer, template), app);
     Ok(model.with_outputs(outputs.unwrap_or_default()).with_routing(routing).with_kv_tier(kv_tier))
-}
-
-/// Time that the load of a prompt may take; what has not come then is computed.
-const LOAD_TIMEOUT: Duration = Duration::from_secs(5);
-
-fn kv_tier_config(config: &Config) -> KvTierConfig {
-    KvTierConfig {
-        ttl: config.kv_tier_ttl.duration(),
-        lookup_timeout: Duration::from_millis(config.cache_timeout_ms),
-        load_timeout: LOAD_TIMEOUT,
-    }
 }
 
 /// The output cache in memory at once, and over all tiers as soon as the weights' digest is known.

@@ -142,7 +142,7 @@ settings! {
         /// Seconds that a cached answer is used, up to 30 days
         #[arg(long, env = "MOESAIC_OUTPUT_CACHE_TTL")]
         output_cache_ttl: Seconds = Seconds(3600.0);
-        /// Milliseconds, 1 to 10000, that one request may wait for caches in all
+        /// Milliseconds, 1 to 10000, that one request may wait in all to be told what caches have
         #[arg(long, env = "MOESAIC_CACHE_TIMEOUT_MS")]
         cache_timeout_ms: u64 = 50;
         /// Bytes of memory that remember which experts blocks of prompts took; 0 turns that off, in slow tiers too
@@ -154,6 +154,9 @@ settings! {
         /// Seconds that a block of a prompt is kept beyond the KV cache
         #[arg(long, env = "MOESAIC_KV_TIER_TTL")]
         kv_tier_ttl: Seconds = Seconds(86_400.0);
+        /// Seconds that loading the blocks of a prompt may take; what has not come then is computed
+        #[arg(long, env = "MOESAIC_KV_TIER_TIMEOUT")]
+        kv_tier_timeout: Seconds = Seconds(5.0);
         /// Bytes of --cache-dir
         #[arg(long, env = "MOESAIC_CACHE_DISK")]
         cache_disk: ByteSize = ByteSize(4 << 30);
@@ -312,9 +315,12 @@ impl Config {
             return out_of_range("api_key", "***".to_owned(), "keys of visible ASCII characters, at least one");
         }
         self.check_caches()?;
-        for (setting, seconds) in
-            [("request_timeout", self.request_timeout), ("keep_alive_interval", self.keep_alive_interval)]
-        {
+        for (setting, seconds) in [
+            ("request_timeout", self.request_timeout),
+            ("keep_alive_interval", self.keep_alive_interval),
+            ("kv_tier_ttl", self.kv_tier_ttl),
+            ("kv_tier_timeout", self.kv_tier_timeout),
+        ] {
             if seconds.0 <= 0.0 {
                 return out_of_range(setting, seconds.to_string(), "more than 0 seconds");
             }

@@ -42,7 +42,7 @@ impl Source {
         let access = job.valid.cache;
         let cache = model.outputs().filter(|_| access.read || access.write);
         let Some(cache) = cache else {
-            return Ok((Self::Engine(submit(model, request, job.param).await?), None));
+            return Ok((Self::Engine(submit(model, request, job).await?), None));
         };
         let (stop, output) = (&job.valid.stop, job.valid.output);
         let key = OutputKey { request: &request, stop, output, prompt_only };
@@ -55,7 +55,7 @@ impl Source {
                 true => None,
                 false => Some(new_assembler(model, job.valid, &request.prompt)?),
             };
-            let generation = submit(model, request, job.param).await?;
+            let generation = submit(model, request, job).await?;
             leader.begin();
             Computation { leader, generation, assembler, prompt_only, scheduled: sender }.spawn();
         }
@@ -110,17 +110,17 @@ impl Answer {
 }
 
 /// Hands a request over, with what is known of its prompt: the experts that it takes, and blocks that can be loaded.
-async fn submit(model: &Model, mut request: GenerateRequest, param: &'static str) -> Result<Generation, ApiError> {
+async fn submit(model: &Model, mut request: GenerateRequest, job: &Job<'_>) -> Result<Generation, ApiError> {
     // Other choices share what the first one computes.
     if let Some(routing) = model.routing().filter(|_| request.sampling.choice == 0) {
         request.expected_experts = routing.announce(&model.engine, &request.prompt, &request.cache_salt).await;
     }
     let takes_blocks = request.sampling.choice == 0 && request.sampling.prompt_logprobs.is_none();
     if let Some(tier) = model.kv_tier().filter(|_| takes_blocks) {
-        request.prefix = tier.hint(&model.engine, &request.prompt, &request.cache_salt).await;
+        request.prefix = tier.hint(&model.engine, &request, job.cache_deadline).await;
     }
     model.engine.submit(request).map_err(|error: SubmitError| {
-        let error = ApiError::from_submit(error, param);
+        let error = ApiError::from_submit(error, job.param);
         rejected(error.code());
         error
     })

@@ -19,6 +19,9 @@ pub async fn render(State(app): State<Arc<App>>) -> impl IntoResponse {
         if let Some(outputs) = model.outputs() {
             outputs.observe().await;
         }
+        if let Some(kv_tier) = model.kv_tier() {
+            kv_tier.observe().await;
+        }
         if let Some(routing) = model.routing() {
             routing.observe().await;
         }

@@ -92,6 +92,8 @@ const GAUGES: &[(&str, &str)] = &[
     ("moesaic_routing_precision", "Of the experts that known blocks were expected to use, the share that was used"),
     ("moesaic_routing_cache_bytes", "Bytes of memory that hold the routing of blocks"),
     ("moesaic_routing_cache_entries", "Blocks whose routing is in memory"),
+    ("moesaic_kv_tier_bytes", "Bytes of prompts' blocks in a tier beyond the KV cache, where it can tell"),
+    ("moesaic_kv_tier_entries", "Blocks of prompts in such a tier"),
     ("moesaic_expert_imbalance_ratio", "Load of the busiest expert over the mean, by layer"),
 ];
 
