@@ -41,6 +41,7 @@ pub use handle::{
 };
 pub use kernels::bench as kernel_bench;
 pub use load::{LoadedModel, load, load_model};
+pub use memory::BlockCoding;
 pub use prefix_tier::{BlockName, LoadTicket, PrefixHint, PrefixTier};
 pub use runner::{ChunkOutput, RowRequest, Runner};
 pub use weights::gguf::GgufFile;

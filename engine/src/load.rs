@@ -12,7 +12,7 @@ use crate::experts::{RoutedLayout, RoutedRows};
 use crate::fingerprint::{Fingerprint, Weights};
 use crate::handle::{EngineHandle, ModelSummary};
 use crate::layers::rope::ContextLen;
-use crate::memory::{ArenaSize, KvArena, budget};
+use crate::memory::{ArenaSize, BlockCoding, KvArena, budget};
 use crate::models::{self, CacheSite, MAX_MODEL_LEN, Model, ModelSource, Prefill};
 use crate::runner::Runner;
 use crate::shared::{Front, Shared};
@@ -138,7 +138,7 @@ fn load_files(
         weight_bytes,
         weight_formats,
         kv_bytes_per_token: kv.bytes_per_token + kv.window_bytes_per_token,
-        block_bytes: runner.block_len(),
+        block_bytes: runner.block_len(BlockCoding::Exact),
         routing_bytes_per_token,
         routed,
         state_bytes_per_sequence: shape.cache_sites.iter().map(CacheSite::state_bytes).sum(),

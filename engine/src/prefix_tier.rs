@@ -11,6 +11,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use scheduler::{Batch, ComputedBlock, Phase, RequestId, Scheduler};
 
+use crate::memory::BlockCoding;
 use crate::runner::Runner;
 use crate::shared::Command;
 
@@ -19,6 +20,11 @@ pub type BlockName = [u8; 32];
 
 /// A place for blocks. Called by the step loop, so that no call may wait.
 pub trait PrefixTier: Send {
+    /// How it wants its blocks.
+    fn coding(&self) -> BlockCoding {
+        BlockCoding::Exact
+    }
+
     /// False if [`Self::store`] of a block of this name would do nothing.
     fn wants(&self, name: &BlockName) -> bool;
 
@@ -137,10 +143,11 @@ impl TierExchange {
     pub(crate) fn finish_loads(&mut self, scheduler: &mut Scheduler, runner: &mut Runner) {
         // Before the look: what comes after it wakes the loop again.
         self.is_woken.store(false, Ordering::Release);
+        let coding = self.tier.coding();
         for Loaded { id, blocks } in self.receiver.try_iter() {
             let wanted = scheduler.loading(id).iter();
             let num_filled =
-                wanted.zip(&blocks).take_while(|&(&block, bytes)| runner.write_block(block, bytes)).count();
+                wanted.zip(&blocks).take_while(|&(&block, bytes)| runner.write_block(block, coding, bytes)).count();
             scheduler.loaded(id, num_filled);
         }
     }
@@ -150,7 +157,7 @@ impl TierExchange {
         // The last first: a place that has no room for all had better lose the end of a prefix.
         for block in computed.iter().rev() {
             if self.tier.wants(&block.name) {
-                self.tier.store(block.name, runner.read_block(block.block));
+                self.tier.store(block.name, runner.read_block(block.block, self.tier.coding()));
             }
         }
     }

@@ -11,7 +11,7 @@ use crate::experts::{RoutedLayout, RoutedRows, RoutingStats};
 use crate::forward_input::{ChunkRows, ForwardInput, Pass, WindowRows};
 use crate::handle::{PromptLogprob, SampledToken};
 use crate::layers::decoder::gather_rows;
-use crate::memory::KvArena;
+use crate::memory::{BlockCoding, KvArena};
 use crate::models::{DraftInput, ForwardContext, Model, ModelShape, Prefill};
 use crate::sampling::params::SamplingParams;
 use crate::sampling::prompt_logprob;
@@ -88,27 +88,27 @@ impl Runner {
     }
 
     /// All that is kept of the tokens of a full block: keys and values, then their experts, two bytes each.
-    pub fn read_block(&self, block: BlockId) -> Bytes {
-        let mut bytes = Vec::with_capacity(self.block_len());
-        self.arena.read_block(block, &mut bytes);
+    pub fn read_block(&self, block: BlockId, coding: BlockCoding) -> Bytes {
+        let mut bytes = Vec::with_capacity(self.block_len(coding));
+        self.arena.read_block(block, coding, &mut bytes);
         bytes.extend(self.experts_of_block(block).into_iter().flat_map(u16::to_le_bytes));
         bytes.into()
     }
 
     /// Fills a block with what [`Self::read_block`] gave. False, with nothing changed, where that is not as long.
-    pub fn write_block(&mut self, block: BlockId, bytes: &[u8]) -> bool {
-        let is_whole = bytes.len() == self.block_len();
+    pub fn write_block(&mut self, block: BlockId, coding: BlockCoding, bytes: &[u8]) -> bool {
+        let is_whole = bytes.len() == self.block_len(coding);
         if is_whole {
-            let (kv, experts) = bytes.split_at(self.arena.block_len());
-            self.arena.write_block(block, kv);
+            let (kv, experts) = bytes.split_at(self.arena.block_len(coding));
+            self.arena.write_block(block, coding, kv);
             self.routed.write_block(block, experts.as_chunks().0.iter().map(|&id| u16::from_le_bytes(id)));
         }
         is_whole
     }
 
     /// Bytes that [`Self::read_block`] gives.
-    pub fn block_len(&self) -> usize {
-        self.arena.block_len() + self.block_size * self.routed.layout().ids_per_token() * size_of::<u16>()
+    pub fn block_len(&self, coding: BlockCoding) -> usize {
+        self.arena.block_len(coding) + self.block_size * self.routed.layout().ids_per_token() * size_of::<u16>()
     }
 
     /// Computes every chunk of `batch`; the result has one entry per chunk.

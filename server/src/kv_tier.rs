@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use cache::store::TierStats;
 use cache::{Digest, Fingerprint, KvHint, KvPrefixCache, KvPrefixConfig};
-use engine::{BlockName, EngineHandle, GenerateRequest, LoadTicket, PrefixHint, PrefixTier};
+use engine::{BlockCoding, BlockName, EngineHandle, GenerateRequest, LoadTicket, PrefixHint, PrefixTier};
 use metrics::{counter, gauge};
 use tokio::runtime::Handle;
 use tokio::time::Instant;
@@ -26,6 +26,7 @@ const MAX_LOAD_BYTES: usize = 2 << 30;
 pub struct KvTier {
     /// Known once the weights' digest is.
     whole: Arc<OnceLock<KvPrefixCache>>,
+    coding: BlockCoding,
 }
 
 /// How long blocks are kept and waited for.
@@ -34,6 +35,7 @@ pub struct KvTierConfig {
     pub ttl: Duration,
     /// What the load of a prompt may take in all.
     pub load_timeout: Duration,
+    pub coding: BlockCoding,
 }
 
 impl KvTier {
@@ -63,11 +65,11 @@ impl KvTier {
             );
             return Ok(None);
         }
-        let tier = Arc::new(Self { whole: Arc::default() });
+        let tier = Arc::new(Self { whole: Arc::default(), coding: config.coding });
         let (whole, engine, runtime) = (Arc::clone(&tier.whole), engine.clone(), runtime.clone());
         std::thread::Builder::new().name("kv-digest".to_owned()).spawn(move || {
-            let fingerprint = fingerprint(&engine);
-            let KvTierConfig { ttl, load_timeout } = config;
+            let KvTierConfig { ttl, load_timeout, coding } = config;
+            let fingerprint = fingerprint(&engine, coding);
             // A prompt as long as can be is one load.
             let longest = engine.model().max_model_len.div_ceil(engine.model().block_size) * block_bytes;
             let config = KvPrefixConfig {
@@ -82,7 +84,7 @@ impl KvTier {
             let cache = KvPrefixCache::new(config, tiers.memory, tiers.slow, fingerprint);
             drop(whole.set(cache.clone()));
             let runtime = runtime.clone();
-            engine.attach_prefix_tier(Box::new(EngineSide { cache, fingerprint, runtime }));
+            engine.attach_prefix_tier(Box::new(EngineSide { cache, fingerprint, coding, runtime }));
             tracing::info!("blocks of prompts are kept in {names}");
         })?;
         Ok(Some(tier))
@@ -97,7 +99,7 @@ impl KvTier {
         if names.is_empty() {
             return PrefixHint::default();
         }
-        let fingerprint = fingerprint(engine);
+        let fingerprint = fingerprint(engine, self.coding);
         let names: Vec<BlockName> = names.iter().map(|name| shared_name(&fingerprint, name)).collect();
         let num_tokens = names.len() * engine.model().block_size;
         counter!("vllm:external_prefix_cache_queries_total").increment(num_tokens as u64);
@@ -146,9 +148,10 @@ impl KvTier {
 }
 
 /// Of everything that decides the bytes of a block, how many there are included: layers that are loaded on request have some.
-fn fingerprint(engine: &EngineHandle) -> Fingerprint {
+fn fingerprint(engine: &EngineHandle, coding: BlockCoding) -> Fingerprint {
     let mut digest = Digest::new("kv fingerprint");
     digest.field("engine", &engine.fingerprint().whole()).number("block_bytes", engine.model().block_bytes as u64);
+    digest.text("coding", coding.name());
     digest.fingerprint()
 }
 
@@ -161,10 +164,15 @@ fn shared_name(fingerprint: &Fingerprint, name: &BlockName) -> BlockName {
 struct EngineSide {
     cache: KvPrefixCache,
     fingerprint: Fingerprint,
+    coding: BlockCoding,
     runtime: Handle,
 }
 
 impl PrefixTier for EngineSide {
+    fn coding(&self) -> BlockCoding {
+        self.coding
+    }
+
     fn wants(&self, name: &BlockName) -> bool {
         !self.cache.is_known(&shared_name(&self.fingerprint, name))
     }

@@ -1,7 +1,10 @@
 //! Blocks of prompts beyond the KV cache: what one server computes another loads, with the same bytes out, whatever happens
 //! to them on the way.
 
-use std::path::PathBuf;
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use harness::redis::RedisServer;
@@ -27,7 +30,12 @@ fn body(seed: u32) -> Value {
 
 /// A server that keeps blocks: its weights' digest is known.
 fn start(model: &str, args: &[&str]) -> Server {
-    let server = Server::start(SERVER, model, &[&OWN[..], args].concat());
+    start_by(Path::new(SERVER), model, args)
+}
+
+fn start_by(program: &Path, model: &str, args: &[&str]) -> Server {
+    let program = program.to_str().expect("names of programs are UTF-8");
+    let server = Server::start(program, model, &[&OWN[..], args].concat());
     poll("a server that keeps blocks", PATIENCE, || {
         server.process.output().contains("blocks of prompts are kept in").then_some(())
     });
@@ -78,13 +86,18 @@ fn what_one_computes_the_other_loads() {
     for model in ["mixtral-base", "deepseek_v2-lite", "longcat_flash-base", "granitemoe-base", "jetmoe-base"] {
         let redis = RedisServer::start();
         let url = redis.url();
-        let mut first = start(model, &["--redis-url", &url]);
+        let first = start(model, &["--redis-url", &url]);
         let (expected, cached) = ask(&first, &body(1));
         assert_eq!(cached, 0, "{model}");
         redis_keys(&redis, 5);
-        first.process.signal("KILL");
         let second = start(model, &["--redis-url", &url, "--max-num-batched-tokens", "7"]);
-        assert_eq!(ask(&second, &body(1)), (expected, 5 * BLOCK as u64), "{model}");
+        // The first one goes while the second one loads.
+        let answer = std::thread::scope(|scope| {
+            let answer = scope.spawn(|| ask(&second, &body(1)));
+            first.process.signal("KILL");
+            answer.join().expect("it is answered")
+        });
+        assert_eq!(answer, (expected, 5 * BLOCK as u64), "{model}");
         let loaded = metric(&second, "vllm:external_prefix_cache_hits_total", &[]);
         assert_eq!(loaded, (5 * BLOCK) as f64, "{model}");
         let by_source = |source| metric(&second, "vllm:prompt_tokens_cached_by_source_total", &[("source", source)]);
@@ -190,6 +203,60 @@ fn the_blocks_before_a_broken_one_are_taken() {
     }
     let second = start("mixtral-base", &["--redis-url", &url]);
     assert_eq!(ask(&second, &body(1)), (expected, 2 * BLOCK as u64));
+}
+
+#[test]
+fn a_full_disk_keeps_nothing_and_fails_nobody() {
+    let folder = Folder::new("full");
+    std::fs::create_dir_all(folder.path()).expect("the folder of temporary files can be written");
+    // A file that may not grow is to be an error, not a signal that ends the process.
+    let script = folder.0.join("server");
+    std::fs::write(&script, format!("#!/bin/sh\ntrap '' XFSZ\nexec {SERVER} \"$@\"\n")).expect("it is writable");
+    std::fs::set_permissions(&script, Permissions::from_mode(0o700)).expect("the script is there");
+    let cache_dir = folder.0.join("cache");
+    let args = ["--cache-dir", cache_dir.to_str().expect("it is UTF-8"), "--routing-cache-memory", "0"];
+    let limit = |server: &Server, bytes: &str| {
+        let mut prlimit = Command::new("prlimit");
+        prlimit.args(["--pid", &server.process.id().to_string(), &format!("--fsize={bytes}:")]);
+        assert!(prlimit.status().expect("there is prlimit").success());
+    };
+    let first = start_by(&script, "mixtral-base", &args);
+    limit(&first, "0");
+    let (expected, _) = ask(&first, &body(1));
+    let errors = [("kind", "kv"), ("tier", "disk")];
+    poll("an error of the disk", PATIENCE, || {
+        (metric(&first, "moesaic_cache_errors_total", &errors) > 0.0).then_some(())
+    });
+    assert_eq!(ask(&first, &body(1)), (expected.clone(), 5 * BLOCK as u64), "the KV cache has them");
+    limit(&first, "unlimited");
+    ask(&first, &body(2));
+    poll("blocks on disk", PATIENCE, || {
+        (metric(&first, "moesaic_kv_tier_entries", &[("tier", "disk")]) >= 5.0).then_some(())
+    });
+    drop(first);
+    let second = start("mixtral-base", &args);
+    assert_eq!(ask(&second, &body(2)).1, 5 * BLOCK as u64, "what came when there was room");
+}
+
+#[test]
+fn eight_bits_are_fewer_bytes_and_meet_nobody_else() {
+    let redis = RedisServer::start();
+    let url = redis.url();
+    let exact = start("mixtral-base", &["--redis-url", &url]);
+    let (expected, _) = ask(&exact, &body(1));
+    let of_exact = redis_keys(&redis, 5);
+    let args = ["--redis-url", &url, "--kv-tier-dtype", "int8"];
+    let first = start("mixtral-base", &args);
+    assert_eq!(ask(&first, &body(1)), (expected, 0), "another's blocks are not its own");
+    let keys = redis_keys(&redis, 10);
+    let len = |keys: &mut dyn Iterator<Item = &String>| redis.bytes(keys.next().expect("there are some")).len();
+    let exact_len = len(&mut of_exact.iter());
+    let int8_len = len(&mut keys.iter().filter(|key| !of_exact.contains(key)));
+    assert!(3 * int8_len < 2 * exact_len, "{int8_len} bytes, {exact_len} exact");
+    let second = start("mixtral-base", &args);
+    let (choices, cached) = ask(&second, &body(1));
+    assert_eq!(cached, 5 * BLOCK as u64);
+    assert_eq!(choices[0]["logprobs"]["tokens"].as_array().map(Vec::len), Some(6), "{choices}");
 }
 
 #[test]

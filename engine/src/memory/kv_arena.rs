@@ -6,6 +6,7 @@ use kernels::{KvFormat, PagedCache, StateCache};
 use scheduler::{BlockId, StateCopy, WindowConfig};
 
 use crate::error::EngineError;
+use crate::memory::BlockCoding;
 use crate::models::CacheSite;
 
 /// Slabs are the unit of growth; a slab's memory is committed by the system when it is first written.
@@ -66,22 +67,21 @@ impl KvArena {
     }
 
     /// Bytes of one block at all sites that keep something per token.
-    pub fn block_len(&self) -> usize {
-        self.paged().map(|cache| cache.block_bytes(0).len()).sum()
+    pub fn block_len(&self, coding: BlockCoding) -> usize {
+        self.paged().map(|cache| coding.len(cache)).sum()
     }
 
     /// Adds the bytes of a block, site after site, to `bytes`.
-    pub fn read_block(&self, block: BlockId, bytes: &mut Vec<u8>) {
-        self.paged().for_each(|cache| bytes.extend_from_slice(cache.block_bytes(block.0 as usize)));
+    pub fn read_block(&self, block: BlockId, coding: BlockCoding, bytes: &mut Vec<u8>) {
+        self.paged().for_each(|cache| coding.read(cache, block.0 as usize, bytes));
     }
 
     /// Fills a block with what [`Self::read_block`] gave. Panics unless there are [`Self::block_len`] bytes.
-    pub fn write_block(&mut self, block: BlockId, mut bytes: &[u8]) {
+    pub fn write_block(&mut self, block: BlockId, coding: BlockCoding, mut bytes: &[u8]) {
         for site in &mut self.sites {
             if let SiteCache::Paged { cache, .. } = site {
-                let place = cache.block_bytes_mut(block.0 as usize);
-                let (own, rest) = bytes.split_at(place.len());
-                place.copy_from_slice(own);
+                let (own, rest) = bytes.split_at(coding.len(cache));
+                coding.write(cache, block.0 as usize, own);
                 bytes = rest;
             }
         }

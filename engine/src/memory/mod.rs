@@ -1,6 +1,9 @@
-//! Bytes: how many the KV cache gets ([`budget`]) and where they lie ([`kv_arena`]).
+//! Bytes: how many the KV cache gets ([`budget`]), where they lie ([`kv_arena`]), and how blocks of them leave it
+//! ([`block_coding`]).
 
+mod block_coding;
 pub mod budget;
 mod kv_arena;
 
+pub use block_coding::BlockCoding;
 pub use kv_arena::{ArenaSize, KvArena};

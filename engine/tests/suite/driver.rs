@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use engine::sampling::params::SamplingParams;
-use engine::{EngineConfig, LoadedModel, RowRequest, SampledToken, StopCriteria, load_model};
+use engine::{BlockCoding, EngineConfig, LoadedModel, RowRequest, SampledToken, StopCriteria, load_model};
 use scheduler::{Outcome, Request, RequestId, Update, block_names};
 
 /// A folder of `tests/golden`.
@@ -65,8 +65,11 @@ impl Driver {
             let wanted = scheduler.loading(load.id).to_vec();
             assert_eq!(wanted.len(), load.names.len());
             let found = load.names.iter().map_while(|name| outside.get(name)).take(self.most_loaded);
-            let num_filled =
-                wanted.iter().zip(found).filter(|(block, bytes)| runner.write_block(**block, bytes)).count();
+            let num_filled = wanted
+                .iter()
+                .zip(found)
+                .filter(|(block, bytes)| runner.write_block(**block, BlockCoding::Exact, bytes))
+                .count();
             scheduler.loaded(load.id, num_filled);
         }
         if batch.chunks.is_empty() {
@@ -86,7 +89,9 @@ impl Driver {
         let progress = scheduler.complete(&batch, &outcomes);
         if let Some(outside) = &mut self.outside {
             let blocks = scheduler.computed_blocks();
-            outside.extend(blocks.iter().map(|computed| (computed.name, runner.read_block(computed.block))));
+            outside.extend(
+                blocks.iter().map(|computed| (computed.name, runner.read_block(computed.block, BlockCoding::Exact))),
+            );
         }
         for (progress, sampled) in progress.into_iter().zip(sampled) {
             let job = self.jobs.get_mut(&progress.id.0).expect("a known job");

@@ -144,7 +144,11 @@ fn load(app: &App, tiers: Tiers, runtime: &Handle) -> anyhow::Result<Model> {
         Some(tiers) => Routing::open(&engine, tiers, budget, runtime)?,
         None => None,
     };
-    let kv_tier = KvTierConfig { ttl: config.kv_tier_ttl.duration(), load_timeout: config.kv_tier_timeout.duration() };
+    let kv_tier = KvTierConfig {
+        ttl: config.kv_tier_ttl.duration(),
+        load_timeout: config.kv_tier_timeout.duration(),
+        coding: config.kv_tier_dtype.into(),
+    };
     let kv_tier = match tiers.kv {
         Some(tiers) => KvTier::open(&engine, tiers, kv_tier, runtime)?,
         None => None,

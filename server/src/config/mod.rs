@@ -17,7 +17,9 @@ use thiserror::Error;
 
 use reference::SettingsCommand;
 pub use reference::reference;
-pub use values::{ByteSize, IsaType, KvType, LogFormat, OutputCacheType, QuantType, Seconds, Secret, WeightType};
+pub use values::{
+    ByteSize, IsaType, KvTierType, KvType, LogFormat, OutputCacheType, QuantType, Seconds, Secret, WeightType,
+};
 
 /// Why the configuration cannot be used.
 #[derive(Debug, Error)]
@@ -151,6 +153,9 @@ settings! {
         /// Bytes of memory for blocks of prompts beyond the KV cache; 0 keeps none there
         #[arg(long, env = "MOESAIC_KV_TIER_MEMORY")]
         kv_tier_memory: ByteSize = ByteSize(0);
+        /// How blocks of prompts are kept beyond the KV cache: as they are in it, or int8 in half the bytes, which changes outputs
+        #[arg(long, env = "MOESAIC_KV_TIER_DTYPE")]
+        kv_tier_dtype: KvTierType = KvTierType::Auto;
         /// Seconds that a block of a prompt is kept beyond the KV cache
         #[arg(long, env = "MOESAIC_KV_TIER_TTL")]
         kv_tier_ttl: Seconds = Seconds(86_400.0);

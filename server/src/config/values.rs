@@ -5,7 +5,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use engine::{KvDtype, WeightDtype, WeightQuant};
+use engine::{BlockCoding, KvDtype, WeightDtype, WeightQuant};
 use serde::{Deserialize, Serialize};
 
 /// `--dtype`.
@@ -63,6 +63,23 @@ impl From<KvType> for KvDtype {
             KvType::Auto => Self::Auto,
             KvType::F32 => Self::F32,
             KvType::Bf16 => Self::Bf16,
+        }
+    }
+}
+
+/// `--kv-tier-dtype`.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum KvTierType {
+    Auto,
+    Int8,
+}
+
+impl From<KvTierType> for BlockCoding {
+    fn from(dtype: KvTierType) -> Self {
+        match dtype {
+            KvTierType::Auto => Self::Exact,
+            KvTierType::Int8 => Self::Int8,
         }
     }
 }
