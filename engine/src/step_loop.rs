@@ -10,7 +10,7 @@ use scheduler::{Batch, Outcome, Progress, Request, RequestId, Scheduler, Schedul
 use tokio::sync::mpsc;
 
 use crate::error::{EngineError, GenerationError};
-use crate::experts::RoutingAccuracy;
+use crate::experts::{KNOWN, PRIOR, RoutingAccuracy};
 use crate::handle::{Event, GenerateRequest, LearnedBlock, PromptLogprob, SampledToken};
 use crate::prefix_tier::TierExchange;
 use crate::runner::{ChunkOutput, RowRequest, Runner};
@@ -28,6 +28,7 @@ pub(crate) struct StepLoop {
     started: Instant,
     routing_published: Instant,
     routing_accuracy: RoutingAccuracy,
+    prior_accuracy: RoutingAccuracy,
     tier: Option<TierExchange>,
 }
 
@@ -53,7 +54,8 @@ impl StepLoop {
             next_id: 0,
             started: now,
             routing_published: now,
-            routing_accuracy: RoutingAccuracy::default(),
+            routing_accuracy: RoutingAccuracy::new(&KNOWN),
+            prior_accuracy: RoutingAccuracy::new(&PRIOR),
             tier: None,
         }
     }
@@ -257,14 +259,20 @@ impl StepLoop {
         let layout = self.runner.routed_layout();
         for computed in self.scheduler.computed_blocks().iter().filter(|_| !layout.is_empty()) {
             let request = &self.entries.get(&computed.id).expect("its sequence was open in this step").request;
-            let expected = request.expected_experts.as_ref().and_then(|expected| expected.of_block(computed.idx));
+            let expected = request.expected_experts.as_ref();
             let learner = self.shared.learner();
             if expected.is_none() && learner.is_none() {
                 continue;
             }
             let experts = self.runner.experts_of_block(computed.block);
             if let Some(expected) = expected {
-                self.routing_accuracy.compare(layout, expected, &experts);
+                match expected.of_block(computed.idx) {
+                    Some(known) => self.routing_accuracy.compare(layout, known, &experts),
+                    None => {
+                        let prior = expected.prior_of(computed.idx);
+                        prior.iter().for_each(|prior| self.prior_accuracy.compare(layout, prior, &experts));
+                    }
+                }
             }
             let block = LearnedBlock { name: computed.name, experts };
             if learner.is_some_and(|learner| learner.try_send(block).is_err()) {

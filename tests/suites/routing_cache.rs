@@ -176,6 +176,17 @@ fn one_learns_and_the_other_knows() {
     assert_eq!(second.ask(PATH, &completion(&prompt(1, 70)))["choices"], expected);
     assert!(metric(&second, "moesaic_routing_used_experts_total") > 0.0, "it was expected before it was computed");
     assert_eq!(metric(&second, "moesaic_routing_accuracy"), 1.0);
+    // What is known says something of the block behind it, which nobody has seen.
+    let prior = |name: &str| metric(&second, &format!("moesaic_routing_prior_{name}"));
+    assert_eq!(prior("expected_experts_total"), 0.0);
+    second.ask(PATH, &completion(&prompt(1, 90)));
+    let [expected, used] = ["expected_experts_total", "used_experts_total"].map(prior);
+    assert!(expected > 0.0 && used >= 3.0 * 2.0, "{expected} expected, {used} used: three layers, two experts a token");
+    let (confirmed, recall) = (prior("confirmed_experts_total"), prior("accuracy"));
+    assert!(
+        confirmed <= used.min(expected) && (recall - confirmed / used).abs() < 1e-9,
+        "{confirmed} of {used}: {recall}"
+    );
     // Other weights on the same Redis.
     let other = on_redis(&redis.url(), &["--quant", "int8"]);
     assert_eq!(num_covered(&profile(&other, &prompt(1, 70))), 0);

@@ -31,11 +31,58 @@ impl ExpectedExperts {
     pub(crate) fn of_block(&self, block_idx: usize) -> Option<&[u8]> {
         self.blocks.get(block_idx)?.get().map(AsRef::as_ref)
     }
+
+    /// What a block behind known ones will take, by them: the experts that half of the nearest ones took, or more. `None`
+    /// where none is known before it.
+    pub(crate) fn prior_of(&self, block_idx: usize) -> Option<Vec<u8>> {
+        let before = (0..block_idx.min(self.blocks.len())).rev();
+        let nearest: Vec<&[u8]> = before.filter_map(|idx| self.of_block(idx)).take(NUM_NEAREST).collect();
+        let mut prior = vec![0; nearest.first()?.len()];
+        for (place, byte) in prior.iter_mut().enumerate() {
+            for bit in 0..8 {
+                let num_takers = nearest.iter().filter(|map| map[place] >> bit & 1 == 1).count();
+                *byte |= u8::from(2 * num_takers >= nearest.len()) << bit;
+            }
+        }
+        Some(prior)
+    }
 }
 
+/// Known blocks that say what follows them: topics change.
+const NUM_NEAREST: usize = 8;
+
+/// Names of the metrics of one kind of expectation.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct AccuracyNames {
+    expected: &'static str,
+    used: &'static str,
+    confirmed: &'static str,
+    recall: &'static str,
+    precision: &'static str,
+}
+
+/// Of blocks that are known.
+pub(crate) const KNOWN: AccuracyNames = AccuracyNames {
+    expected: "moesaic_routing_expected_experts_total",
+    used: "moesaic_routing_used_experts_total",
+    confirmed: "moesaic_routing_confirmed_experts_total",
+    recall: "moesaic_routing_accuracy",
+    precision: "moesaic_routing_precision",
+};
+
+/// Of those behind them.
+pub(crate) const PRIOR: AccuracyNames = AccuracyNames {
+    expected: "moesaic_routing_prior_expected_experts_total",
+    used: "moesaic_routing_prior_used_experts_total",
+    confirmed: "moesaic_routing_prior_confirmed_experts_total",
+    recall: "moesaic_routing_prior_accuracy",
+    precision: "moesaic_routing_prior_precision",
+};
+
 /// Experts of blocks that somebody expected and that were computed then, over all layers and blocks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct RoutingAccuracy {
+    names: &'static AccuracyNames,
     num_expected: u64,
     num_used: u64,
     /// Expected and used.
@@ -43,6 +90,10 @@ pub(crate) struct RoutingAccuracy {
 }
 
 impl RoutingAccuracy {
+    pub(crate) fn new(names: &'static AccuracyNames) -> Self {
+        Self { names, num_expected: 0, num_used: 0, num_confirmed: 0 }
+    }
+
     /// Compares what was expected of a block with what its tokens took: `[token][layer][top_k]`.
     pub(crate) fn compare(&mut self, layout: &RoutedLayout, expected: &[u8], experts: &[u16]) {
         let before = *self;
@@ -62,11 +113,12 @@ impl RoutingAccuracy {
                 self.num_confirmed += u64::from(was_expected && was_used);
             }
         }
-        counter!("moesaic_routing_expected_experts_total").increment(self.num_expected - before.num_expected);
-        counter!("moesaic_routing_used_experts_total").increment(self.num_used - before.num_used);
-        counter!("moesaic_routing_confirmed_experts_total").increment(self.num_confirmed - before.num_confirmed);
-        gauge!("moesaic_routing_accuracy").set(self.recall());
-        gauge!("moesaic_routing_precision").set(self.precision());
+        let names = self.names;
+        counter!(names.expected).increment(self.num_expected - before.num_expected);
+        counter!(names.used).increment(self.num_used - before.num_used);
+        counter!(names.confirmed).increment(self.num_confirmed - before.num_confirmed);
+        gauge!(names.recall).set(self.recall());
+        gauge!(names.precision).set(self.precision());
     }
 
     /// Of the experts that were used, the share that was expected.
@@ -88,12 +140,26 @@ mod tests {
     #[test]
     fn experts_are_compared_layer_by_layer() {
         let layout = RoutedLayout::new(&[MoeShape { num_experts: 9, top_k: 2 }, MoeShape { num_experts: 3, top_k: 1 }]);
-        let mut accuracy = RoutingAccuracy::default();
+        let mut accuracy = RoutingAccuracy::new(&KNOWN);
         // Used are 0, 1, 8 of the first layer and 2 of the second; expected 1, 7, 8 and 2.
         accuracy.compare(&layout, &[0b1000_0010, 1, 0b100], &[0, 8, 2, 1, 8, 2]);
-        assert_eq!(accuracy, RoutingAccuracy { num_expected: 4, num_used: 4, num_confirmed: 3 });
+        let expected = RoutingAccuracy { names: &KNOWN, num_expected: 4, num_used: 4, num_confirmed: 3 };
+        assert_eq!(accuracy, expected);
         accuracy.compare(&layout, &[0, 0, 0b111], &[0, 1, 0]);
         assert_eq!((accuracy.recall(), accuracy.precision()), (4.0 / 7.0, 4.0 / 7.0));
+    }
+
+    #[test]
+    fn what_follows_takes_what_half_of_the_nearest_took() {
+        let expected = ExpectedExperts::new(20);
+        assert_eq!(expected.prior_of(5), None);
+        (0..12).for_each(|idx| expected.expect(idx, vec![if idx < 4 { 0b1000 } else { 0b1 }, u8::from(idx % 2 == 0)]));
+        expected.expect(12, vec![0b111, 0]);
+        // Of 5 to 12, all took the first, one the second and third; of the second layer three.
+        assert_eq!(expected.prior_of(13), Some(vec![0b1, 0]));
+        assert_eq!(expected.prior_of(12), Some(vec![0b1, 1]), "four of 4 to 11");
+        assert_eq!((expected.prior_of(100), expected.prior_of(0)), (Some(vec![0b1, 0]), None));
+        assert_eq!(expected.prior_of(2), Some(vec![0b1000, 1]));
     }
 
     #[test]

@@ -5,6 +5,6 @@ mod routed_rows;
 mod routing_stats;
 
 pub use expected::ExpectedExperts;
-pub(crate) use expected::RoutingAccuracy;
+pub(crate) use expected::{KNOWN, PRIOR, RoutingAccuracy};
 pub use routed_rows::{MoeShape, RoutedLayout, RoutedRows};
 pub use routing_stats::RoutingStats;

@@ -67,6 +67,12 @@ const COUNTERS: &[(&str, &str)] = &[
     ("moesaic_routing_expected_experts_total", "Experts that known blocks were expected to use, by layer and block"),
     ("moesaic_routing_used_experts_total", "Experts that those blocks used when they were computed again"),
     ("moesaic_routing_confirmed_experts_total", "Experts that were expected and used"),
+    ("moesaic_routing_prior_expected_experts_total", "Experts that blocks behind known ones were expected to use"),
+    ("moesaic_routing_prior_used_experts_total", "Experts that those blocks used when they were computed"),
+    (
+        "moesaic_routing_prior_confirmed_experts_total",
+        "Experts that were expected by known blocks and used behind them",
+    ),
     ("moesaic_routing_unlearned_blocks_total", "Computed blocks whose routing was not kept because too many waited"),
     ("vllm:admission_rejections_total", "Requests refused at the door, by reason"),
     ("http_requests_total", "HTTP requests by route, method and status"),
@@ -90,6 +96,14 @@ const GAUGES: &[(&str, &str)] = &[
     ("moesaic_weight_bytes", "Bytes of the weights in memory, with the formats of the matrices as a label"),
     ("moesaic_routing_accuracy", "Of the experts that known blocks used, the share that was expected: recall"),
     ("moesaic_routing_precision", "Of the experts that known blocks were expected to use, the share that was used"),
+    (
+        "moesaic_routing_prior_accuracy",
+        "Of the experts that blocks behind known ones used, the share that was expected",
+    ),
+    (
+        "moesaic_routing_prior_precision",
+        "Of the experts that such blocks were expected to use, the share that was used",
+    ),
     ("moesaic_routing_cache_bytes", "Bytes of memory that hold the routing of blocks"),
     ("moesaic_routing_cache_entries", "Blocks whose routing is in memory"),
     ("moesaic_kv_tier_bytes", "Bytes of prompts' blocks in a tier beyond the KV cache, where it can tell"),
