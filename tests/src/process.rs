@@ -1,12 +1,15 @@
 //! A child process with captured output: killed when dropped, its output shown when a test fails.
 
-use std::io::{BufRead as _, BufReader, Read};
+use std::io::{BufRead as _, BufReader, ErrorKind, Read};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::poll;
+
+/// Time in which a program that is being written can be started.
+const SPAWN_PATIENCE: Duration = Duration::from_secs(5);
 
 /// A running child process.
 pub struct Process {
@@ -22,7 +25,16 @@ impl Process {
     /// The program cannot be started.
     pub fn spawn(command: &mut Command) -> Self {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().expect("the program can be started");
+        // A script that this process has just written may still be open in a child that another thread is about to start.
+        let is_busy = |error: &std::io::Error| error.kind() == ErrorKind::ExecutableFileBusy;
+        let start = Instant::now();
+        let spawned = loop {
+            match command.spawn() {
+                Err(error) if is_busy(&error) && start.elapsed() < SPAWN_PATIENCE => std::thread::yield_now(),
+                spawned => break spawned,
+            }
+        };
+        let mut child = spawned.expect("the program can be started");
         let output = Arc::new(Mutex::new(String::new()));
         let stdout = child.stdout.take().expect("stdout is piped");
         let stderr = child.stderr.take().expect("stderr is piped");
