@@ -10,7 +10,7 @@ use cache::store::{DiskConfig, DiskStore, MemoryStore, RedisConfig, RedisStore, 
 use cache::{BreakerConfig, CacheError};
 
 use crate::app::REPLAY_SHARE;
-use crate::config::{Config, OutputCacheType, Secret};
+use crate::config::{Config, DeepestTier, Secret};
 
 /// Largest value on disk: the answer to a long context with many log-probs has a few MiB.
 const MAX_DISK_VALUE_BYTES: usize = MAX_BLOCK_BYTES;
@@ -61,7 +61,7 @@ pub struct SlowTiers {
 /// A tier that outlives the process; caches share it.
 struct SlowTier {
     /// The least that [`Config::output_cache_depth`] must be for answers to be in it.
-    depth: OutputCacheType,
+    depth: DeepestTier,
     name: &'static str,
     store: Arc<dyn Store>,
 }
@@ -74,10 +74,9 @@ pub fn open(config: &Config) -> anyhow::Result<Tiers> {
     let depth = config.output_cache_depth();
     let keeps_routing = config.routing_cache_memory.0 > 0;
     let kv_depth = config.kv_tier_depth();
-    let is_wanted = |tier| keeps_routing || depth >= tier || tier == OutputCacheType::Disk && kv_depth >= tier;
-    let slow = open_slow(config, is_wanted)?;
+    let slow = open_slow(config, |tier| keeps_routing || depth >= tier || kv_depth >= tier)?;
     let answers: Vec<&SlowTier> = slow.iter().filter(|tier| depth >= tier.depth).collect();
-    let outputs = (depth != OutputCacheType::Off).then(|| {
+    let outputs = (depth != DeepestTier::Off).then(|| {
         let bytes = config.output_cache_memory.0 - config.output_cache_memory.0 / REPLAY_SHARE;
         stack(bytes, &answers, TieredConfig::default())
     });
@@ -85,7 +84,7 @@ pub fn open(config: &Config) -> anyhow::Result<Tiers> {
         let pending = TieredConfig { max_pending_bytes: MAX_PENDING_PROFILES, ..TieredConfig::default() };
         stack(config.routing_cache_memory.0, &slow.iter().collect::<Vec<_>>(), pending)
     });
-    let kv = (kv_depth != OutputCacheType::Off).then(|| open_kv(config, &slow)).transpose()?;
+    let kv = (kv_depth != DeepestTier::Off).then(|| open_kv(config, &slow));
     for SlowTier { store, .. } in slow {
         // What is wrong with a tier is to be read in the log before the first request meets it.
         tokio::spawn(async move { store.check().await });
@@ -93,25 +92,11 @@ pub fn open(config: &Config) -> anyhow::Result<Tiers> {
     Ok(Tiers { outputs, routing, kv })
 }
 
-/// The folder is shared with other caches; Redis has a connection of its own, for a thousand blocks on the way would hold up
-/// answers.
-fn open_kv(config: &Config, shared: &[SlowTier]) -> anyhow::Result<KvTiers> {
-    let depth = config.kv_tier_depth();
-    let (mut names, mut slow) = (Vec::new(), Vec::new());
-    let memory = (config.kv_tier_memory.0 > 0).then(|| {
-        names.push("memory");
-        Arc::new(MemoryStore::new(config.kv_tier_memory.0))
-    });
-    let is_disk = |tier: &&SlowTier| tier.depth == OutputCacheType::Disk && depth >= tier.depth;
-    if let Some(disk) = shared.iter().find(is_disk) {
-        names.push(disk.name);
-        slow.push(Arc::clone(&disk.store));
-    }
-    if let Some(url) = config.redis_url.as_ref().filter(|_| depth == OutputCacheType::Redis) {
-        names.push("Redis");
-        slow.push(open_redis(config, url, MAX_BLOCK_BYTES)?);
-    }
-    Ok(KvTiers { memory, slow, names: names.join(", ") })
+fn open_kv(config: &Config, shared: &[SlowTier]) -> KvTiers {
+    let memory = (config.kv_tier_memory.0 > 0).then(|| Arc::new(MemoryStore::new(config.kv_tier_memory.0)));
+    let slow: Vec<_> = shared.iter().filter(|tier| config.kv_tier_depth() >= tier.depth).collect();
+    let names: Vec<_> = memory.iter().map(|_| "memory").chain(slow.iter().map(|tier| tier.name)).collect();
+    KvTiers { memory, slow: slow.iter().map(|tier| Arc::clone(&tier.store)).collect(), names: names.join(", ") }
 }
 
 fn stack(memory_bytes: u64, slow: &[&SlowTier], config: TieredConfig) -> CacheTiers {
@@ -125,9 +110,9 @@ fn stack(memory_bytes: u64, slow: &[&SlowTier], config: TieredConfig) -> CacheTi
 }
 
 /// The tiers that are configured and `is_wanted`, fastest first.
-fn open_slow(config: &Config, is_wanted: impl Fn(OutputCacheType) -> bool) -> anyhow::Result<Vec<SlowTier>> {
+fn open_slow(config: &Config, is_wanted: impl Fn(DeepestTier) -> bool) -> anyhow::Result<Vec<SlowTier>> {
     let mut slow = Vec::new();
-    if let Some(directory) = config.cache_dir.as_ref().filter(|_| is_wanted(OutputCacheType::Disk)) {
+    if let Some(directory) = config.cache_dir.as_ref().filter(|_| is_wanted(DeepestTier::Disk)) {
         let disk = DiskStore::open(DiskConfig {
             directory: directory.clone(),
             max_bytes: config.cache_disk.0,
@@ -136,22 +121,23 @@ fn open_slow(config: &Config, is_wanted: impl Fn(OutputCacheType) -> bool) -> an
             breaker: BreakerConfig::default(),
         });
         let store = Arc::new(disk.with_context(|| format!("--cache-dir {}", directory.display()))?);
-        slow.push(SlowTier { depth: OutputCacheType::Disk, name: "disk", store });
+        slow.push(SlowTier { depth: DeepestTier::Disk, name: "disk", store });
     }
-    if let Some(url) = config.redis_url.as_ref().filter(|_| is_wanted(OutputCacheType::Redis)) {
-        let store = open_redis(config, url, MAX_REDIS_VALUE_BYTES)?;
-        slow.push(SlowTier { depth: OutputCacheType::Redis, name: "Redis", store });
+    if let Some(url) = config.redis_url.as_ref().filter(|_| is_wanted(DeepestTier::Redis)) {
+        let store = open_redis(config, url)?;
+        slow.push(SlowTier { depth: DeepestTier::Redis, name: "Redis", store });
     }
     Ok(slow)
 }
 
-fn open_redis(config: &Config, url: &Secret, max_value_bytes: usize) -> anyhow::Result<Arc<dyn Store>> {
+fn open_redis(config: &Config, url: &Secret) -> anyhow::Result<Arc<dyn Store>> {
     let read = |path: &PathBuf| fs::read(path).with_context(|| format!("--redis-ca-file {}", path.display()));
     let redis = RedisStore::open(&RedisConfig {
         url: url.expose_text().to_owned(),
         ca: config.redis_ca_file.as_ref().map(read).transpose()?,
         key_prefix: config.redis_prefix.clone(),
-        max_value_bytes,
+        max_value_bytes: MAX_REDIS_VALUE_BYTES,
+        max_block_bytes: MAX_BLOCK_BYTES,
         breaker: BreakerConfig::default(),
     });
     Ok(Arc::new(redis.map_err(|error| anyhow!("{}: {error}", flag_of(&error)))?))

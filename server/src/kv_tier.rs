@@ -25,8 +25,7 @@ const MAX_LOAD_BYTES: usize = 2 << 30;
 #[derive(Debug)]
 pub struct KvTier {
     /// Known once the weights' digest is.
-    whole: Arc<OnceLock<KvPrefixCache>>,
-    coding: BlockCoding,
+    blocks: Arc<OnceLock<Blocks>>,
 }
 
 /// How long blocks are kept and waited for.
@@ -65,8 +64,8 @@ impl KvTier {
             );
             return Ok(None);
         }
-        let tier = Arc::new(Self { whole: Arc::default(), coding: config.coding });
-        let (whole, engine, runtime) = (Arc::clone(&tier.whole), engine.clone(), runtime.clone());
+        let tier = Arc::new(Self { blocks: Arc::default() });
+        let (blocks, engine, runtime) = (Arc::clone(&tier.blocks), engine.clone(), runtime.clone());
         std::thread::Builder::new().name("kv-digest".to_owned()).spawn(move || {
             let KvTierConfig { ttl, load_timeout, coding } = config;
             let fingerprint = fingerprint(&engine, coding);
@@ -79,12 +78,12 @@ impl KvTier {
                 max_load_bytes: longest.clamp(MIN_LOAD_BYTES, MAX_LOAD_BYTES),
                 ..KvPrefixConfig::default()
             };
-            let names = tiers.names;
-            let _context = runtime.enter();
-            let cache = KvPrefixCache::new(config, tiers.memory, tiers.slow, fingerprint);
-            drop(whole.set(cache.clone()));
-            let runtime = runtime.clone();
-            engine.attach_prefix_tier(Box::new(EngineSide { cache, fingerprint, coding, runtime }));
+            let KvTiers { memory, slow, names } = tiers;
+            let context = runtime.enter();
+            let own = Blocks { cache: KvPrefixCache::new(config, memory, slow, fingerprint), fingerprint };
+            drop(context);
+            drop(blocks.set(own.clone()));
+            engine.attach_prefix_tier(Box::new(EngineSide { blocks: own, coding, runtime }));
             tracing::info!("blocks of prompts are kept in {names}");
         })?;
         Ok(Some(tier))
@@ -92,25 +91,24 @@ impl KvTier {
 
     /// What is known of a prompt, as far as tiers say so by the deadline.
     pub async fn hint(&self, engine: &EngineHandle, request: &GenerateRequest, deadline: Instant) -> PrefixHint {
-        let Some(cache) = self.whole.get() else { return PrefixHint::default() };
+        let Some(blocks) = self.blocks.get() else { return PrefixHint::default() };
         // The last token of a prompt is always computed.
         let prompt = &request.prompt[..request.prompt.len().saturating_sub(1)];
         let names = engine.block_names(prompt, &request.cache_salt);
         if names.is_empty() {
             return PrefixHint::default();
         }
-        let fingerprint = fingerprint(engine, self.coding);
-        let names: Vec<BlockName> = names.iter().map(|name| shared_name(&fingerprint, name)).collect();
         let num_tokens = names.len() * engine.model().block_size;
         counter!("vllm:external_prefix_cache_queries_total").increment(num_tokens as u64);
-        let KvHint { num_blocks, seconds_per_block } = cache.look_up(&names, deadline).await;
+        let KvHint { num_blocks, seconds_per_block } =
+            blocks.cache.look_up(&blocks.shared_names(&names), deadline).await;
         PrefixHint { num_blocks, seconds_per_block }
     }
 
     /// What the tiers hold; none before they are in use.
     pub async fn stats(&self, deadline: Instant) -> Vec<TierStats> {
-        match self.whole.get() {
-            Some(cache) => cache.stats(deadline).await,
+        match self.blocks.get() {
+            Some(blocks) => blocks.cache.stats(deadline).await,
             None => Vec::new(),
         }
     }
@@ -133,16 +131,16 @@ impl KvTier {
     /// # Errors
     /// A tier did not finish by the deadline: some may be left.
     pub async fn clear(&self, deadline: Instant) -> Result<(), cache::CacheError> {
-        match self.whole.get() {
-            Some(cache) => cache.clear(deadline).await,
+        match self.blocks.get() {
+            Some(blocks) => blocks.cache.clear(deadline).await,
             None => Ok(()),
         }
     }
 
     /// Waits until what was computed is written, or for the deadline.
     pub async fn settle(&self, deadline: Instant) {
-        if let Some(cache) = self.whole.get() {
-            cache.settle(deadline).await;
+        if let Some(blocks) = self.blocks.get() {
+            blocks.cache.settle(deadline).await;
         }
     }
 }
@@ -155,15 +153,27 @@ fn fingerprint(engine: &EngineHandle, coding: BlockCoding) -> Fingerprint {
     digest.fingerprint()
 }
 
-/// The name of a block among those of other models: an engine's own name says nothing of the weights.
-fn shared_name(fingerprint: &Fingerprint, name: &BlockName) -> BlockName {
-    *Digest::new("kv").fingerprint_field(fingerprint).field("block", name).key().as_bytes()
+/// The blocks of one model among those of others.
+#[derive(Clone, Debug)]
+struct Blocks {
+    cache: KvPrefixCache,
+    fingerprint: Fingerprint,
+}
+
+impl Blocks {
+    /// An engine's own name says nothing of the weights.
+    fn shared_name(&self, name: &BlockName) -> BlockName {
+        *Digest::new("kv").fingerprint_field(&self.fingerprint).field("block", name).key().as_bytes()
+    }
+
+    fn shared_names(&self, names: &[BlockName]) -> Vec<BlockName> {
+        names.iter().map(|name| self.shared_name(name)).collect()
+    }
 }
 
 /// What the step loop calls.
 struct EngineSide {
-    cache: KvPrefixCache,
-    fingerprint: Fingerprint,
+    blocks: Blocks,
     coding: BlockCoding,
     runtime: Handle,
 }
@@ -174,17 +184,16 @@ impl PrefixTier for EngineSide {
     }
 
     fn wants(&self, name: &BlockName) -> bool {
-        !self.cache.is_known(&shared_name(&self.fingerprint, name))
+        !self.blocks.cache.is_known(&self.blocks.shared_name(name))
     }
 
     fn store(&mut self, name: BlockName, bytes: Bytes) {
         let _context = self.runtime.enter();
-        self.cache.store(shared_name(&self.fingerprint, &name), bytes);
+        self.blocks.cache.store(self.blocks.shared_name(&name), bytes);
     }
 
     fn load(&mut self, names: Vec<BlockName>, ticket: LoadTicket) {
-        let names: Vec<BlockName> = names.iter().map(|name| shared_name(&self.fingerprint, name)).collect();
-        let cache = self.cache.clone();
-        self.runtime.spawn(async move { ticket.finish(cache.load(&names).await) });
+        let blocks = self.blocks.clone();
+        self.runtime.spawn(async move { ticket.finish(blocks.cache.load(&blocks.shared_names(&names)).await) });
     }
 }

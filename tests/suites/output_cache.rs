@@ -376,6 +376,9 @@ fn settings_that_cannot_be_meant_are_refused_at_the_start() {
         (&["--admin-key", "one", "--api-key", "one"], "admin_key"),
         (&["--output-cache", "redis", "--redis-url", "http://nowhere"], "--redis-url"),
         (&["--output-cache", "memory", "--output-cache-ttl", "0"], "output_cache_ttl"),
+        (&["--output-cache", "memory", "--output-cache-ttl", "2592001"], "output_cache_ttl"),
+        (&["--kv-tier-memory", "1MiB", "--kv-tier-ttl", "0"], "kv_tier_ttl"),
+        (&["--kv-tier-memory", "1MiB", "--kv-tier-ttl", "2592001"], "kv_tier_ttl"),
         (&["--output-cache", "memory", "--cache-timeout-ms", "0"], "cache_timeout_ms"),
     ] {
         let (status, output) = Server::fail(SERVER, &folder, args);

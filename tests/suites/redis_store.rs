@@ -50,6 +50,7 @@ impl Checked {
             ca: None,
             key_prefix: "moesaic".to_owned(),
             max_value_bytes: 1 << 20,
+            max_block_bytes: 2 << 20,
             breaker,
         };
         Self { store: RedisStore::open(&config).expect("the address is right") }
@@ -145,9 +146,16 @@ async fn values_are_found_over_tcp_and_over_a_socket_and_end() {
     let short = Value { payload: payload_of(3), ttl: Duration::from_millis(30) };
     tier.store.put(&address(3), short, Instant::now() + PATIENCE).await.expect("Redis answers");
     until("its lifetime ends", async || tier.look(3).await.is_none()).await;
-    let large = Value { payload: Bytes::from(vec![0; (1 << 20) + 1]), ttl: HOUR };
-    let refused = tier.store.put(&address(4), large, Instant::now() + BUDGET).await;
-    assert!(matches!(refused, Err(CacheError::TooLarge { tier: Tier::Redis, .. })), "{refused:?}");
+    // Blocks may be larger than answers.
+    let block = Address { kind: Kind::Kv, ..address(4) };
+    for (address, limit) in [(address(4), 1 << 20), (block, 2 << 20)] {
+        let value = |len| Value { payload: Bytes::from(vec![7; len]), ttl: HOUR };
+        let refused = tier.store.put(&address, value(limit + 1), Instant::now() + BUDGET).await;
+        assert!(matches!(refused, Err(CacheError::TooLarge { tier: Tier::Redis, .. })), "{refused:?}");
+        tier.store.put(&address, value(limit), Instant::now() + PATIENCE).await.expect("Redis answers");
+        let found = tier.store.get(&address, Instant::now() + PATIENCE).await.expect("Redis answers");
+        assert_eq!(found.map(|found| found.payload.len()), Some(limit), "it comes back whole");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

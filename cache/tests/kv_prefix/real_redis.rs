@@ -14,6 +14,7 @@ fn open(url: &str) -> Arc<RedisStore> {
         ca: None,
         key_prefix: "moesaic".to_owned(),
         max_value_bytes: 1 << 20,
+        max_block_bytes: 1 << 20,
         breaker,
     };
     Arc::new(RedisStore::open(&config).expect("the address is right"))

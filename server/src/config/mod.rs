@@ -18,7 +18,7 @@ use thiserror::Error;
 use reference::SettingsCommand;
 pub use reference::reference;
 pub use values::{
-    ByteSize, IsaType, KvTierType, KvType, LogFormat, OutputCacheType, QuantType, Seconds, Secret, WeightType,
+    ByteSize, DeepestTier, IsaType, KvTierType, KvType, LogFormat, QuantType, Seconds, Secret, WeightType,
 };
 
 /// Why the configuration cannot be used.
@@ -156,7 +156,7 @@ settings! {
         /// How blocks of prompts are kept beyond the KV cache: as they are in it, or int8 in half the bytes, which changes outputs
         #[arg(long, env = "MOESAIC_KV_TIER_DTYPE")]
         kv_tier_dtype: KvTierType = KvTierType::Auto;
-        /// Seconds that a block of a prompt is kept beyond the KV cache
+        /// Seconds that a block of a prompt is kept beyond the KV cache, up to 30 days
         #[arg(long, env = "MOESAIC_KV_TIER_TTL")]
         kv_tier_ttl: Seconds = Seconds(86_400.0);
         /// Seconds that loading the blocks of a prompt may take; what has not come then is computed
@@ -214,10 +214,10 @@ settings! {
         kv_cache_memory: ByteSize;
         /// Deepest tier of the cache of deterministic answers; where not set, memory and each tier that has its setting below
         #[arg(long, env = "MOESAIC_OUTPUT_CACHE")]
-        output_cache: OutputCacheType;
+        output_cache: DeepestTier;
         /// Deepest tier that keeps blocks of prompts beyond the KV cache; where not set, each tier that has its setting
         #[arg(long, env = "MOESAIC_KV_TIER")]
-        kv_tier: OutputCacheType;
+        kv_tier: DeepestTier;
         /// Folder for cached values, which outlive the server
         #[arg(long, env = "MOESAIC_CACHE_DIR")]
         cache_dir: PathBuf;
@@ -323,7 +323,6 @@ impl Config {
         for (setting, seconds) in [
             ("request_timeout", self.request_timeout),
             ("keep_alive_interval", self.keep_alive_interval),
-            ("kv_tier_ttl", self.kv_tier_ttl),
             ("kv_tier_timeout", self.kv_tier_timeout),
         ] {
             if seconds.0 <= 0.0 {
@@ -340,12 +339,12 @@ impl Config {
         for (depth, wanted_by) in [(self.output_cache, "output_cache"), (self.kv_tier, "kv_tier")] {
             let missing = |setting| Err(ConfigError::Missing { setting, wanted_by });
             match depth {
-                Some(OutputCacheType::Disk) if self.cache_dir.is_none() => return missing("cache_dir"),
-                Some(OutputCacheType::Redis) if self.redis_url.is_none() => return missing("redis_url"),
+                Some(DeepestTier::Disk) if self.cache_dir.is_none() => return missing("cache_dir"),
+                Some(DeepestTier::Redis) if self.redis_url.is_none() => return missing("redis_url"),
                 _ => {}
             }
         }
-        if self.kv_tier == Some(OutputCacheType::Memory) && self.kv_tier_memory.0 == 0 {
+        if self.kv_tier == Some(DeepestTier::Memory) && self.kv_tier_memory.0 == 0 {
             return Err(ConfigError::Missing { setting: "kv_tier_memory", wanted_by: "kv_tier" });
         }
         if self.redis_ca_file.is_some() && self.redis_url.is_none() {
@@ -354,8 +353,10 @@ impl Config {
         if !(1..=10_000).contains(&self.cache_timeout_ms) {
             return out_of_range("cache_timeout_ms", self.cache_timeout_ms.to_string(), "1 to 10000");
         }
-        if !(0.001..=30.0 * 86_400.0).contains(&self.output_cache_ttl.0) {
-            return out_of_range("output_cache_ttl", self.output_cache_ttl.to_string(), "0.001 to 2592000 seconds");
+        let lifetimes = [("output_cache_ttl", self.output_cache_ttl), ("kv_tier_ttl", self.kv_tier_ttl)];
+        if let Some((setting, ttl)) = lifetimes.into_iter().find(|(_, ttl)| !(0.001..=30.0 * 86_400.0).contains(&ttl.0))
+        {
+            return out_of_range(setting, ttl.to_string(), "0.001 to 2592000 seconds");
         }
         if self.admin_key.as_ref().is_some_and(|key| !key.is_visible_ascii()) {
             return out_of_range("admin_key", "***".to_owned(), "keys of visible ASCII characters, at least one");
@@ -374,22 +375,20 @@ impl Config {
     }
 
     /// The deepest tier of the output cache.
-    pub fn output_cache_depth(&self) -> OutputCacheType {
-        self.output_cache.unwrap_or(match (&self.redis_url, &self.cache_dir) {
-            (Some(_), _) => OutputCacheType::Redis,
-            (None, Some(_)) => OutputCacheType::Disk,
-            (None, None) => OutputCacheType::Memory,
-        })
+    pub fn output_cache_depth(&self) -> DeepestTier {
+        self.output_cache.or(self.deepest_slow_tier()).unwrap_or(DeepestTier::Memory)
     }
 
     /// Deepest tier for blocks of prompts.
-    pub fn kv_tier_depth(&self) -> OutputCacheType {
-        self.kv_tier.unwrap_or(match (&self.redis_url, &self.cache_dir) {
-            (Some(_), _) => OutputCacheType::Redis,
-            (None, Some(_)) => OutputCacheType::Disk,
-            (None, None) if self.kv_tier_memory.0 > 0 => OutputCacheType::Memory,
-            (None, None) => OutputCacheType::Off,
-        })
+    pub fn kv_tier_depth(&self) -> DeepestTier {
+        let memory = if self.kv_tier_memory.0 > 0 { DeepestTier::Memory } else { DeepestTier::Off };
+        self.kv_tier.or(self.deepest_slow_tier()).unwrap_or(memory)
+    }
+
+    /// Of those that have their setting.
+    fn deepest_slow_tier(&self) -> Option<DeepestTier> {
+        let disk = self.cache_dir.as_ref().map(|_| DeepestTier::Disk);
+        self.redis_url.as_ref().map(|_| DeepestTier::Redis).or(disk)
     }
 }
 

@@ -116,15 +116,15 @@ pub enum LogFormat {
     Json,
 }
 
-/// `--output-cache`.
+/// How far down a cache goes: `--output-cache`, `--kv-tier`. Above the deepest tier it has each that has its setting.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, PartialOrd, Serialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
-pub enum OutputCacheType {
+pub enum DeepestTier {
     Off,
     Memory,
-    /// Memory over disk.
+    /// Memory, where there is some, over disk.
     Disk,
-    /// Memory over disk, where there is one, over Redis.
+    /// Memory and disk, where there are some, over Redis.
     Redis,
 }
 

@@ -9,6 +9,7 @@ mod metrics;
 mod models;
 mod moe;
 mod probes;
+mod prompt_ids;
 mod server_info;
 mod tokenize;
 

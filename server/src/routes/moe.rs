@@ -10,17 +10,14 @@ use cache::{Profile, RoutedLayer};
 use tokio::time::{Duration, Instant};
 
 use super::body::{JsonBody, parse};
-use super::chat::no_template;
+use super::prompt_ids;
 use crate::app::{App, Model};
 use crate::cache_salt::{Salt, Tenant};
-use crate::conversation::Conversation;
 use crate::error::ApiError;
-use crate::openai::chat::ChatOptions;
 use crate::openai::completions::Prompt;
 use crate::openai::error::ErrorResponse;
 use crate::openai::routing::{BlocksByTier, ExpertShare, LayerRouting, RoutingProfile, RoutingQuery, RoutingRequest};
 use crate::routing_cache::Routing;
-use crate::text::{EncodeOptions, TextError};
 use crate::validate::{cache_salt, model_name};
 
 /// Time that the tiers get for all blocks of a prompt.
@@ -43,12 +40,10 @@ pub async fn of_text(
     Extension(tenant): Extension<Tenant>,
     query: Result<Query<RoutingQuery>, QueryRejection>,
 ) -> Result<Json<RoutingProfile>, ApiError> {
-    let model = app.model()?;
     let Query(query) = query.map_err(|rejection| ApiError::invalid("prompt", rejection.body_text()))?;
-    model_name(query.model.as_deref(), &model.limits)?;
+    let (model, salt) = scope(&app, tenant, (query.model.as_deref(), query.cache_salt.as_deref()))?;
     let prompt = query.prompt.ok_or_else(|| ApiError::invalid("prompt", "is missing"))?;
-    let salt = Salt::new(tenant, cache_salt(query.cache_salt.as_deref())?);
-    let tokens = encode(&app, model, (prompt, query.add_special_tokens)).await?;
+    let tokens = prompt_ids::of_text(&app, model, prompt, query.add_special_tokens).await?;
     profile(&app, model, (tokens, salt)).await.map(Json)
 }
 
@@ -69,34 +64,26 @@ pub async fn of_prompt(
     Extension(tenant): Extension<Tenant>,
     JsonBody(body): JsonBody,
 ) -> Result<Json<RoutingProfile>, ApiError> {
-    let model = app.model()?;
     let request: RoutingRequest = parse(&body)?;
-    model_name(request.model.as_deref(), &model.limits)?;
-    let salt = Salt::new(tenant, cache_salt(request.cache_salt.as_deref())?);
+    let (model, salt) = scope(&app, tenant, (request.model.as_deref(), request.cache_salt.as_deref()))?;
     let tokens = match (request.prompt, &request.messages) {
-        (Some(Prompt::Text(text)), None) => encode(&app, model, (text, request.add_special_tokens)).await?,
+        (Some(Prompt::Text(text)), None) => prompt_ids::of_text(&app, model, text, request.add_special_tokens).await?,
         (Some(Prompt::Tokens(tokens)), None) => tokens,
-        (None, Some(_)) => {
-            // The same fields as a chat's, so that the ids are those that the chat would be given.
-            let conversation = Conversation::new(&parse::<ChatOptions>(&body)?)?;
-            let template = model.template.clone().ok_or_else(no_template)?;
-            let tokenizer = Arc::clone(&model.tokenizer);
-            app.limits.run_text(move || conversation.to_ids(&template, &tokenizer)).await?
-        }
+        (None, Some(_)) => prompt_ids::of_conversation(&app, model, &body).await?,
         _ => return Err(ApiError::invalid("prompt", "give one text, one list of token ids, or `messages`")),
     };
     profile(&app, model, (tokens, salt)).await.map(Json)
 }
 
-async fn encode(
-    app: &App,
-    model: &Model,
-    (prompt, add_special_tokens): (String, Option<bool>),
-) -> Result<Vec<u32>, ApiError> {
-    let tokenizer = Arc::clone(&model.tokenizer);
-    let options = EncodeOptions { add_special_tokens: add_special_tokens.unwrap_or(true) };
-    let invalid = |error: TextError| ApiError::invalid("prompt", error.to_string());
-    app.limits.run_text(move || tokenizer.encode(&prompt, options).map_err(invalid)).await
+/// Whose prompts are looked for in which model.
+fn scope<'a>(
+    app: &'a App,
+    tenant: Tenant,
+    (model, salt): (Option<&str>, Option<&str>),
+) -> Result<(&'a Model, Salt), ApiError> {
+    let loaded = app.model()?;
+    model_name(model, &loaded.limits)?;
+    Ok((loaded, Salt::new(tenant, cache_salt(salt)?)))
 }
 
 async fn profile(app: &App, model: &Model, (tokens, salt): (Vec<u32>, Salt)) -> Result<RoutingProfile, ApiError> {

@@ -6,14 +6,12 @@ use axum::Json;
 use axum::extract::State;
 
 use super::body::{JsonBody, parse};
-use super::chat::no_template;
+use super::prompt_ids;
 use crate::app::App;
-use crate::conversation::Conversation;
 use crate::error::ApiError;
-use crate::openai::chat::ChatOptions;
 use crate::openai::error::ErrorResponse;
 use crate::openai::tokenize::{DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse};
-use crate::text::{EncodeOptions, TextError};
+use crate::text::TextError;
 use crate::validate::model_name;
 
 /// Turn a prompt or a conversation into token ids
@@ -35,20 +33,10 @@ pub async fn tokenize(
     let model = app.model()?;
     let request: TokenizeRequest = parse(&body)?;
     model_name(request.model.as_deref(), &model.limits)?;
-    let tokenizer = Arc::clone(&model.tokenizer);
     let wants_strings = request.return_token_strs.unwrap_or(false);
     let tokens = match (request.prompt, &request.messages) {
-        (Some(prompt), None) => {
-            let options = EncodeOptions { add_special_tokens: request.add_special_tokens.unwrap_or(true) };
-            let invalid = |error: TextError| ApiError::invalid("prompt", error.to_string());
-            app.limits.run_text(move || tokenizer.encode(&prompt, options).map_err(invalid)).await?
-        }
-        (None, Some(_)) => {
-            // The same fields as a chat's, so that the ids are those that the chat would be given.
-            let conversation = Conversation::new(&parse::<ChatOptions>(&body)?)?;
-            let template = model.template.clone().ok_or_else(no_template)?;
-            app.limits.run_text(move || conversation.to_ids(&template, &tokenizer)).await?
-        }
+        (Some(prompt), None) => prompt_ids::of_text(&app, model, prompt, request.add_special_tokens).await?,
+        (None, Some(_)) => prompt_ids::of_conversation(&app, model, &body).await?,
         _ => return Err(ApiError::invalid("prompt", "give either `prompt` or `messages`")),
     };
     let name = |&id: &u32| model.tokenizer.id_to_token(id).unwrap_or_default();

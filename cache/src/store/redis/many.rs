@@ -75,7 +75,7 @@ impl RedisStore {
         deadline: Instant,
     ) -> Vec<Result<(), CacheError>> {
         let gate = self.gate_of(kind);
-        let mut kept: Vec<_> = values.iter().map(|(_, value)| self.check_size(value)).collect();
+        let mut kept: Vec<_> = values.iter().map(|(_, value)| self.check_size(kind, value)).collect();
         if gate.is_shut() {
             // Nothing is sealed for nobody.
             return kept.into_iter().map(|kept| kept.and(Err(CacheError::CircuitOpen { tier: Tier::Redis }))).collect();

@@ -48,7 +48,10 @@ pub struct RedisConfig {
     pub ca: Option<Vec<u8>>,
     /// What keys start with: letters, digits, `-`, `_`, `.` and `:`, 1 to 64 of them. Keys are `PREFIX:KIND:HEX`.
     pub key_prefix: String,
+    /// Of answers and profiles: what takes longer than a request may wait would only keep others from theirs.
     pub max_value_bytes: usize,
+    /// Of KV blocks, which have a connection of their own.
+    pub max_block_bytes: usize,
     pub breaker: BreakerConfig,
 }
 
@@ -68,6 +71,7 @@ pub struct RedisStore {
     bulk: Arc<Gate>,
     key_prefix: String,
     max_value_bytes: usize,
+    max_block_bytes: usize,
 }
 
 const MAX_PREFIX_LEN: usize = 64;
@@ -91,6 +95,7 @@ impl RedisStore {
             bulk: Arc::new(Gate::new(Link::new(target), config.breaker)),
             key_prefix: prefix.clone(),
             max_value_bytes: config.max_value_bytes,
+            max_block_bytes: config.max_block_bytes,
         })
     }
 
@@ -113,14 +118,21 @@ impl RedisStore {
     }
 
     async fn keep(&self, address: &Address, value: Value, deadline: Instant) -> Result<(), CacheError> {
-        self.check_size(&value)?;
+        self.check_size(address.kind, &value)?;
         let gate = self.gate_of(address.kind);
         is_kept(gate, address, &value, call(gate, &self.write(address, &value), deadline).await?)
     }
 
-    fn check_size(&self, value: &Value) -> Result<(), CacheError> {
+    fn max_bytes(&self, kind: Kind) -> usize {
+        match kind {
+            Kind::Output | Kind::Routing => self.max_value_bytes,
+            Kind::Kv => self.max_block_bytes,
+        }
+    }
+
+    fn check_size(&self, kind: Kind, value: &Value) -> Result<(), CacheError> {
         check_ttl(value.ttl)?;
-        let (bytes, limit) = (value.payload.len(), self.max_value_bytes);
+        let (bytes, limit) = (value.payload.len(), self.max_bytes(kind));
         if bytes > limit {
             return Err(CacheError::TooLarge { tier: Tier::Redis, bytes, limit });
         }
@@ -158,7 +170,7 @@ impl RedisStore {
 
     fn read(&self, address: &Address) -> Command {
         // Not GET: whatever was put under this key, no more of it is read than a value may have.
-        let last = self.max_value_bytes + HEADER_BYTES;
+        let last = self.max_bytes(address.kind) + HEADER_BYTES;
         let mut read = self.about("GETRANGE", address);
         read.command.arg(0).arg(last);
         read
