@@ -1,17 +1,14 @@
 //! Copies of golden checkpoints with something wrong, in folders that are removed when dropped.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use serde_json::Value;
 
-use crate::golden;
-
-static NUM_COPIES: AtomicU32 = AtomicU32::new(0);
+use crate::{Folder, golden};
 
 /// A folder that lives as long as this.
 pub struct Copy {
-    pub folder: PathBuf,
+    pub folder: Folder,
 }
 
 impl Copy {
@@ -20,9 +17,7 @@ impl Copy {
     /// # Panics
     /// A file cannot be copied.
     pub fn of(name: &str) -> Self {
-        let number = NUM_COPIES.fetch_add(1, Ordering::Relaxed);
-        let folder = std::env::temp_dir().join(format!("moesaic-tests-{}-{number}", std::process::id()));
-        std::fs::create_dir_all(&folder).expect("the folder of temporary files is writable");
+        let folder = Folder::new("checkpoint");
         for entry in std::fs::read_dir(golden::folder(name)).expect("the checkpoint is there") {
             let from = entry.expect("the checkpoint can be listed").path();
             let to = folder.join(from.file_name().expect("a file has a name"));
@@ -84,12 +79,5 @@ impl Copy {
 impl AsRef<Path> for Copy {
     fn as_ref(&self) -> &Path {
         &self.folder
-    }
-}
-
-impl Drop for Copy {
-    fn drop(&mut self) {
-        // What is left in the folder of temporary files harms nobody.
-        drop(std::fs::remove_dir_all(&self.folder));
     }
 }

@@ -8,6 +8,7 @@
 //! | `sse` | server-sent events, byte for byte |
 //! | `golden` | the golden checkpoints and what they must compute |
 //! | `metrics` | samples of `/metrics` |
+//! | `folder` | a folder that goes with its test |
 //! | `checkpoint` | broken copies of checkpoints |
 //! | `replica` | a server with an output cache, whose every answer is checked |
 //! | `redis` | a real redis-server, or a cluster of them |
@@ -16,6 +17,7 @@
 
 pub mod checkpoint;
 pub mod faulty_proxy;
+pub mod folder;
 pub mod golden;
 pub mod http;
 pub mod metrics;
@@ -27,6 +29,7 @@ pub mod sse;
 
 use std::time::{Duration, Instant};
 
+pub use folder::Folder;
 pub use http::{Exchange, Request, Response};
 pub use server::Server;
 pub use sse::{Event, EventStream};

@@ -66,6 +66,17 @@ impl Process {
         assert!(status.success(), "`{line}` failed");
     }
 
+    /// Sets the soft limit on the size of files that it writes: `0` is a full disk, `unlimited` makes room. See
+    /// [`crate::server::on_full_disks`].
+    ///
+    /// # Panics
+    /// There is no `prlimit`, or the process has ended.
+    pub fn limit_files(&self, bytes: &str) {
+        let mut prlimit = Command::new("prlimit");
+        prlimit.args(["--pid", &self.id().to_string(), &format!("--fsize={bytes}:")]);
+        assert!(prlimit.status().expect("there is prlimit").success());
+    }
+
     /// Kills it, stopped or not, and waits for its end. One that has ended is left as it is.
     pub fn kill(&mut self) {
         let child = self.child.get_mut().unwrap_or_else(PoisonError::into_inner);

@@ -2,13 +2,13 @@
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use crate::process::Process;
-use crate::{PATIENCE, poll};
+use crate::{Folder, PATIENCE, poll};
 
 /// Tries to find a port that nobody takes between looking and listening.
 const MAX_STARTS: usize = 10;
@@ -16,7 +16,8 @@ const MAX_STARTS: usize = 10;
 /// A server, killed when dropped, stopped or not; its directory goes with it.
 pub struct RedisServer {
     process: Process,
-    directory: PathBuf,
+    /// Fields go in this order: the process before what it writes to.
+    directory: Folder,
     address: SocketAddr,
     options: Vec<String>,
 }
@@ -46,10 +47,7 @@ impl RedisServer {
     /// # Panics
     /// There is no redis-server, or it does not answer.
     pub fn with_options(options: &[&str]) -> Self {
-        static NUM_STARTED: AtomicU64 = AtomicU64::new(0);
-        let number = NUM_STARTED.fetch_add(1, Ordering::Relaxed);
-        let directory = std::env::temp_dir().join(format!("moesaic-redis-{}-{number}", std::process::id()));
-        std::fs::create_dir_all(&directory).expect("the folder of temporary files can be written");
+        let directory = Folder::new("redis");
         let options: Vec<_> = options.iter().map(|&option| option.to_owned()).collect();
         for _ in 0..MAX_STARTS {
             let address = free_address();
@@ -135,14 +133,19 @@ impl RedisServer {
         keys.sort();
         keys
     }
-}
 
-impl Drop for RedisServer {
-    fn drop(&mut self) {
-        // Before its directory.
-        self.process.kill();
-        // What is left is in the folder of temporary files.
-        drop(std::fs::remove_dir_all(&self.directory));
+    /// The keys of values of one kind, `output`, `routing` or `kv`, once there are `count`: what is computed is written after it was
+    /// answered.
+    ///
+    /// # Panics
+    /// There are more, or fewer for too long.
+    pub fn keys_of(&self, kind: &str, count: usize) -> Vec<String> {
+        let part = format!(":{kind}:");
+        poll("values in Redis", PATIENCE, || {
+            let keys: Vec<String> = self.keys().into_iter().filter(|key| key.contains(&part)).collect();
+            assert!(keys.len() <= count, "{count} were expected: {keys:?}");
+            (keys.len() == count).then_some(keys)
+        })
     }
 }
 

@@ -6,6 +6,7 @@ use std::process::{Command, ExitStatus};
 
 use serde_json::Value;
 
+use crate::Folder;
 use crate::golden;
 use crate::http::{Exchange, Request, Response};
 use crate::metrics::Metrics;
@@ -159,6 +160,11 @@ pub fn command(binary: &str, model: &Path, args: &[&str]) -> Command {
         }
     }
     command
+}
+
+/// A program in `folder` that starts `binary`, to which a file that may not grow is an error and not a signal that ends it.
+pub fn on_full_disks(binary: &str, folder: &Folder) -> String {
+    folder.script(&format!("trap '' XFSZ\nexec {binary} \"$@\""))
 }
 
 fn printed_address(output: &str) -> Option<SocketAddr> {

@@ -253,7 +253,7 @@ fn inspect_refuses_them_too() {
     let copy = Copy::of("mixtral-base");
     copy.edit_json("config.json", |config| config["num_local_experts"] = json!([0]));
     let mut command = std::process::Command::new(SERVER);
-    command.arg("inspect").arg(&copy.folder);
+    command.arg("inspect").arg(copy.folder.arg());
     let mut process = harness::process::Process::spawn(&mut command);
     assert_eq!(process.wait(PATIENCE).code(), Some(1), "{}", process.output());
     assert!(process.output().contains("config.json: `num_local_experts`"), "{}", process.output());

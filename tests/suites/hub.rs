@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use harness::server::command;
-use harness::{PATIENCE, Server, golden};
+use harness::{Folder, PATIENCE, Server, golden};
 use serde_json::{Value, json};
 
 const SERVER: &str = env!("CARGO_BIN_EXE_moesaic-under-test");
@@ -137,22 +137,12 @@ fn answer(mut stream: &TcpStream, request: &Request, folder: &Path, breaks: bool
     }
 }
 
-/// Removes the folder when the test is over.
-struct Cache(PathBuf);
-
-impl Drop for Cache {
-    fn drop(&mut self) {
-        // What is left in the folder of temporary files harms nobody.
-        drop(std::fs::remove_dir_all(&self.0));
-    }
-}
-
-fn serve(cache: &Cache, hub: SocketAddr) -> Command {
+fn serve(cache: &Folder, hub: SocketAddr) -> Command {
     let mut command = command(SERVER, Path::new(REPO), &["--revision", "main"]);
     for name in OTHER_VARIABLES {
         command.env_remove(name);
     }
-    command.env("HF_HOME", &cache.0).env("HF_HUB_CACHE", cache.0.join("hub"));
+    command.env("HF_HOME", cache.arg()).env("HF_HUB_CACHE", cache.join("hub"));
     command.env("HF_ENDPOINT", format!("http://{hub}"));
     command
 }
@@ -160,7 +150,7 @@ fn serve(cache: &Cache, hub: SocketAddr) -> Command {
 #[test]
 fn a_hub_id_is_served_over_a_broken_connection_and_later_without_any() {
     let folder = golden::folder("mixtral-base");
-    let cache = Cache(std::env::temp_dir().join(format!("moesaic-tests-{}-hub", std::process::id())));
+    let cache = Folder::new("hub");
     let hub = Hub::start(folder.clone());
     let address = hub.address;
     let question =
@@ -171,7 +161,7 @@ fn a_hub_id_is_served_over_a_broken_connection_and_later_without_any() {
     assert_eq!(answer["model"], REPO);
     let weights = std::fs::read(folder.join(WEIGHTS)).unwrap();
     assert_eq!(hub.fetches(WEIGHTS), [None, Some(weights.len() / 2)], "the second fetch goes on where the first broke");
-    let repo = cache.0.join("hub/models--org--tiny");
+    let repo = cache.join("hub/models--org--tiny");
     assert_eq!(std::fs::read_to_string(repo.join("refs/main")).unwrap(), COMMIT);
     assert_eq!(std::fs::read(repo.join("snapshots").join(COMMIT).join(WEIGHTS)).unwrap(), weights);
     assert_eq!(hub.fetches("reference.json"), [], "only what serving needs is fetched");

@@ -1,14 +1,12 @@
 //! Blocks of prompts beyond the KV cache: what one server computes another loads, with the same bytes out, whatever happens
 //! to them on the way.
 
-use std::fs::Permissions;
-use std::os::unix::fs::PermissionsExt as _;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use harness::redis::RedisServer;
-use harness::{PATIENCE, Request, Server, golden, poll};
+use harness::server::on_full_disks;
+use harness::{Folder, PATIENCE, Request, Server, golden, poll};
 use serde_json::{Value, json};
 
 const SERVER: &str = env!("CARGO_BIN_EXE_moesaic-under-test");
@@ -30,12 +28,11 @@ fn body(seed: u32) -> Value {
 
 /// A server that keeps blocks: its weights' digest is known.
 fn start(model: &str, args: &[&str]) -> Server {
-    start_by(Path::new(SERVER), model, args)
+    start_by(SERVER, &golden::folder(model), args)
 }
 
-fn start_by(program: &Path, model: &str, args: &[&str]) -> Server {
-    let program = program.to_str().expect("names of programs are UTF-8");
-    let server = Server::start(program, model, &[&OWN[..], args].concat());
+fn start_by(program: &str, folder: &Path, args: &[&str]) -> Server {
+    let server = Server::start_folder(program, folder, &[&OWN[..], args].concat());
     poll("a server that keeps blocks", PATIENCE, || {
         server.process.output().contains("blocks of prompts are kept in").then_some(())
     });
@@ -53,34 +50,6 @@ fn metric(server: &Server, name: &str, labels: &[(&str, &str)]) -> f64 {
     server.metrics().value(name, labels).unwrap_or(0.0)
 }
 
-/// Keys of so many blocks, once they are there.
-fn redis_keys(redis: &RedisServer, count: usize) -> Vec<String> {
-    poll("blocks in Redis", PATIENCE, || {
-        let keys: Vec<String> = redis.keys().into_iter().filter(|key| key.contains(":kv:")).collect();
-        (keys.len() >= count).then_some(keys)
-    })
-}
-
-/// A folder that goes with this.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Self {
-        Self(std::env::temp_dir().join(format!("moesaic-kv-{name}-{}", std::process::id())))
-    }
-
-    fn path(&self) -> &str {
-        self.0.to_str().expect("names of temporary folders are UTF-8")
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        // What is left is in the folder of temporary files.
-        drop(std::fs::remove_dir_all(&self.0));
-    }
-}
-
 #[test]
 fn what_one_computes_the_other_loads() {
     for model in ["mixtral-base", "deepseek_v2-lite", "longcat_flash-base", "granitemoe-base", "jetmoe-base"] {
@@ -89,7 +58,7 @@ fn what_one_computes_the_other_loads() {
         let first = start(model, &["--redis-url", &url]);
         let (expected, cached) = ask(&first, &body(1));
         assert_eq!(cached, 0, "{model}");
-        redis_keys(&redis, 5);
+        redis.keys_of("kv", 5);
         let second = start(model, &["--redis-url", &url, "--max-num-batched-tokens", "7"]);
         // The first one goes while the second one loads.
         let answer = std::thread::scope(|scope| {
@@ -116,26 +85,26 @@ fn a_part_of_a_prompt_is_loaded_and_the_rest_computed() {
     let url = redis.url();
     let first = start("mixtral-base", &["--redis-url", &url]);
     ask(&first, &json!({"prompt": prompt(1)[..2 * BLOCK + 5], "max_tokens": 1}));
-    redis_keys(&redis, 2);
+    redis.keys_of("kv", 2);
     let alone = Server::start(SERVER, "mixtral-base", &OWN);
     let (expected, _) = ask(&alone, &body(1));
     let second = start("mixtral-base", &["--redis-url", &url]);
     assert_eq!(ask(&second, &body(1)), (expected, 2 * BLOCK as u64));
     // What it computed is there for the next one.
-    redis_keys(&redis, 5);
+    redis.keys_of("kv", 5);
 }
 
 #[test]
 fn a_restart_finds_what_the_folder_has() {
     let folder = Folder::new("restart");
-    let mut first = start("deepseek_v2-lite", &["--cache-dir", folder.path()]);
+    let mut first = start("deepseek_v2-lite", &["--cache-dir", folder.arg()]);
     let (expected, _) = ask(&first, &body(1));
     first.process.signal("TERM");
     assert!(first.process.wait(PATIENCE).success());
-    let second = start("deepseek_v2-lite", &["--cache-dir", folder.path()]);
+    let second = start("deepseek_v2-lite", &["--cache-dir", folder.arg()]);
     assert_eq!(ask(&second, &body(1)), (expected.clone(), 5 * BLOCK as u64));
     // The folder goes while the server runs: nothing fails.
-    std::fs::remove_dir_all(folder.path()).expect("the folder is there");
+    std::fs::remove_dir_all(&folder).expect("the folder is there");
     let (fresh, cached) = ask(&second, &body(2));
     assert_eq!((cached, fresh == expected), (0, false));
 }
@@ -163,7 +132,7 @@ fn a_broken_block_is_computed() {
     let url = redis.url();
     let first = start("mixtral-base", &["--redis-url", &url]);
     let (expected, _) = ask(&first, &body(1));
-    let keys = redis_keys(&redis, 5);
+    let keys = redis.keys_of("kv", 5);
     let whole: Vec<Vec<u8>> = keys.iter().map(|key| redis.bytes(key)).collect();
     let flip = |bytes: &[u8], at: usize| {
         let mut bytes = bytes.to_vec();
@@ -195,9 +164,9 @@ fn the_blocks_before_a_broken_one_are_taken() {
     let url = redis.url();
     let first = start("mixtral-base", &["--redis-url", &url]);
     ask(&first, &json!({"prompt": prompt(1)[..2 * BLOCK + 1], "max_tokens": 1}));
-    let of_two = redis_keys(&redis, 2);
+    let of_two = redis.keys_of("kv", 2);
     let (expected, _) = ask(&first, &body(1));
-    let keys = redis_keys(&redis, 5);
+    let keys = redis.keys_of("kv", 5);
     for key in keys.iter().filter(|key| !of_two.contains(key)) {
         redis.set(key, b"something else, as long as what says what is in it: a hundred and twenty bytes, which is longer than one thinks it is");
     }
@@ -208,27 +177,17 @@ fn the_blocks_before_a_broken_one_are_taken() {
 #[test]
 fn a_full_disk_keeps_nothing_and_fails_nobody() {
     let folder = Folder::new("full");
-    std::fs::create_dir_all(folder.path()).expect("the folder of temporary files can be written");
-    // A file that may not grow is to be an error, not a signal that ends the process.
-    let script = folder.0.join("server");
-    std::fs::write(&script, format!("#!/bin/sh\ntrap '' XFSZ\nexec {SERVER} \"$@\"\n")).expect("it is writable");
-    std::fs::set_permissions(&script, Permissions::from_mode(0o700)).expect("the script is there");
-    let cache_dir = folder.0.join("cache");
-    let args = ["--cache-dir", cache_dir.to_str().expect("it is UTF-8"), "--routing-cache-memory", "0"];
-    let limit = |server: &Server, bytes: &str| {
-        let mut prlimit = Command::new("prlimit");
-        prlimit.args(["--pid", &server.process.id().to_string(), &format!("--fsize={bytes}:")]);
-        assert!(prlimit.status().expect("there is prlimit").success());
-    };
-    let first = start_by(&script, "mixtral-base", &args);
-    limit(&first, "0");
+    let cache_dir = folder.file("cache");
+    let args = ["--cache-dir", &cache_dir, "--routing-cache-memory", "0"];
+    let first = start_by(&on_full_disks(SERVER, &folder), &golden::folder("mixtral-base"), &args);
+    first.process.limit_files("0");
     let (expected, _) = ask(&first, &body(1));
     let errors = [("kind", "kv"), ("tier", "disk")];
     poll("an error of the disk", PATIENCE, || {
         (metric(&first, "moesaic_cache_errors_total", &errors) > 0.0).then_some(())
     });
     assert_eq!(ask(&first, &body(1)), (expected.clone(), 5 * BLOCK as u64), "the KV cache has them");
-    limit(&first, "unlimited");
+    first.process.limit_files("unlimited");
     ask(&first, &body(2));
     poll("blocks on disk", PATIENCE, || {
         (metric(&first, "moesaic_kv_tier_entries", &[("tier", "disk")]) >= 5.0).then_some(())
@@ -244,11 +203,11 @@ fn eight_bits_are_fewer_bytes_and_meet_nobody_else() {
     let url = redis.url();
     let exact = start("mixtral-base", &["--redis-url", &url]);
     let (expected, _) = ask(&exact, &body(1));
-    let of_exact = redis_keys(&redis, 5);
+    let of_exact = redis.keys_of("kv", 5);
     let args = ["--redis-url", &url, "--kv-tier-dtype", "int8"];
     let first = start("mixtral-base", &args);
     assert_eq!(ask(&first, &body(1)), (expected, 0), "another's blocks are not its own");
-    let keys = redis_keys(&redis, 10);
+    let keys = redis.keys_of("kv", 10);
     let len = |keys: &mut dyn Iterator<Item = &String>| redis.bytes(keys.next().expect("there are some")).len();
     let exact_len = len(&mut of_exact.iter());
     let int8_len = len(&mut keys.iter().filter(|key| !of_exact.contains(key)));
@@ -265,7 +224,7 @@ fn others_never_meet() {
     let url = redis.url();
     let first = start("mixtral-base", &["--redis-url", &url]);
     ask(&first, &body(1));
-    redis_keys(&redis, 5);
+    redis.keys_of("kv", 5);
     for args in [&["--quant", "int8"][..], &["--kv-cache-dtype", "bf16"], &["--block-size", "8"]] {
         let other = start("mixtral-base", &[&["--redis-url", &url], args].concat());
         assert_eq!(ask(&other, &body(1)).1, 0, "{args:?}");
@@ -280,7 +239,6 @@ fn others_never_meet() {
     assert_eq!(ask(&same, &with_prompt_logprobs).1, 0, "every position is wanted");
     // A model of the same shape, of which one bit is another.
     let folder = Folder::new("tuned");
-    std::fs::create_dir_all(folder.path()).expect("the folder of temporary files can be written");
     for file in std::fs::read_dir(golden::folder("mixtral-base")).expect("a golden folder") {
         let file = file.expect("it can be listed");
         let mut bytes = std::fs::read(file.path()).expect("it can be read");
@@ -288,12 +246,9 @@ fn others_never_meet() {
             let middle = bytes.len() / 2;
             bytes[middle / 4 * 4] ^= 1;
         }
-        std::fs::write(folder.0.join(file.file_name()), bytes).expect("it can be written");
+        std::fs::write(folder.join(file.file_name()), bytes).expect("it can be written");
     }
-    let tuned = Server::start_folder(SERVER, &folder.0, &[&OWN[..], &["--redis-url", &url]].concat());
-    poll("a server that keeps blocks", PATIENCE, || {
-        tuned.process.output().contains("blocks of prompts are kept in").then_some(())
-    });
+    let tuned = start_by(SERVER, &folder, &["--redis-url", &url]);
     assert_eq!(ask(&tuned, &body(1)).1, 0);
 }
 
@@ -303,7 +258,7 @@ fn a_redis_that_hangs_or_dies_costs_time_and_no_request() {
     let url = redis.url();
     let first = start("mixtral-base", &["--redis-url", &url]);
     let (expected, _) = ask(&first, &body(1));
-    redis_keys(&redis, 5);
+    redis.keys_of("kv", 5);
     for signal in ["STOP", "KILL"] {
         // The last word on the time-out counts.
         let second = start("mixtral-base", &["--redis-url", &url]);
@@ -339,7 +294,7 @@ fn an_operator_sees_bounds_and_empties_it() {
     let url = redis.url();
     let server = start("mixtral-base", &["--redis-url", &url, "--kv-tier-memory", "32MiB"]);
     let (expected, _) = ask(&server, &body(1));
-    redis_keys(&redis, 5);
+    redis.keys_of("kv", 5);
     let admin = |request: Request| server.send(&request.header("Authorization", "Bearer root")).json();
     let stats = admin(Request::get("/v1/cache"));
     let rows = stats["kv"].as_array().expect("a list").clone();

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use harness::redis::RedisServer;
-use harness::{PATIENCE, Request, Server, poll};
+use harness::{Folder, PATIENCE, Request, Server, poll};
 use serde_json::{Value, json};
 
 const SERVER: &str = env!("CARGO_BIN_EXE_moesaic-under-test");
@@ -142,13 +142,6 @@ fn what_comes_again_was_expected_and_took_just_that() {
     assert_eq!(metric(&server, "moesaic_routing_unlearned_blocks_total"), 0.0);
 }
 
-fn redis_keys(redis: &RedisServer, count: usize) -> Vec<String> {
-    poll("profiles in Redis", PATIENCE, || {
-        let keys: Vec<String> = redis.keys().into_iter().filter(|key| key.contains(":routing:")).collect();
-        (keys.len() == count).then_some(keys)
-    })
-}
-
 fn on_redis(url: &str, args: &[&str]) -> Server {
     // What is loaded is not computed.
     let own = ["--redis-url", url, "--kv-tier", "off"];
@@ -165,7 +158,7 @@ fn one_learns_and_the_other_knows() {
     let first = on_redis(&redis.url(), &[]);
     let expected = first.ask(PATH, &completion(&prompt(1, 70)))["choices"].clone();
     let of_first = learned(&first, &prompt(1, 70));
-    redis_keys(&redis, 4);
+    redis.keys_of("routing", 4);
     drop(first);
     let second = on_redis(&redis.url(), &[]);
     let found = profile(&second, &prompt(1, 90));
@@ -203,7 +196,7 @@ fn nobody_waits_for_what_redis_knows() {
         let body = completion(&prompt(seed, 330));
         let expected = first.ask(PATH, &body)["choices"].clone();
         learned(&first, &prompt(seed, 330));
-        redis_keys(&redis, 20 * (seed as usize - 10));
+        redis.keys_of("routing", 20 * (seed as usize - 10));
         assert_eq!(second.ask(PATH, &body)["choices"], expected);
         (metric(&second, "moesaic_routing_expected_experts_total") > 0.0).then_some(())
     });
@@ -223,7 +216,7 @@ fn a_broken_value_is_a_miss_and_is_written_anew() {
     let first = on_redis(&redis.url(), &[]);
     let prompt = prompt(1, BLOCK + 1);
     let expected = first.ask(PATH, &completion(&prompt))["choices"].clone();
-    let key = redis_keys(&redis, 1).remove(0);
+    let key = redis.keys_of("routing", 1).remove(0);
     let whole = redis.bytes(&key);
     let mut flipped = whole.clone();
     *flipped.last_mut().expect("a value has a payload") ^= 1;
@@ -239,7 +232,7 @@ fn a_broken_value_is_a_miss_and_is_written_anew() {
         assert_eq!(server.ask(PATH, &completion(&prompt))["choices"], expected, "{what}");
         assert_eq!(num_covered(&learned(&server, &prompt)), BLOCK);
         poll("a value that is whole again", PATIENCE, || {
-            let is_there = !redis_keys(&redis, 1).is_empty();
+            let is_there = !redis.keys_of("routing", 1).is_empty();
             // It begins as the first one did; its end of life is another.
             (is_there && redis.bytes(&key)[120..] == whole[120..]).then_some(())
         });
@@ -248,9 +241,8 @@ fn a_broken_value_is_a_miss_and_is_written_anew() {
 
 #[test]
 fn a_folder_keeps_profiles_over_a_restart() {
-    let folder = std::env::temp_dir().join(format!("moesaic-routing-{}", std::process::id()));
-    let directory = folder.to_str().expect("a UTF-8 path");
-    let args = [&PATIENT[..], &["--cache-dir", directory, "--kv-tier", "off"]].concat();
+    let folder = Folder::new("routing");
+    let args = [&PATIENT[..], &["--cache-dir", folder.arg(), "--kv-tier", "off"]].concat();
     let start = || {
         let server = Server::start(SERVER, "mixtral-base", &args);
         poll("a server that knows the digest of its weights", PATIENCE, || {
@@ -267,8 +259,6 @@ fn a_folder_keeps_profiles_over_a_restart() {
     let found = profile(&second, &prompt(1, 40));
     assert_eq!(found["blocks"], json!({"memory": 0, "disk": 2, "redis": 0}));
     assert_eq!(found["layers"], of_first["layers"]);
-    drop(second);
-    std::fs::remove_dir_all(&folder).expect("nobody holds the folder");
 }
 
 #[test]

@@ -11,7 +11,7 @@ use harness::checkpoint::Copy;
 use harness::faulty_proxy::{Faults, FaultyProxy};
 use harness::redis::{RedisServer, Reply};
 use harness::replica::{CHAT, MODEL, NUM_VALUES, PATIENT, Question, Replica, SLACK, heal};
-use harness::{EventStream, PATIENCE, Request, golden, poll};
+use harness::{EventStream, Folder, PATIENCE, Request, golden, poll};
 use serde_json::json;
 
 const SERVER: &str = env!("CARGO_BIN_EXE_moesaic-under-test");
@@ -40,15 +40,6 @@ fn hurried(url: &str) -> Replica {
 fn on_disk(directory: &Path) -> Replica {
     let directory = directory.to_str().expect("names of temporary folders are UTF-8");
     forgetful(&[&PATIENT[..], &["--output-cache", "disk", "--cache-dir", directory]].concat())
-}
-
-/// The keys in Redis, once there are `count`: what is computed is written after it was answered.
-fn keys(redis: &RedisServer, count: usize) -> Vec<String> {
-    poll("values in Redis", PATIENCE, || {
-        let keys = redis.keys();
-        assert!(keys.len() <= count, "{keys:?}");
-        (keys.len() == count).then_some(keys)
-    })
 }
 
 /// Keeps questions coming until it is dropped.
@@ -123,7 +114,7 @@ fn what_one_computed_the_others_replay_after_it_was_killed_too() {
     first.assert_all("miss");
     let late = Question::fresh();
     first.ask(&late);
-    keys(&redis, NUM_VALUES + 1);
+    redis.keys_of("output", NUM_VALUES + 1);
     second.assert_all("hit");
     let num_found = || second.metric("moesaic_cache_hits_total", &[("tier", "redis")]);
     assert_eq!(num_found(), NUM_VALUES as f64);
@@ -150,7 +141,7 @@ fn only_who_computes_alike_finds_an_answer() {
     let (own, other) = (Copy::of(MODEL), Copy::of(MODEL));
     let first = start(&own.folder, &[]);
     first.assert_all("miss");
-    let stored: Vec<_> = keys(&redis, NUM_VALUES).into_iter().map(|key| (redis.bytes(&key), key)).collect();
+    let stored: Vec<_> = redis.keys_of("output", NUM_VALUES).into_iter().map(|key| (redis.bytes(&key), key)).collect();
     // The same files elsewhere are the same model.
     start(&golden::folder(MODEL), &[]).assert_all("hit");
 
@@ -172,7 +163,7 @@ fn only_who_computes_alike_finds_an_answer() {
     for (idx, (model, args)) in others.iter().enumerate() {
         let replica = start(model, args);
         replica.assert_all("miss");
-        keys(&redis, NUM_VALUES * (idx + 2));
+        redis.keys_of("output", NUM_VALUES * (idx + 2));
         replica.assert_all("hit");
         let is_same = args.first() == Some(&"--isa");
         assert_eq!(replica.computed[CHAT] == first.computed[CHAT], is_same, "{args:?} changes what is computed");
@@ -239,7 +230,7 @@ fn a_full_redis_refuses_or_forgets_and_serves_on() {
     let (first, second) = (in_redis(&redis.url()), in_redis(&redis.url()));
     let set = |name, value| assert_eq!(redis.command(&["CONFIG", "SET", name, value]), Reply::Status("OK".to_owned()));
     first.assert_all("miss");
-    keys(&redis, NUM_VALUES);
+    redis.keys_of("output", NUM_VALUES);
     // Less than it needs for itself: what it has stays, what comes is refused.
     set("maxmemory-policy", "noeviction");
     set("maxmemory", "1");
@@ -281,11 +272,11 @@ fn a_full_redis_refuses_or_forgets_and_serves_on() {
 /// Damages the one value that Redis holds, asks for it, and waits until it was written again.
 fn damage(redis: &RedisServer, replica: &Replica, what: &str, edit: impl FnOnce(&str, Vec<u8>)) {
     let question = Question::of(0);
-    let [key] = &keys(redis, 1)[..] else { panic!("one value is stored") };
+    let [key] = &redis.keys_of("output", 1)[..] else { panic!("one value is stored") };
     edit(key, redis.bytes(key));
     assert_eq!(replica.ask(&question), "miss", "{what}");
     // What was bad was removed before the answer was computed.
-    keys(redis, 1);
+    redis.keys_of("output", 1);
     assert_eq!(replica.ask(&question), "hit", "{what}");
 }
 
@@ -294,7 +285,7 @@ fn values_that_are_cut_flipped_moved_or_gone_are_misses() {
     let redis = RedisServer::start();
     let (first, second) = (in_redis(&redis.url()), in_redis(&redis.url()));
     first.ask(&Question::of(0));
-    let len = redis.bytes(&keys(&redis, 1)[0]).len();
+    let len = redis.bytes(&redis.keys_of("output", 1)[0]).len();
     let mut num_bad = 0.0;
     let check_bad = |num_bad: &mut f64, reason: &str| {
         *num_bad += 1.0;
@@ -324,17 +315,17 @@ fn values_that_are_cut_flipped_moved_or_gone_are_misses() {
         damage(&redis, &second, &format!("cut at {at}"), |key, bytes| redis.set(key, &bytes[..at]));
         check_bad(&mut num_bad, "truncated");
     }
-    let own = redis.bytes(&keys(&redis, 1)[0]);
+    let own = redis.bytes(&redis.keys_of("output", 1)[0]);
     redis.command(&["FLUSHALL"]);
     first.ask(&Question::of(1));
-    let another = redis.bytes(&keys(&redis, 1)[0]);
+    let another = redis.bytes(&redis.keys_of("output", 1)[0]);
     redis.command(&["FLUSHALL"]);
     first.ask(&Question::of(0));
     damage(&redis, &second, "the value of another question", |key, _| redis.set(key, &another));
     check_bad(&mut num_bad, "key");
     damage(&redis, &second, "nothing", |_, _| drop(redis.command(&["FLUSHALL"])));
     assert_eq!(second.num_bad("redis"), num_bad, "a value that is gone is not a bad one");
-    redis.set(&keys(&redis, 1)[0], &own);
+    redis.set(&redis.keys_of("output", 1)[0], &own);
     assert_eq!(second.ask(&Question::of(0)), "hit", "a whole value is one, whoever put it there");
     assert_eq!(second.num_errors("redis"), 0.0);
     heal(&first, &second);
@@ -345,7 +336,7 @@ fn keys_of_another_type_are_misses_and_taken_over() {
     let redis = RedisServer::start();
     let (first, second) = (in_redis(&redis.url()), in_redis(&redis.url()));
     first.assert_all("miss");
-    let keys = keys(&redis, NUM_VALUES);
+    let keys = redis.keys_of("output", NUM_VALUES);
     for create in ["RPUSH", "SADD", "PFADD"] {
         for key in &keys {
             assert_eq!(redis.command(&["DEL", key]), Reply::Integer(1));
@@ -417,30 +408,14 @@ fn value_files(directory: &Path, count: usize) -> Vec<PathBuf> {
     })
 }
 
-/// A folder for values, which goes with this.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Self {
-        Self(std::env::temp_dir().join(format!("moesaic-{name}-{}", std::process::id())))
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        // What is left is in the folder of temporary files.
-        drop(std::fs::remove_dir_all(&self.0));
-    }
-}
-
 #[test]
 fn answers_on_disk_outlive_the_server() {
     let folder = Folder::new("warm");
-    let mut first = on_disk(&folder.0);
+    let mut first = on_disk(&folder);
     first.assert_all("miss");
-    value_files(&folder.0, NUM_VALUES);
+    value_files(&folder, NUM_VALUES);
     first.server.process.kill();
-    let second = on_disk(&folder.0);
+    let second = on_disk(&folder);
     second.assert_all("hit");
     assert_eq!(second.metric("moesaic_cache_hits_total", &[("tier", "disk")]), NUM_VALUES as f64);
 }
@@ -448,10 +423,10 @@ fn answers_on_disk_outlive_the_server() {
 #[test]
 fn a_folder_that_is_damaged_or_gone_costs_hits_alone() {
     let folder = Folder::new("damaged");
-    let replica = on_disk(&folder.0);
+    let replica = on_disk(&folder);
     let question = Question::of(0);
     let heals = || {
-        let mut files = value_files(&folder.0, 1);
+        let mut files = value_files(&folder, 1);
         assert_eq!(replica.ask(&question), "hit");
         files.pop().expect("there is one")
     };
@@ -465,18 +440,18 @@ fn a_folder_that_is_damaged_or_gone_costs_hits_alone() {
         assert_eq!(replica.num_bad("disk"), num_bad as f64 + 1.0);
         heals();
     }
-    std::fs::remove_dir_all(&folder.0).expect("the folder is there");
+    std::fs::remove_dir_all(&folder).expect("the folder is there");
     assert_eq!(replica.ask(&question), "miss");
     heals();
     assert_eq!(replica.num_errors("disk"), 0.0, "it was made again");
-    std::fs::remove_dir_all(&folder.0).expect("the folder is there");
-    std::fs::write(&folder.0, "no folder").expect("temporary files can be written");
+    std::fs::remove_dir_all(&folder).expect("the folder is there");
+    std::fs::write(&folder, "no folder").expect("temporary files can be written");
     for _ in 0..3 {
         assert_eq!(replica.ask(&question), "miss");
     }
     poll("three looks and three writes that failed", PATIENCE, || (replica.num_errors("disk") == 6.0).then_some(()));
     assert_eq!(replica.server.get("/ready").status, 200);
-    std::fs::remove_file(&folder.0).expect("it is there");
+    std::fs::remove_file(&folder).expect("it is there");
     assert_eq!(replica.ask(&question), "miss");
     heals();
 }

@@ -7,7 +7,8 @@ use std::process::Command;
 
 use harness::redis::{RedisServer, free_address};
 use harness::replica::{MODEL, NUM_VALUES, PATIENT, Question, Replica};
-use harness::{PATIENCE, Server, golden, poll};
+use harness::server::on_full_disks;
+use harness::{Folder, PATIENCE, Server, golden, poll};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use serde_json::json;
 
@@ -20,28 +21,6 @@ fn forgetful(args: &[&str]) -> Replica {
 
 fn forgetful_by(program: &str, args: &[&str]) -> Replica {
     Replica::start(program, &golden::folder(MODEL), &[args, &["--output-cache-memory", "0"]].concat())
-}
-
-/// A folder that goes with this.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("moesaic-{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&path).expect("the folder of temporary files can be written");
-        Self(path)
-    }
-
-    fn file(&self, name: &str) -> String {
-        self.0.join(name).to_str().expect("names of temporary folders are UTF-8").to_owned()
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        // What is left is in the folder of temporary files.
-        drop(std::fs::remove_dir_all(&self.0));
-    }
 }
 
 /// The one file of a value, once it is there.
@@ -76,7 +55,7 @@ fn is_up(replica: &Replica, tier: &str) -> bool {
 #[test]
 fn a_disk_that_hangs_delays_a_few_requests_and_fails_none() {
     let folder = Folder::new("hangs");
-    let replica = forgetful(&["--output-cache", "disk", "--cache-dir", &folder.file("")]);
+    let replica = forgetful(&["--output-cache", "disk", "--cache-dir", folder.arg()]);
     let question = Question::of(0);
     // What is written would take the place of the file that hangs.
     let look = || {
@@ -88,7 +67,7 @@ fn a_disk_that_hangs_delays_a_few_requests_and_fails_none() {
         answer.header("x-moesaic-cache").expect("it was looked for").to_owned()
     };
     assert_eq!(replica.ask(&question), "miss");
-    let file = value_file(&folder.0);
+    let file = value_file(&folder);
     poll("a hit", PATIENCE, || (look() == "hit").then_some(()));
     std::fs::remove_file(&file).expect("it is there");
     // Whoever opens it for reading hangs until there is a writer.
@@ -120,7 +99,7 @@ impl SmallDisk {
     fn new() -> Self {
         let folder = Folder::new("small-disk");
         let mut mount = Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", "size=128k", "tmpfs", &folder.file("")]);
+        mount.args(["-t", "tmpfs", "-o", "size=128k", "tmpfs", folder.arg()]);
         let is_mounted = mount.output().is_ok_and(|output| output.status.success());
         if !is_mounted {
             println!("no small disk can be mounted here: the limit on the size of a file stands in for it");
@@ -129,7 +108,7 @@ impl SmallDisk {
     }
 
     fn ballast(&self) -> PathBuf {
-        self.folder.0.join("ballast")
+        self.folder.join("ballast")
     }
 
     /// Leaves room for nothing.
@@ -138,7 +117,7 @@ impl SmallDisk {
             let full = std::fs::write(self.ballast(), vec![0; 1 << 20]);
             assert_eq!(full.expect_err("it is small").kind(), std::io::ErrorKind::StorageFull);
         } else {
-            limit_files(server, "0");
+            server.process.limit_files("0");
         }
     }
 
@@ -146,7 +125,7 @@ impl SmallDisk {
         if self.is_mounted {
             std::fs::remove_file(self.ballast()).expect("it is there");
         } else {
-            limit_files(server, "unlimited");
+            server.process.limit_files("unlimited");
         }
     }
 }
@@ -155,29 +134,17 @@ impl Drop for SmallDisk {
     fn drop(&mut self) {
         if self.is_mounted {
             // Lazily: the server may still hold it.
-            drop(Command::new("umount").args(["-l", &self.folder.file("")]).status());
+            drop(Command::new("umount").args(["-l", self.folder.arg()]).status());
         }
     }
-}
-
-/// Sets the soft limit on the size of files that a server writes.
-fn limit_files(server: &Server, bytes: &str) {
-    let mut prlimit = Command::new("prlimit");
-    prlimit.args(["--pid", &server.process.id().to_string(), &format!("--fsize={bytes}:")]);
-    assert!(prlimit.status().expect("there is prlimit").success());
 }
 
 #[test]
 fn a_full_disk_keeps_what_it_has_and_takes_more_when_there_is_room() {
     let disk = SmallDisk::new();
-    let (folder, cache_dir) = (Folder::new("script"), disk.folder.file(""));
-    // A file that may not grow is to be an error, not a signal that ends the process.
-    let script = folder.file("server");
-    std::fs::write(&script, format!("#!/bin/sh\ntrap '' XFSZ\nexec {SERVER} \"$@\"\n"))
-        .expect("the folder is writable");
-    std::fs::set_permissions(&script, Permissions::from_mode(0o700)).expect("the script is there");
-    let args = [&PATIENT[..], &["--output-cache", "disk", "--cache-dir", &cache_dir]].concat();
-    let replica = forgetful_by(&script, &args);
+    let folder = Folder::new("script");
+    let args = [&PATIENT[..], &["--output-cache", "disk", "--cache-dir", disk.folder.arg()]].concat();
+    let replica = forgetful_by(&on_full_disks(SERVER, &folder), &args);
     replica.assert_all("miss");
     poll("all answers on disk", PATIENCE, || {
         let kept = replica.metric("moesaic_cache_entries", &[("tier", "disk")]);
@@ -229,7 +196,7 @@ fn redis_over_tls_is_used_where_the_right_authority_vouches_for_it_and_nowhere_e
         |ca: &[&str]| forgetful(&[&PATIENT[..], &["--output-cache", "redis", "--redis-url", &url], ca].concat());
     let first = start(&["--redis-ca-file", &right]);
     first.assert_all("miss");
-    poll("values in Redis", PATIENCE, || (redis.keys().len() == NUM_VALUES).then_some(()));
+    redis.keys_of("output", NUM_VALUES);
     start(&["--redis-ca-file", &right]).assert_all("hit");
     // Another's certificates, and those of the system. That it cannot be used is said before the first request.
     for ca in [&["--redis-ca-file", &wrong][..], &[]] {
@@ -320,12 +287,9 @@ fn a_folder_that_may_not_be_written_is_one_warning_at_the_start_and_read_all_the
     let value = value_file(Path::new(&cache_dir));
     drop(first);
     // Root may write everywhere unless it gives that right up.
-    let script = folder.file("server");
     let rights = "-dac_override,-dac_read_search";
     let drop_rights = format!("exec setpriv --bounding-set={rights} --inh-caps={rights} {SERVER} \"$@\"");
-    std::fs::write(&script, format!("#!/bin/sh\n[ $(id -u) = 0 ] && {drop_rights}\nexec {SERVER} \"$@\"\n"))
-        .expect("the folder is writable");
-    std::fs::set_permissions(&script, Permissions::from_mode(0o700)).expect("the script is there");
+    let script = folder.script(&format!("[ $(id -u) = 0 ] && {drop_rights}\nexec {SERVER} \"$@\""));
     let outputs = Path::new(&cache_dir).join("output");
     let allow = |mode| {
         let inner = [Path::new(&cache_dir), &outputs, value.parent().expect("it lies in a folder")];

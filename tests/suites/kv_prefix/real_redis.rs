@@ -4,7 +4,7 @@ use cache::store::{Kind, RedisConfig, RedisStore, Tier};
 
 use super::*;
 use crate::counters::Counters;
-use crate::redis::{RedisCluster, RedisServer, Reply};
+use harness::redis::{RedisCluster, RedisServer, Reply};
 
 fn open(url: &str) -> Arc<RedisStore> {
     let breaker =

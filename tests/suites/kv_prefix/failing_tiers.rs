@@ -1,7 +1,7 @@
 //! Tiers that hang, refuse or take their time.
 
 use std::sync::Mutex;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cache::CacheError;
 use cache::store::{Address, Found, Kind, Store, Tier, TierStats, Value};

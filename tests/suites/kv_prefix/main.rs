@@ -3,26 +3,17 @@
 mod counters;
 mod failing_tiers;
 mod memory_and_disk;
-#[path = "../../../tests/src/process.rs"]
-#[expect(dead_code, reason = "the harness of the integration suites does more than is needed here")]
-mod process;
 mod real_redis;
-#[path = "../../../tests/src/redis.rs"]
-#[expect(dead_code, reason = "the harness of the integration suites does more than is needed here")]
-mod redis;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 use cache::store::{DiskConfig, DiskStore, MemoryStore, Store};
 use cache::{BlockName, BreakerConfig, Digest, Fingerprint, KvPrefixCache, KvPrefixConfig};
+use harness::{Folder, PATIENCE};
 use tokio::time::Instant;
-
-/// Longest time that anything here may take before a test fails.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What a busy machine with two cores may add to a deadline.
 const SLACK: Duration = Duration::from_millis(500);
@@ -32,18 +23,6 @@ const HOUR: Duration = Duration::from_secs(3600);
 const BLOCK_BYTES: usize = 100_000;
 
 const FINGERPRINT: Fingerprint = Fingerprint::from_bytes([5; 32]);
-
-/// Looks until `probe` yields a value.
-fn poll<T>(what: &str, within: Duration, mut probe: impl FnMut() -> Option<T>) -> T {
-    let start = std::time::Instant::now();
-    loop {
-        if let Some(value) = probe() {
-            return value;
-        }
-        assert!(start.elapsed() < within, "{what}: not within {within:?}");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
 
 /// One with time enough for a busy machine.
 fn config() -> KvPrefixConfig {
@@ -102,13 +81,11 @@ async fn load(cache: &KvPrefixCache, count: usize) -> usize {
 }
 
 /// A directory that goes with the test.
-struct Directory(PathBuf);
+struct Directory(Folder);
 
 impl Directory {
     fn new() -> Self {
-        static NUM_MADE: AtomicU64 = AtomicU64::new(0);
-        let number = NUM_MADE.fetch_add(1, Ordering::Relaxed);
-        Self(std::env::temp_dir().join(format!("moesaic-kv-{}-{number}", std::process::id())))
+        Self(Folder::new("kv"))
     }
 
     fn path(&self) -> &Path {
@@ -117,7 +94,7 @@ impl Directory {
 
     fn open(&self) -> Arc<DiskStore> {
         let config = DiskConfig {
-            directory: self.0.clone(),
+            directory: self.0.to_path_buf(),
             max_bytes: 1 << 30,
             max_value_bytes: 1 << 20,
             scan_interval: HOUR,
@@ -129,13 +106,6 @@ impl Directory {
     fn file(&self, number: usize) -> PathBuf {
         let hex = hex(number);
         self.0.join("kv").join(&hex[..2]).join(hex)
-    }
-}
-
-impl Drop for Directory {
-    fn drop(&mut self) {
-        // What is left is in the folder of temporary files.
-        drop(std::fs::remove_dir_all(&self.0));
     }
 }
 
