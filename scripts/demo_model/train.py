@@ -1,0 +1,248 @@
+"""Trains one model on the corpus, in steps that can be interrupted: `python3 train.py moe|dense WORK [--minutes M]`.
+
+It goes on from its last checkpoint. WORK holds `corpus.json` and `tokenizer.json`; the checkpoint, the log and the samples of
+a run are under WORK/moe or WORK/dense.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import corpus
+import torch
+import torch.nn.functional as F
+from model import Model, Shape
+from muon import optimizers
+from tokenizers import Tokenizer
+from torch import Tensor
+
+SEED = 7
+EPOCHS = 2
+BATCH_TOKENS = 8192
+MUON_LR = 0.02
+ADAM_LR = 3e-3
+WARMUP_STEPS = 40
+FINAL_LR = 0.02
+MTP_WEIGHT = (0.3, 0.1)
+BALANCE_WEIGHT = 1e-3
+BIAS_SPEED = 2e-3
+SAVE_SECONDS = 120
+EVALUATE_EVERY = 50
+SAMPLE_PROMPTS = (
+    "Tell me a story about a shy fox and a lantern.",
+    "What does an owl eat?",
+    "I am sad because my cat ran away.",
+)
+
+
+@dataclass(frozen=True)
+class Data:
+    rows: corpus.Rows
+    held_rows: corpus.Rows
+    held_out: list[list[list[int]]]
+    tokenizer: Tokenizer
+
+
+def load_data(work: Path) -> Data:
+    documents = json.loads((work / "corpus.json").read_text())
+    tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
+    kept = corpus.Rows([one for one in documents if one["held_out"]], tokenizer)
+    alone = [kept.alone(index) for index in range(len(kept.documents))]
+    learned = corpus.Rows([one for one in documents if not one["held_out"]], tokenizer)
+    return Data(learned, kept, corpus.batches(alone, BATCH_TOKENS, "held out"), tokenizer)
+
+
+def padded(batch: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and whether each is no padding."""
+    width = max(map(len, batch))
+    ids = torch.tensor([row + [corpus.PAD] * (width - len(row)) for row in batch], device=device)
+    return ids, ids != corpus.PAD
+
+
+def losses(model: Model, ids: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over tokens: of the next one, of the one after it; and the loss of uneven use, a mean."""
+    logits, ahead, uneven = model(ids, None if bool(real.all()) else real)
+    wanted = ids.masked_fill(~real, -100)
+    entropy = lambda rows, targets: F.cross_entropy(
+        rows.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
+    )
+    return entropy(logits[:, :-1], wanted[:, 1:]), entropy(ahead[:, :-1], wanted[:, 2:]), uneven
+
+
+def autocast(device: torch.device):
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+@torch.no_grad()
+def held_out_loss(model: Model, data: Data, device: torch.device) -> float:
+    """Nats per token, in f32."""
+    total, count = 0.0, 0
+    for batch in data.held_out:
+        ids, real = padded(batch, device)
+        with autocast(device):
+            loss, _, _ = losses(model, ids, real)
+        total, count = total + loss.item(), count + int(real[:, 1:].sum())
+    for moe in model.moes():
+        moe.loads.zero_()
+    return total / count
+
+
+@torch.no_grad()
+def sample(model: Model, data: Data, prompt: str, device: torch.device, max_tokens: int = 120) -> str:
+    draw = torch.Generator().manual_seed(SEED)
+    ids = [corpus.BOS, corpus.USER, *data.rows.encode(prompt), corpus.ASSISTANT]
+    start = len(ids)
+    while len(ids) < start + max_tokens:
+        with autocast(device):
+            # The layer that looks ahead wants two tokens at least.
+            logits = model(torch.tensor([ids], device=device))[0][0, -1].float().cpu()
+        ids.append(int(torch.multinomial((logits / 0.7).softmax(-1), 1, generator=draw)))
+        if ids[-1] == corpus.END:
+            break
+    return data.tokenizer.decode(ids[start:])
+
+
+class Run:
+    """One model on its way."""
+
+    def __init__(self, kind: str, work: Path, data: Data, device: torch.device):
+        self.folder = work / kind
+        self.folder.mkdir(exist_ok=True)
+        self.data, self.device = data, device
+        torch.manual_seed(SEED)
+        shape = Shape() if kind == "moe" else Shape().dense()
+        self.model = Model(shape).to(device)
+        self.optimizers = optimizers(self.model, MUON_LR, ADAM_LR)
+        self.plans = [
+            corpus.batches(data.rows.conversations(f"{SEED} {epoch}"), BATCH_TOKENS, f"{SEED} {epoch}")
+            for epoch in range(EPOCHS)
+        ]
+        self.plan = [batch for plan in self.plans for batch in plan]
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.checkpoint = self.folder / "checkpoint.pt"
+        if self.checkpoint.exists():
+            state = torch.load(self.checkpoint, map_location=device, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            for optimizer, kept in zip(self.optimizers, state["optimizers"]):
+                optimizer.load_state_dict(kept)
+            self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+
+    def save(self):
+        state = {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+        }
+        partial = self.checkpoint.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, self.checkpoint)
+
+    def share(self) -> float:
+        return self.step / len(self.plan)
+
+    def learn(self) -> dict[str, float]:
+        """One step."""
+        rate = min(1.0, (self.step + 1) / WARMUP_STEPS)
+        rate *= FINAL_LR + (1 - FINAL_LR) * (0.5 + 0.5 * math.cos(math.pi * self.share()))
+        for optimizer, base in zip(self.optimizers, (MUON_LR, ADAM_LR)):
+            for group in optimizer.param_groups:
+                group["lr"] = base * rate
+        ids, real = padded(self.plan[self.step], self.device)
+        with autocast(self.device):
+            loss, ahead, uneven = losses(self.model, ids, real)
+        count = int(real[:, 1:].sum())
+        further = max(1, int(real[:, 2:].sum()))
+        weight = MTP_WEIGHT[0] if self.share() < 0.5 else MTP_WEIGHT[1]
+        (loss / count + weight * ahead / further + BALANCE_WEIGHT * uneven).backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if not torch.isfinite(norm):
+            raise RuntimeError(f"step {self.step}: the gradient is no number")
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        loads = [moe.loads / moe.loads.mean() for moe in self.model.moes()]
+        for moe in self.model.moes():
+            # Towards the end choices stand still.
+            moe.rebalance(BIAS_SPEED * min(1.0, 2 * (1 - self.share())))
+        self.step, self.tokens = self.step + 1, self.tokens + count
+        unevenness = {f"load_{index}": load.max().item() for index, load in enumerate(loads)}
+        return {"loss": loss.item() / count, "mtp_loss": ahead.item() / further, **unevenness}
+
+    def log(self, measured: dict[str, float]):
+        row = {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 1)}
+        row |= {name: round(value, 4) for name, value in measured.items()}
+        path = self.folder / "log.csv"
+        # Steps after the last checkpoint are taken again: what they logged goes.
+        rows = [] if not path.exists() else [old for old in csv.DictReader(path.open()) if int(old["step"]) < self.step]
+        with path.open("w", newline="") as out:
+            writer = csv.DictWriter(out, list(row))
+            writer.writeheader()
+            writer.writerows([*rows, row])
+
+    def evaluate(self, measured: dict[str, float]):
+        self.model.eval()
+        held_out = held_out_loss(self.model, self.data, self.device)
+        self.log({**measured, "held_out_loss": held_out})
+        if self.step % (4 * EVALUATE_EVERY) == 0 or self.step == len(self.plan):
+            with (self.folder / "samples.txt").open("a", encoding="utf-8") as out:
+                for prompt in SAMPLE_PROMPTS:
+                    text = sample(self.model, self.data, prompt, self.device)
+                    out.write(f"step {self.step}, {self.tokens:,} tokens\n> {prompt}\n{text}\n\n")
+        self.model.train()
+        print(f"\n{self.step} of {len(self.plan)}: held out {held_out:.3f}", flush=True)
+
+    def run(self, seconds: float) -> bool:
+        """Whether it is finished."""
+        end, saved = time.monotonic() + seconds, time.monotonic()
+        sums: dict[str, float] = {}
+        since = 0
+        while self.step < len(self.plan) and time.monotonic() < end:
+            start = time.monotonic()
+            measured = self.learn()
+            self.seconds += time.monotonic() - start
+            sums = {name: sums.get(name, 0.0) + value for name, value in measured.items()}
+            since += 1
+            if sys.stdout.isatty() or self.step % 10 == 0:
+                left = self.seconds / self.step * (len(self.plan) - self.step)
+                print(
+                    f"\rstep {self.step} of {len(self.plan)}  loss {measured['loss']:.3f}  mtp {measured['mtp_loss']:.3f}  "
+                    f"{self.tokens / self.seconds:.0f} tokens/s  {left / 60:.0f} min left ",
+                    end="",
+                    flush=True,
+                )
+            if self.step % EVALUATE_EVERY == 0 or self.step == len(self.plan):
+                self.evaluate({name: value / since for name, value in sums.items()})
+                sums, since = {}, 0
+            if time.monotonic() - saved > SAVE_SECONDS or self.step == len(self.plan):
+                self.save()
+                saved = time.monotonic()
+        self.save()
+        print()
+        return self.step == len(self.plan)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", choices=("moe", "dense"))
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--minutes", type=float, default=math.inf)
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run = Run(args.kind, args.work, load_data(args.work), device)
+    total, active = run.model.num_parameters()
+    print(
+        f"{args.kind}: {total:,} parameters, {active:,} active; {len(run.plan)} steps, from step {run.step}, on {device.type}"
+    )
+    return 0 if run.run(args.minutes * 60) else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())
