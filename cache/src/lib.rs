@@ -38,5 +38,5 @@ pub use key::{Digest, Fingerprint, Key};
 pub use kv_prefix::{BlockName, KvHint, KvPrefixCache, KvPrefixConfig};
 pub use output::{Access, Leader, Lookup, OutputCache, OutputCacheConfig};
 pub use recording::{End, PromptLogprob, Recording, Token};
-pub use routing::{Profile, RoutedLayer, RoutingCache, RoutingCacheConfig};
+pub use routing::{NO_EXPERT, Profile, RoutedLayer, RoutingCache, RoutingCacheConfig};
 pub use telemetry::{SECONDS_BUCKETS, describe, observe};

@@ -3,6 +3,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use kernels::ReadMode;
+
+use crate::experts::{ExpertPolicy, RoutingOptions};
+
 /// Storage type of the weights in memory. Activations are f32 on the CPU whatever this says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WeightDtype {
@@ -49,6 +53,64 @@ pub enum KvDtype {
     Bf16,
 }
 
+/// How much memory the experts may take.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum ExpertMemory {
+    Bytes(u64),
+    /// Of the bytes of all experts, 0 to 100.
+    Percent(f64),
+}
+
+impl ExpertMemory {
+    /// Of experts that take `all` bytes together.
+    pub fn bytes(self, all: u64) -> u64 {
+        match self {
+            Self::Bytes(bytes) => bytes,
+            Self::Percent(percent) => (all as f64 * percent / 100.0) as u64,
+        }
+    }
+}
+
+/// Which experts are read at the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ExpertWarmup {
+    /// As many as there is room for.
+    #[default]
+    All,
+    /// Those that the profile saw in use, the hottest first.
+    Hot,
+    None,
+}
+
+/// Where the experts of a model are kept.
+#[derive(Clone, Debug)]
+pub struct ExpertConfig {
+    /// What they may take in memory; the others stay in the files of a packed folder. `None` keeps all.
+    pub memory: Option<ExpertMemory>,
+    /// Which of them stay.
+    pub policy: ExpertPolicy,
+    /// File of an [`crate::ExpertProfile`], for [`ExpertPolicy::Pinned`] and [`ExpertWarmup::Hot`].
+    pub profile: Option<PathBuf>,
+    /// Whether they are read ahead of their use.
+    pub prefetch: bool,
+    pub warmup: ExpertWarmup,
+    /// `None`: past the page cache where that has no room for the experts and the file system can.
+    pub read_mode: Option<ReadMode>,
+}
+
+impl Default for ExpertConfig {
+    fn default() -> Self {
+        Self {
+            memory: None,
+            policy: ExpertPolicy::Lfru,
+            profile: None,
+            prefetch: true,
+            warmup: ExpertWarmup::All,
+            read_mode: None,
+        }
+    }
+}
+
 /// Everything that shapes an engine. All limits are here: nothing in the engine grows past them.
 #[derive(Clone, Debug)]
 pub struct EngineConfig {
@@ -56,6 +118,7 @@ pub struct EngineConfig {
     pub model_dir: PathBuf,
     pub dtype: WeightDtype,
     pub quant: WeightQuant,
+    pub experts: ExpertConfig,
     pub kv_dtype: KvDtype,
     /// Bytes of the KV block pool; `None` takes what `max_num_seqs` full sequences need, at most 40 % of
     /// `available_memory` after the weights.
@@ -82,6 +145,8 @@ pub struct EngineConfig {
     pub batch_timeout: Duration,
     /// Loads the multi-token-prediction layers too. Asking for them where there are none is an error.
     pub load_mtp: bool,
+    /// What is changed about the choices of routers.
+    pub routing: RoutingOptions,
     /// Compute threads; `None` takes every core the process may run on.
     pub threads: Option<usize>,
     /// Instruction set of the kernels, one of [`kernels::isas`]; `None` takes the fastest, or the one in use.
@@ -89,12 +154,18 @@ pub struct EngineConfig {
 }
 
 impl EngineConfig {
+    /// Whether computed blocks are kept for requests that begin alike: never where what is in them depends on other requests.
+    pub fn caches_prefixes(&self) -> bool {
+        self.enable_prefix_caching && !self.routing.couples_requests()
+    }
+
     /// The defaults for the model in or at `model_dir`.
     pub fn new(model_dir: impl Into<PathBuf>) -> Self {
         Self {
             model_dir: model_dir.into(),
             dtype: WeightDtype::Auto,
             quant: WeightQuant::None,
+            experts: ExpertConfig::default(),
             kv_dtype: KvDtype::Auto,
             kv_cache_memory: None,
             available_memory: 4 << 30,
@@ -107,6 +178,7 @@ impl EngineConfig {
             max_queue: 1024,
             batch_timeout: Duration::ZERO,
             load_mtp: false,
+            routing: RoutingOptions::default(),
             threads: None,
             isa: None,
         }

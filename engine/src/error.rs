@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use crate::experts::ExpertFault;
+
 /// Why a model could not be loaded or a step could not be run.
 #[derive(Debug, Error)]
 pub enum EngineError {
@@ -35,6 +37,20 @@ pub enum EngineError {
         "the recurrent state of one sequence takes {state_bytes} bytes, the KV cache has {capacity} (see --kv-cache-memory)"
     )]
     StateTooLarge { state_bytes: u64, capacity: u64 },
+    #[error("the expert profile is of another model: {0}")]
+    ForeignProfile(String),
+    #[error(
+        "--expert-memory is {bytes} bytes; the experts that one token chooses in one layer take {least}, which is the least, \
+         and all experts {all}"
+    )]
+    ExpertMemory { bytes: u64, least: u64, all: u64 },
+    #[error(
+        "--expert-memory is less than the experts take, which must then be read again from a folder of packed weights, and \
+         this model is none; hint: make one with `moesaic quantize`, and serve that"
+    )]
+    ExpertsNotPacked,
+    #[error("{} cannot be read: {}", .0.id, .0.reason)]
+    Expert(ExpertFault),
     #[error("{what} is {value}, allowed are {allowed}")]
     Limit { what: &'static str, value: u64, allowed: String },
     #[error("kernel error: {0}")]
@@ -60,8 +76,10 @@ pub enum SubmitError {
     TokenOutOfRange { token: u32, vocab_size: usize },
     #[error("an encoder reads the prompt of this model as a whole: there are no log-probs of prompt tokens")]
     NoPromptLogprobs,
-    #[error("{reason}: there are no routed experts to return")]
+    #[error("{reason}: it is not known which experts a token took")]
     NoRoutedExperts { reason: &'static str },
+    #[error("{reason}: it is not known what the experts of a token cost")]
+    NoExpertUse { reason: &'static str },
     #[error("{limit} requests are already waiting")]
     QueueFull { limit: usize },
     #[error("the server is shutting down")]
@@ -75,6 +93,8 @@ pub enum SubmitError {
 pub enum GenerationError {
     #[error("the model produced invalid numbers (NaN) for this request")]
     CorruptedLogits,
+    #[error("{} cannot be read: {}", .0.id, .0.reason)]
+    ExpertUnavailable(ExpertFault),
     #[error("the server is shutting down")]
     ShuttingDown,
     #[error("the engine stopped after a device error: {0}")]

@@ -29,6 +29,28 @@ pub(crate) enum Weights {
     Files(Vec<(String, Arc<MappedFile>)>),
 }
 
+impl Weights {
+    /// See [`Fingerprint::sampled_weights`].
+    pub(crate) fn sample(&self) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new();
+        match self {
+            Self::Digest(digest) => update_with_len(&mut hasher, digest.as_bytes()),
+            Self::Files(files) => {
+                for (name, file) in files {
+                    update_with_len(&mut hasher, name.as_bytes());
+                    hasher.update(&(file.len() as u64).to_le_bytes());
+                    let last = file.len().saturating_sub(SAMPLE_BYTES);
+                    for idx in 0..NUM_SAMPLES {
+                        let start = last / (NUM_SAMPLES - 1) * idx;
+                        hasher.update(&file[start..file.len().min(start + SAMPLE_BYTES)]);
+                    }
+                }
+            }
+        }
+        hasher.finalize().into()
+    }
+}
+
 impl Fingerprint {
     /// `settings` are all of the numerics, each with its name.
     pub(crate) fn new(settings: &[(&str, String)], weights: Weights) -> Self {
@@ -43,6 +65,12 @@ impl Fingerprint {
     /// All but the weights: enough within one process.
     pub fn numerics(&self) -> [u8; 32] {
         self.numerics
+    }
+
+    /// The weights alone, whatever is made of them in memory, and soon: by the digest of a packed folder, else by the names and
+    /// lengths of the files and samples of their bytes. It tells models apart, and most fine-tunes, but not all.
+    pub fn sampled_weights(&self) -> [u8; 32] {
+        self.weights.sample()
     }
 
     /// Numerics and weights, for what outlives the process or is shared with others. The first call reads all files of a
@@ -63,6 +91,10 @@ impl Fingerprint {
         })
     }
 }
+
+/// Bytes of a sample of a file.
+const SAMPLE_BYTES: usize = 4096;
+const NUM_SAMPLES: usize = 16;
 
 /// No two lists of parts give the same bytes.
 fn update_with_len(hasher: &mut blake3::Hasher, bytes: &[u8]) {

@@ -3,6 +3,8 @@
 use kernels::PagedBatch;
 use scheduler::{BlockId, StateSlot};
 
+use crate::experts::ExpertOptions;
+
 /// Everything a model needs to know about the rows of a step. All sequences' rows are contiguous, in batch order.
 #[derive(Debug, Default)]
 pub struct ForwardInput {
@@ -15,6 +17,10 @@ pub struct ForwardInput {
     /// For sites that keep a window; of no use where the model has none.
     pub windowed: PagedRows,
     pub pass: Pass,
+    /// Of each sequence.
+    pub experts: Vec<ExpertOptions>,
+    /// Some of them may leave experts out.
+    pub leaves_experts_out: bool,
 }
 
 /// Rows and sequences of a step in one kind of cache.
@@ -47,6 +53,7 @@ pub struct ChunkRows<'a> {
     /// Of the blocks that hold its window; `None` for models without windows.
     pub window: Option<WindowRows<'a>>,
     pub state_slot: Option<StateSlot>,
+    pub experts: ExpertOptions,
 }
 
 /// The blocks of a sequence for sites with a window.
@@ -65,6 +72,8 @@ impl ForwardInput {
         self.positions.clear();
         self.paged.clear();
         self.windowed.clear();
+        self.experts.clear();
+        self.leaves_experts_out = false;
     }
 
     pub fn num_tokens(&self) -> usize {
@@ -75,6 +84,8 @@ impl ForwardInput {
         let end = chunk.start + chunk.tokens.len();
         self.input_ids.extend_from_slice(chunk.tokens);
         self.positions.extend(chunk.start as u32..end as u32);
+        self.experts.push(chunk.experts);
+        self.leaves_experts_out |= chunk.experts.leaves_out();
         self.paged.push(&chunk, WindowRows { start: 0, blocks: chunk.blocks }, block_size);
         if let Some(window) = chunk.window {
             self.windowed.push(&chunk, window, block_size);
@@ -129,6 +140,7 @@ mod tests {
             blocks: &[BlockId(5), BlockId(2)],
             window: Some(WindowRows { start: 0, blocks: &[BlockId(1), BlockId(3)] }),
             state_slot: Some(StateSlot(6)),
+            experts: ExpertOptions { max_experts: Some(1), ..ExpertOptions::default() },
         };
         input.push(first, 4);
         let second = ChunkRows {
@@ -138,10 +150,12 @@ mod tests {
             blocks: &[BlockId(0), BlockId(1), BlockId(4)],
             window: Some(WindowRows { start: 1, blocks: &[BlockId(7), BlockId(0)] }),
             state_slot: Some(StateSlot(0)),
+            experts: ExpertOptions::default(),
         };
         input.push(second, 4);
         assert_eq!(input.input_ids, [7, 8, 9]);
         assert_eq!(input.positions, [3, 4, 8]);
+        assert_eq!((&input.experts[..], input.leaves_experts_out), (&[first.experts, second.experts][..], true));
         assert_eq!(input.paged.slot_mapping, [23, 8, 16]);
         let batch = &input.paged.batch;
         assert_eq!(batch.cu_seqlens, [0, 2, 3]);

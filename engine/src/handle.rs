@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 
 use crate::error::{GenerationError, SubmitError};
-use crate::experts::{ExpectedExperts, RoutedLayout};
+use crate::experts::{ExpectedExperts, ExpertLoads, ExpertOptions, ExpertUse, RoutedLayout};
 use crate::fingerprint::Fingerprint;
 use crate::prefix_tier::{PrefixHint, PrefixTier};
 use crate::sampling::params::SamplingParams;
@@ -21,14 +21,25 @@ pub struct GenerateRequest {
     pub prompt: Arc<[u32]>,
     pub sampling: SamplingParams,
     pub stop: StopCriteria,
-    /// Only requests of one salt share what was computed of their prompts.
+    /// Only requests of one salt, and of the same `experts`, share what was computed of their prompts.
     pub cache_salt: [u8; 32],
+    /// What it changes about the experts of its tokens.
+    pub experts: ExpertOptions,
     /// What of the prompt is known in the [`PrefixTier`].
     pub prefix: PrefixHint,
     /// Tell with the tokens which experts they took.
     pub wants_routed_experts: bool,
+    /// Tell with the tokens what their experts cost.
+    pub wants_expert_use: bool,
     /// Which experts its blocks will take, as far as that is known; measured against what they took.
     pub expected_experts: Option<Arc<ExpectedExperts>>,
+}
+
+impl GenerateRequest {
+    /// What [`EngineHandle::block_names`] takes for the blocks of this request.
+    pub fn block_salt(&self) -> [u8; 32] {
+        self.experts.salt(self.cache_salt)
+    }
 }
 
 /// A full block that was computed and that requests which begin alike can find.
@@ -52,6 +63,8 @@ pub struct SampledToken {
     /// [`ModelSummary::routed`] lays them out: of the whole prompt with the first token, then of the token before. What
     /// was sampled last is never computed, and has none.
     pub routed_experts: Vec<u16>,
+    /// Where asked for, what the experts of the same tokens cost.
+    pub expert_use: Option<Box<ExpertUse>>,
     /// A stop token: counted, never shown as text. `Finished` follows.
     pub is_stop: bool,
 }
@@ -145,7 +158,12 @@ pub struct ModelSummary {
     pub num_experts_per_tok: usize,
     pub num_parameters: u64,
     pub num_active_parameters: u64,
+    /// Those of them that are not of experts which a router chose; what such experts cost comes on top, see [`ExpertUse`].
+    pub num_shared_parameters: u64,
     pub weight_bytes: u64,
+    /// Of all routed experts, and what of that may be in memory at once.
+    pub expert_bytes: u64,
+    pub expert_memory_bytes: u64,
     /// Formats of the matrices in memory, most bytes first.
     pub weight_formats: Vec<&'static str>,
     /// Of layers with a window only while the token is in it.
@@ -218,14 +236,19 @@ impl EngineHandle {
         &self.front.shared.fingerprint
     }
 
+    /// What the routers chose so far, by layer and expert.
+    pub fn expert_loads(&self) -> &Arc<ExpertLoads> {
+        &self.front.shared.expert_loads
+    }
+
     pub fn stats(&self) -> EngineStats {
         self.front.shared.stats()
     }
 
     /// The names of the full blocks of a prompt: equal only for equal tokens, with equal ones before them, of one salt. They say
     /// nothing of the weights, so that what outlives the process must add [`Fingerprint::whole`].
-    pub fn block_names(&self, tokens: &[u32], cache_salt: &[u8; 32]) -> Vec<[u8; 32]> {
-        scheduler::block_names(&self.fingerprint().numerics(), cache_salt, self.model().block_size, tokens)
+    pub fn block_names(&self, tokens: &[u32], block_salt: &[u8; 32]) -> Vec<[u8; 32]> {
+        scheduler::block_names(&self.fingerprint().numerics(), block_salt, self.model().block_size, tokens)
     }
 
     /// From now on full blocks are handed to `tier`, and prompts that it knows are loaded from it: once in an engine's life,

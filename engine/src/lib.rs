@@ -9,13 +9,14 @@
 //! | `weights` | checkpoints in, GGUF in, upcycling out |
 //! | `fingerprint` | what the bits depend on, for caches |
 //! | `memory` | the KV cache's size and bytes |
-//! | `experts` | what the routers chose, and are expected to |
+//! | `experts` | what the routers chose and are expected to, and experts under a budget of memory |
 //! | `sampling` | a row of logits to a token |
 
 #![forbid(unsafe_code)]
 
 mod config;
 mod error;
+mod expert_placement;
 mod experts;
 mod fingerprint;
 mod forward_input;
@@ -31,14 +32,20 @@ mod shared;
 mod step_loop;
 pub mod weights;
 
-pub use config::{EngineConfig, KvDtype, WeightDtype, WeightQuant};
+pub use config::{EngineConfig, ExpertConfig, ExpertMemory, ExpertWarmup, KvDtype, WeightDtype, WeightQuant};
 pub use error::{EngineError, GenerationError, SubmitError};
-pub use experts::{ExpectedExperts, MoeShape, RoutedLayout, RoutingStats};
+pub use experts::{
+    Admission, Capacity, CutChoices, ExpectedExperts, ExpertCost, ExpertFault, ExpertId, ExpertLoads, ExpertOptions,
+    ExpertPolicy, ExpertProfile, ExpertTraffic, ExpertUse, LayerLoads, LoadSums, MAX_LOAD_WINDOW, MoeShape, NO_EXPERT,
+    NUM_HOT, Overflow, ProfileLayer, Residency, ResidencyConfig, RoutedLayout, RoutingOptions, RoutingStats, Touch,
+    TouchedExperts,
+};
 pub use fingerprint::Fingerprint;
 pub use handle::{
     EngineHandle, EngineStats, Event, FinishReason, GenerateRequest, Generation, GenerationDefaults, LearnedBlock,
     ModelSummary, PromptLogprob, SampledToken, StopCriteria,
 };
+pub use kernels::ReadMode;
 pub use kernels::bench as kernel_bench;
 pub use load::{LoadedModel, load, load_model};
 pub use memory::BlockCoding;

@@ -6,15 +6,16 @@ use std::sync::mpsc::sync_channel;
 use kernels::KvFormat;
 use scheduler::{Scheduler, SchedulerConfig};
 
-use crate::config::{EngineConfig, KvDtype, WeightDtype, WeightStorage};
+use crate::config::{EngineConfig, ExpertMemory, KvDtype, WeightDtype, WeightQuant, WeightStorage};
 use crate::error::EngineError;
-use crate::experts::{RoutedLayout, RoutedRows};
+use crate::expert_placement::{Host, open_store};
+use crate::experts::{ExpertStore, RoutedLayout, RoutedRows};
 use crate::fingerprint::{Fingerprint, Weights};
 use crate::handle::{EngineHandle, ModelSummary};
 use crate::layers::rope::ContextLen;
 use crate::memory::{ArenaSize, BlockCoding, KvArena, budget};
-use crate::models::{self, CacheSite, MAX_MODEL_LEN, Model, ModelSource, Prefill};
-use crate::runner::Runner;
+use crate::models::{self, CacheSite, MAX_MODEL_LEN, Model, ModelShape, ModelSource, Prefill};
+use crate::runner::{Runner, TokenPlaces};
 use crate::shared::{Front, Shared};
 use crate::step_loop::StepLoop;
 use crate::weights::inspect::{Inspection, inspect_files};
@@ -22,6 +23,7 @@ use crate::weights::loader::{LoadProgress, Loader};
 use crate::weights::model_config::ModelConfig;
 use crate::weights::model_files::ModelFiles;
 use crate::weights::quantization::Quantization;
+use crate::weights::tally::TensorClass;
 
 /// Share of the memory that a rotary table may take; that of a published model is far below.
 const TABLE_SHARE: u64 = 8;
@@ -40,7 +42,8 @@ pub struct LoadedModel {
 /// Whatever is wrong with the folder, the settings, or their fit to each other; see [`EngineError`].
 pub fn load(config: EngineConfig, progress: &mut dyn FnMut(LoadProgress)) -> Result<EngineHandle, EngineError> {
     let LoadedModel { summary, fingerprint, scheduler, runner } = load_model(&config, progress)?;
-    let shared = Arc::new(Shared::new(summary, fingerprint, config.max_queue));
+    let loads = Arc::clone(runner.expert_loads());
+    let shared = Arc::new(Shared::new((summary, fingerprint), loads, config.max_queue));
     // The queue's limit counts requests; one more place is for the word that wakes the loop.
     let (commands, receiver) = sync_channel(config.max_queue + 1);
     kernels::keep_freed_memory();
@@ -84,8 +87,8 @@ fn load_files(
     let max_len = configured.min(budget::longest_sequence(config, inspection.least_kv_bytes_per_token / 2));
     let max_table_bytes = config.available_memory / TABLE_SHARE;
     let len = ContextLen { configured, reachable: max_len, max_table_bytes };
-    let Loaded { model, weights, weight_bytes, weight_formats } =
-        load_weights(config, (files, &model_config), len, progress)?;
+    let Loaded { model, experts, expert_bytes, weights, weight_bytes, weight_formats } =
+        load_weights(config, (files, &model_config), (len, &inspection), progress)?;
     let kv_dtype = resolve_kv_dtype(config, &inspection);
     let routed = RoutedLayout::of(model.shape());
     let demand = budget::KvDemand {
@@ -102,7 +105,7 @@ fn load_files(
     let settings = numerics(config, (&model_config, &weight_formats), format, configured);
     let fingerprint = Fingerprint::new(&settings, weights);
     let can_resume = kv.num_state_slots == 0 || kv.num_snapshot_slots > 0;
-    let has_prefix_cache = config.enable_prefix_caching && shape.prefill == Prefill::Causal && can_resume;
+    let has_prefix_cache = config.caches_prefixes() && shape.prefill == Prefill::Causal && can_resume;
     let scheduler = Scheduler::new(SchedulerConfig {
         block_size: config.block_size,
         num_blocks: kv.num_blocks,
@@ -124,7 +127,9 @@ fn load_files(
     let arena = KvArena::new(&shape.cache_sites, size)?;
     let routed_rows = RoutedRows::new(routed.clone(), num_blocks, config.block_size);
     let routing_bytes_per_token = demand.routing_bytes_per_token;
-    let runner = Runner::new(model, arena, routed_rows, config.block_size);
+    let expert_memory_bytes = experts.as_ref().map_or(expert_bytes, ExpertStore::capacity_bytes);
+    let places = TokenPlaces { routed: routed_rows, block_size: config.block_size };
+    let runner = Runner::new(model, arena, places, config.routing).with_experts(experts);
     let shape = runner.shape();
     let summary = ModelSummary {
         architecture: model_config.model_type()?.to_owned(),
@@ -135,7 +140,10 @@ fn load_files(
         num_experts_per_tok: inspection.num_experts_per_tok,
         num_parameters: inspection.num_parameters,
         num_active_parameters: inspection.num_active_parameters,
+        num_shared_parameters: inspection.num_active_parameters.saturating_sub(routed_parameters(shape)),
         weight_bytes,
+        expert_bytes,
+        expert_memory_bytes,
         weight_formats,
         kv_bytes_per_token: kv.bytes_per_token + kv.window_bytes_per_token,
         block_bytes: runner.block_len(BlockCoding::Exact),
@@ -166,7 +174,7 @@ fn numerics(
     kv_format: KvFormat,
     max_model_len: usize,
 ) -> Vec<(&'static str, String)> {
-    vec![
+    let mut settings = vec![
         ("version", env!("CARGO_PKG_VERSION").to_owned()),
         ("numerics", kernels::NUMERICS_VERSION.to_string()),
         ("isa", kernels::isa().to_owned()),
@@ -178,7 +186,18 @@ fn numerics(
         ("block_size", config.block_size.to_string()),
         // Some rotary tables follow from it.
         ("max_model_len", max_model_len.to_string()),
-    ]
+    ];
+    if config.routing.is_on() {
+        settings.push(("routing", format!("{:?}", config.routing)));
+    }
+    settings
+}
+
+/// Of the experts that routers choose for a token, all of which compute something.
+fn routed_parameters(shape: &ModelShape) -> u64 {
+    let own = shape.moe_layers.len() - shape.num_mtp_moe_layers;
+    let layers = shape.moe_layers[..own].iter().zip(&shape.expert_costs);
+    layers.map(|(layer, cost)| layer.top_k as u64 * cost.num_parameters).sum()
 }
 
 /// What serves, but not as somebody may think it does.
@@ -201,20 +220,73 @@ fn warn_of_surprises(config: &EngineConfig, kv: &budget::KvBudget, positions: us
         let available = config.available_memory;
         tracing::warn!(bytes, available, "--kv-cache-memory is more than the memory there is");
     }
+    if config.enable_prefix_caching && !config.caches_prefixes() {
+        tracing::warn!(
+            "no blocks of prompts are kept: under --capacity-factor and --overload-decay they depend on the requests beside them"
+        );
+    }
 }
 
 /// A model and what its weights take.
 struct Loaded {
     model: Box<dyn Model>,
+    /// Where they are not in the model.
+    experts: Option<ExpertStore>,
+    /// Of all routed experts, wherever they are.
+    expert_bytes: u64,
     weights: Weights,
     weight_bytes: u64,
     weight_formats: Vec<&'static str>,
 }
 
+/// The weights in memory, but for experts where these have a budget that is less than they take.
 fn load_weights(
     config: &EngineConfig,
     (files, model_config): (&ModelFiles, &ModelConfig),
-    max_model_len: ContextLen,
+    (max_model_len, inspection): (ContextLen, &Inspection),
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<Loaded, EngineError> {
+    let is_packed = files.packed(model_config)?.is_some();
+    let whole = |progress: &mut dyn FnMut(LoadProgress)| {
+        load_parts(config, (files, model_config), (max_model_len, Experts::InMemory), progress)
+    };
+    let Some(memory) = config.experts.memory else { return whole(progress) };
+    if is_packed {
+        // What all experts take is known when the layers have asked for them, and that reads nothing.
+        let parts = load_parts(config, (files, model_config), (max_model_len, Experts::LeftInFiles), progress)?;
+        if parts.experts.is_some() {
+            return Ok(parts);
+        }
+        drop(parts);
+        return whole(progress);
+    }
+    // Where nothing is made smaller while it is loaded, that is known before.
+    let is_as_stored = config.quant == WeightQuant::None && config.dtype == WeightDtype::Auto;
+    let experts = inspection.classes.iter().filter(|size| size.class == TensorClass::Experts);
+    let stored_expert_bytes = experts.map(|size| size.memory_bytes).sum();
+    let is_part = matches!(memory, ExpertMemory::Percent(percent) if percent < 100.0);
+    if is_part || is_as_stored && memory.bytes(stored_expert_bytes) < stored_expert_bytes {
+        return Err(EngineError::ExpertsNotPacked);
+    }
+    let loaded = whole(progress)?;
+    match memory.bytes(loaded.expert_bytes) < loaded.expert_bytes {
+        true => Err(EngineError::ExpertsNotPacked),
+        false => Ok(loaded),
+    }
+}
+
+/// Where the routed experts of a model are to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Experts {
+    InMemory,
+    /// Of a packed folder.
+    LeftInFiles,
+}
+
+fn load_parts(
+    config: &EngineConfig,
+    (files, model_config): (&ModelFiles, &ModelConfig),
+    (max_model_len, place): (ContextLen, Experts),
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded, EngineError> {
     let architecture = models::architecture(model_config.model_type()?)?;
@@ -224,10 +296,12 @@ fn load_weights(
     packed.as_ref().map_or(Ok(()), |packed| packed.check(config))?;
     let storage = WeightStorage { dtype: config.dtype, quant: config.quant };
     let loader = Loader::new(&checkpoint, quantization, storage, progress).with_packed(packed.as_ref());
+    let loader = if place == Experts::LeftInFiles { loader.leaving_experts() } else { loader };
     let num_mtp_layers = if config.load_mtp { architecture.mtp.wanted(model_config, &loader)? } else { 0 };
     let source = ModelSource { config: model_config, loader: &loader, max_model_len, num_mtp_layers };
     let model = (architecture.load)(&source)?;
-    let (weight_bytes, weight_formats) = (loader.weight_bytes(), loader.formats());
+    let (mut weight_bytes, weight_formats) = (loader.weight_bytes(), loader.formats());
+    let (expert_bytes, catalog) = (loader.expert_bytes(), loader.take_catalog());
     let huge_pages = loader.take_huge_pages();
     loader.finish(|name| {
         let is_loaded = num_mtp_layers > 0 && architecture.mtp.holds(model_config, name);
@@ -237,7 +311,13 @@ fn load_weights(
     let num_bytes = huge_pages.gather();
     tracing::debug!(num_bytes, of = weight_bytes, "weights gathered into huge pages");
     let weights = packed.map_or_else(|| Weights::Files(checkpoint.files()), |packed| Weights::Digest(packed.digest));
-    Ok(Loaded { model, weights, weight_bytes, weight_formats })
+    let host = Host { shape: model.shape(), weights: weights.sample(), weight_bytes };
+    let experts = match (catalog, config.experts.memory) {
+        (Some(catalog), Some(memory)) => open_store(config, memory, catalog, &host)?,
+        _ => None,
+    };
+    weight_bytes += experts.as_ref().map_or(0, ExpertStore::capacity_bytes);
+    Ok(Loaded { model, experts, expert_bytes, weights, weight_bytes, weight_formats })
 }
 
 /// Where nothing is chosen, f32 weights keep f32 keys and values; others are not worth the memory.

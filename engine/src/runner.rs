@@ -1,13 +1,18 @@
 //! Runs one batch through the model and samples it: the part of a step that computes.
 
-use std::sync::OnceLock;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use candle_core::{Storage, Tensor};
 use scheduler::{Batch, BlockId, Chunk, Phase, RequestId, Scheduler, Sequence, StateSlot};
 
 use crate::error::EngineError;
-use crate::experts::{RoutedLayout, RoutedRows, RoutingStats};
+use crate::experts::{
+    CutChoices, ExpertFault, ExpertId, ExpertLoads, ExpertOptions, ExpertStore, ExpertTraffic, ExpertUse, RoutedLayout,
+    RoutedRows, RoutingControl, RoutingOptions, RoutingStats, TouchedExperts,
+};
 use crate::forward_input::{ChunkRows, ForwardInput, Pass, WindowRows};
 use crate::handle::{PromptLogprob, SampledToken};
 use crate::layers::decoder::gather_rows;
@@ -26,9 +31,25 @@ pub struct Runner {
     arena: KvArena,
     routing: RoutingStats,
     routed: RoutedRows,
+    control: RoutingControl,
+    /// Where they are not in the model.
+    experts: Option<ExpertStore>,
+    /// Of each sequence of a step, where any wants to know it.
+    traffic: Vec<Option<ExpertTraffic>>,
     input: ForwardInput,
     block_size: usize,
 }
+
+/// What is kept of each token beside keys and values.
+pub struct TokenPlaces {
+    /// It has the arena's blocks.
+    pub routed: RoutedRows,
+    /// Tokens of a block.
+    pub block_size: usize,
+}
+
+/// Why rows of a step are no numbers, by row.
+type Faults = BTreeMap<usize, Arc<ExpertFault>>;
 
 /// How a sequence wants its rows read.
 pub struct RowRequest<'a> {
@@ -39,6 +60,9 @@ pub struct RowRequest<'a> {
     pub num_prompt_logprobs: usize,
     /// The experts of its tokens go with what is sampled, see [`SampledToken::routed_experts`].
     pub wants_routed_experts: bool,
+    /// So does what they cost, see [`SampledToken::expert_use`].
+    pub wants_expert_use: bool,
+    pub experts: ExpertOptions,
 }
 
 /// What a chunk gave.
@@ -48,6 +72,12 @@ pub struct ChunkOutput {
     pub prompt_logprobs: Vec<PromptLogprob>,
     /// For chunks that sample: the token, or `None` if the row held no usable number.
     pub sampled: Option<Option<SampledToken>>,
+    /// Choices of its rows that were cut because experts were full.
+    pub cut: CutChoices,
+    /// What its rows found and had read, where that is wanted and not all experts are in memory for good.
+    pub traffic: Option<ExpertTraffic>,
+    /// An expert that a row of the chunk needed is not to be had: nothing of the chunk is of use.
+    pub fault: Option<Arc<ExpertFault>>,
 }
 
 /// A row of hidden states whose logits somebody wants.
@@ -59,10 +89,39 @@ struct WantedRow {
 }
 
 impl Runner {
-    /// `arena` and `routed` have the same blocks.
-    pub fn new(model: Box<dyn Model>, arena: KvArena, routed: RoutedRows, block_size: usize) -> Self {
-        let routing = RoutingStats::new(&model.shape().moe_layers);
-        Self { model, arena, routing, routed, input: ForwardInput::default(), block_size }
+    pub fn new(model: Box<dyn Model>, arena: KvArena, places: TokenPlaces, options: RoutingOptions) -> Self {
+        let layers = &model.shape().moe_layers;
+        let routing = RoutingStats::new(layers, model.shape().num_mtp_moe_layers);
+        let control = RoutingControl::new(options, layers.iter().map(|layer| layer.num_experts));
+        let TokenPlaces { routed, block_size } = places;
+        Self {
+            model,
+            arena,
+            routing,
+            routed,
+            control,
+            experts: None,
+            traffic: Vec::new(),
+            input: ForwardInput::default(),
+            block_size,
+        }
+    }
+
+    /// With the experts that the model does not have.
+    pub fn with_experts(self, experts: Option<ExpertStore>) -> Self {
+        Self { experts, ..self }
+    }
+
+    /// Whether experts are read when they are needed.
+    pub fn has_expert_store(&self) -> bool {
+        self.experts.is_some()
+    }
+
+    /// These experts, and no others of which that was said before, will be used soon, the first ones first.
+    pub fn expect_experts(&mut self, experts: Vec<ExpertId>) {
+        if let Some(store) = &mut self.experts {
+            store.expect(experts);
+        }
     }
 
     pub fn shape(&self) -> &ModelShape {
@@ -75,6 +134,11 @@ impl Runner {
 
     pub fn routing(&mut self) -> &mut RoutingStats {
         &mut self.routing
+    }
+
+    /// What its routers chose so far, for others to read.
+    pub fn expert_loads(&self) -> &Arc<ExpertLoads> {
+        self.routing.loads()
     }
 
     /// How the experts of a token follow each other; without layers where they are not kept.
@@ -119,9 +183,9 @@ impl Runner {
         request_of: impl Fn(RequestId) -> RowRequest<'a>,
     ) -> Result<Vec<ChunkOutput>, EngineError> {
         self.arena.copy_states(&batch.restores)?;
-        let hidden = self.forward(scheduler, batch)?;
-        self.arena.copy_states(&batch.snapshots)?;
         let requests: Vec<RowRequest> = batch.chunks.iter().map(|chunk| request_of(chunk.id)).collect();
+        let (hidden, faults) = self.forward(scheduler, batch, &requests)?;
+        self.arena.copy_states(&batch.snapshots)?;
         let wanted = wanted_rows(scheduler, batch, &requests);
         let mut outputs: Vec<ChunkOutput> = batch.chunks.iter().map(|_| ChunkOutput::default()).collect();
         for rows in wanted.chunks(LOGIT_ROWS) {
@@ -152,20 +216,41 @@ impl Runner {
             }
         }
         for ((chunk, request), output) in batch.chunks.iter().zip(&requests).zip(&mut outputs) {
-            if let Some(Some(sampled)) = output.sampled.as_mut().filter(|_| request.wants_routed_experts) {
-                let sequence = scheduler.sequence(chunk.id).expect("a scheduled sequence is known");
-                sampled.routed_experts = self.experts_of_news(sequence);
+            let Some(Some(sampled)) = &mut output.sampled else { continue };
+            let sequence = scheduler.sequence(chunk.id).expect("a scheduled sequence is known");
+            if request.wants_routed_experts {
+                sampled.routed_experts = self.routed.read(sequence.block_table().blocks(), news(sequence));
+            }
+            if request.wants_expert_use {
+                // A prompt's experts are told once, however many choices it has.
+                let is_told = request.sampling.choice > 0 && sequence.num_generated() == 0;
+                let found = if is_told { ExpertUse::of_prompt() } else { self.use_of_news(sequence) };
+                sampled.expert_use = Some(Box::new(found));
             }
         }
+        for (output, cut) in outputs.iter_mut().zip(self.control.take_cut()) {
+            output.cut = cut;
+        }
+        for (output, traffic) in outputs.iter_mut().zip(self.traffic.drain(..)) {
+            output.traffic = traffic;
+        }
+        mark_faults(batch, &faults, &mut outputs);
         Ok(outputs)
     }
 
-    /// Of the tokens that nobody was told the experts of: those of the prompt when its last row was computed, and then of
-    /// the newest one. They are read from the blocks, whoever computed those, and however often.
-    fn experts_of_news(&self, sequence: &Sequence) -> Vec<u16> {
-        let num_tokens = sequence.tokens().len();
-        let start = if sequence.num_generated() == 0 { 0 } else { num_tokens - 1 };
-        self.routed.read(sequence.block_table().blocks(), start..num_tokens)
+    /// What the experts of the news cost; those that tokens told of before had touched are among the touched ones.
+    fn use_of_news(&self, sequence: &Sequence) -> ExpertUse {
+        /// Tokens whose experts are looked at together.
+        const MOST_TOKENS: usize = 256;
+        let news = news(sequence);
+        let mut found = ExpertUse { of_prompt: sequence.num_generated() == 0, ..ExpertUse::default() };
+        let (costs, mut touched) = (&self.model.shape().expert_costs, TouchedExperts::default());
+        for start in news.clone().step_by(MOST_TOKENS) {
+            let positions = start..news.end.min(start + MOST_TOKENS);
+            let experts = self.routed.read(sequence.block_table().blocks(), positions);
+            found.add(&experts, (self.routed.layout(), costs), &mut touched);
+        }
+        found
     }
 
     /// Logits at every position of one sequence, `[tokens.len()][vocab_size]`, computed in one pass outside any schedule.
@@ -177,23 +262,36 @@ impl Runner {
 
     /// The same for a decoder's `tokens` after its encoder has read `source`, in a pass of its own.
     pub fn logits_after(&mut self, source: &[u32], tokens: &[u32]) -> Result<Vec<Vec<f32>>, EngineError> {
+        let hidden = self.hidden_after(source, tokens)?;
+        Ok(self.model.logits(&hidden)?.to_vec2::<f32>()?)
+    }
+
+    /// Reads a prompt for what its routers choose, which is counted in [`Self::expert_loads`]; outside any schedule, as
+    /// [`Self::logits_of`]. An encoder reads all of it, its decoder the first token.
+    pub fn read_prompt(&mut self, prompt: &Arc<[u32]>) -> Result<(), EngineError> {
+        let (tokens, source_len) = self.prefill().sequence(prompt);
+        let (source, tokens) = tokens.split_at(source_len);
+        self.hidden_after(source, tokens)?;
+        Ok(())
+    }
+
+    fn hidden_after(&mut self, source: &[u32], tokens: &[u32]) -> Result<Tensor, EngineError> {
         let num_blocks = (source.len() + tokens.len()).div_ceil(self.block_size);
         let blocks: Vec<BlockId> = (0..num_blocks as u32).map(BlockId).collect();
         let has_states = self.model.shape().cache_sites.iter().any(|site| site.state_bytes() > 0);
         let state_slot = has_states.then_some(StateSlot(0));
         let window = Some(WindowRows { start: 0, blocks: &blocks });
-        let source_len = source.len();
+        let (source_len, experts) = (source.len(), ExpertOptions::default());
         if source_len > 0 {
             self.input.clear(Pass::Encoder);
-            let rows = ChunkRows { start: 0, tokens: source, source_len, blocks: &blocks, window, state_slot };
+            let rows = ChunkRows { start: 0, tokens: source, source_len, blocks: &blocks, window, state_slot, experts };
             self.input.push(rows, self.block_size);
-            self.hidden()?;
+            refuse(self.hidden()?)?;
         }
         self.input.clear(Pass::Decoder);
-        let rows = ChunkRows { start: source_len, tokens, source_len, blocks: &blocks, window, state_slot };
+        let rows = ChunkRows { start: source_len, tokens, source_len, blocks: &blocks, window, state_slot, experts };
         self.input.push(rows, self.block_size);
-        let hidden = self.hidden()?;
-        Ok(self.model.logits(&hidden)?.to_vec2::<f32>()?)
+        refuse(self.hidden()?)
     }
 
     /// What every loaded multi-token-prediction layer guesses, `[layer][position][vocab_size]`: layer `k` at position `i`
@@ -206,10 +304,11 @@ impl Runner {
         let blocks: Vec<BlockId> = (0..tokens.len().div_ceil(self.block_size) as u32).map(BlockId).collect();
         // No family that has such layers keeps recurrent states or an encoder.
         let window = Some(WindowRows { start: 0, blocks: &blocks });
-        let mut rows = ChunkRows { start: 0, tokens, source_len: 0, blocks: &blocks, window, state_slot: None };
+        let (state_slot, experts) = (None, ExpertOptions::default());
+        let mut rows = ChunkRows { start: 0, tokens, source_len: 0, blocks: &blocks, window, state_slot, experts };
         self.input.clear(Pass::Decoder);
         self.input.push(rows, self.block_size);
-        let mut hidden = self.hidden()?;
+        let mut hidden = refuse(self.hidden()?)?;
         let mut guesses = Vec::new();
         for mtp_idx in 0..num_mtp_layers {
             let Some((_, behind)) = rows.tokens.split_first().filter(|(_, behind)| !behind.is_empty()) else { break };
@@ -223,9 +322,14 @@ impl Runner {
                 arena: &mut self.arena,
                 routing: &mut self.routing,
                 routed: &mut self.routed,
+                control: &mut self.control,
+                experts: self.experts.as_mut(),
+                traffic: &mut [],
             };
             let draft = self.model.draft(&input, context)?;
             self.routing.finish_step();
+            let faults = self.experts.as_mut().map(ExpertStore::finish_step).unwrap_or_default();
+            let draft = refuse((draft, faults))?;
             guesses.push(draft.logits.to_vec2::<f32>()?);
             hidden = draft.hidden;
         }
@@ -233,11 +337,16 @@ impl Runner {
     }
 
     /// Hidden states of all rows, `[num_tokens, hidden_size]`.
-    fn forward(&mut self, scheduler: &Scheduler, batch: &Batch) -> Result<Tensor, EngineError> {
+    fn forward(
+        &mut self,
+        scheduler: &Scheduler,
+        batch: &Batch,
+        requests: &[RowRequest],
+    ) -> Result<(Tensor, Faults), EngineError> {
         let is_encoder = matches!(batch.chunks.first(), Some(Chunk { phase: Phase::Encode, .. }));
         self.input.clear(if is_encoder { Pass::Encoder } else { Pass::Decoder });
         let has_windows = self.arena.has_windows();
-        for chunk in &batch.chunks {
+        for (chunk, request) in batch.chunks.iter().zip(requests) {
             let sequence = scheduler.sequence(chunk.id).expect("a scheduled sequence is known");
             let table = sequence.block_table();
             let window = WindowRows { start: table.window_start(), blocks: table.window() };
@@ -248,23 +357,62 @@ impl Runner {
                 blocks: table.blocks(),
                 window: has_windows.then_some(window),
                 state_slot: sequence.state_slot(),
+                experts: request.experts,
             };
             self.input.push(rows, self.block_size);
+        }
+        if self.experts.is_some() && requests.iter().any(|request| request.wants_expert_use) {
+            let wanted = |request: &RowRequest| request.wants_expert_use.then(ExpertTraffic::default);
+            self.traffic = requests.iter().map(wanted).collect();
         }
         self.hidden()
     }
 
-    fn hidden(&mut self) -> Result<Tensor, EngineError> {
+    fn hidden(&mut self) -> Result<(Tensor, Faults), EngineError> {
+        if let Some(experts) = &mut self.experts {
+            experts.begin_step();
+        }
         let context = &mut ForwardContext {
             input: &self.input,
             arena: &mut self.arena,
             routing: &mut self.routing,
             routed: &mut self.routed,
+            control: &mut self.control,
+            experts: self.experts.as_mut(),
+            traffic: &mut self.traffic,
         };
         let hidden = self.model.hidden(context)?;
         self.routing.finish_step();
-        Ok(hidden)
+        Ok((hidden, self.experts.as_mut().map(ExpertStore::finish_step).unwrap_or_default()))
     }
+}
+
+/// The chunks whose rows are no numbers give nothing but the reason.
+fn mark_faults(batch: &Batch, faults: &Faults, outputs: &mut [ChunkOutput]) {
+    let mut first_row = 0;
+    for (chunk, output) in batch.chunks.iter().zip(outputs) {
+        if let Some((_, fault)) = faults.range(first_row..first_row + chunk.len).next() {
+            output.fault = Some(Arc::clone(fault));
+            output.prompt_logprobs.clear();
+        }
+        first_row += chunk.len;
+    }
+}
+
+/// For who wants all rows.
+fn refuse<T>((found, faults): (T, Faults)) -> Result<T, EngineError> {
+    match faults.into_values().next() {
+        None => Ok(found),
+        Some(fault) => Err(EngineError::Expert(ExpertFault::clone(&fault))),
+    }
+}
+
+/// The tokens that nobody was told the experts of: those of the prompt when its last row was computed, and then the newest one.
+/// Their experts are read from the blocks, whoever computed those, and however often.
+fn news(sequence: &Sequence) -> Range<usize> {
+    let num_tokens = sequence.tokens().len();
+    let start = if sequence.num_generated() == 0 { 0 } else { num_tokens - 1 };
+    start..num_tokens
 }
 
 /// What a row of logits was wanted for.

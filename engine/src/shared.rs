@@ -10,6 +10,7 @@ use scheduler::SchedulerStats;
 use tokio::sync::{mpsc, watch};
 
 use crate::error::{GenerationError, SubmitError};
+use crate::experts::ExpertLoads;
 use crate::fingerprint::Fingerprint;
 use crate::handle::{EngineStats, Event, GenerateRequest, Generation, LearnedBlock, ModelSummary};
 use crate::prefix_tier::{PrefixTier, TierExchange};
@@ -37,6 +38,7 @@ pub(crate) struct Submission {
 pub(crate) struct Shared {
     pub(crate) model: ModelSummary,
     pub(crate) fingerprint: Fingerprint,
+    pub(crate) expert_loads: Arc<ExpertLoads>,
     max_queue: usize,
     num_queued: AtomicUsize,
     door: Mutex<Door>,
@@ -60,10 +62,15 @@ enum Door {
 }
 
 impl Shared {
-    pub(crate) fn new(model: ModelSummary, fingerprint: Fingerprint, max_queue: usize) -> Self {
+    pub(crate) fn new(
+        (model, fingerprint): (ModelSummary, Fingerprint),
+        expert_loads: Arc<ExpertLoads>,
+        max_queue: usize,
+    ) -> Self {
         Self {
             model,
             fingerprint,
+            expert_loads,
             max_queue,
             num_queued: AtomicUsize::new(0),
             door: Mutex::new(Door::Open),
@@ -175,12 +182,15 @@ impl Shared {
         if model.has_encoder && request.sampling.prompt_logprobs.is_some() {
             return Err(SubmitError::NoPromptLogprobs);
         }
-        if request.wants_routed_experts && model.routed.is_empty() {
+        if (request.wants_routed_experts || request.wants_expert_use) && model.routed.is_empty() {
             let reason = match model.has_encoder {
                 true => "an encoder reads the prompt of this model",
-                false => "no router of this model chooses among at most 65536 experts",
+                false => "no router of this model chooses among at most 65535 experts",
             };
-            return Err(SubmitError::NoRoutedExperts { reason });
+            return Err(match request.wants_routed_experts {
+                true => SubmitError::NoRoutedExperts { reason },
+                false => SubmitError::NoExpertUse { reason },
+            });
         }
         let needed = (prompt_len + max_tokens).div_ceil(model.block_size);
         if needed > model.num_blocks {

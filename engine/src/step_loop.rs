@@ -10,14 +10,13 @@ use scheduler::{Batch, Outcome, Progress, Request, RequestId, Scheduler, Schedul
 use tokio::sync::mpsc;
 
 use crate::error::{EngineError, GenerationError};
-use crate::experts::{KNOWN, PRIOR, RoutingAccuracy};
+use crate::experts::{
+    CutChoices, ExpertMap, ExpertTraffic, KNOWN_BLOCKS, PRIOR_BLOCKS, RoutingAccuracy, TouchedExperts,
+};
 use crate::handle::{Event, GenerateRequest, LearnedBlock, PromptLogprob, SampledToken};
 use crate::prefix_tier::TierExchange;
 use crate::runner::{ChunkOutput, RowRequest, Runner};
 use crate::shared::{Command, Shared};
-
-/// How often the routing gauges move.
-const ROUTING_PERIOD: Duration = Duration::from_secs(1);
 
 pub(crate) struct StepLoop {
     scheduler: Scheduler,
@@ -26,7 +25,6 @@ pub(crate) struct StepLoop {
     shared: Arc<Shared>,
     next_id: u64,
     started: Instant,
-    routing_published: Instant,
     routing_accuracy: RoutingAccuracy,
     prior_accuracy: RoutingAccuracy,
     tier: Option<TierExchange>,
@@ -40,6 +38,12 @@ struct Entry {
     num_prompt_counted: usize,
     submitted: Instant,
     is_scheduled: bool,
+    /// Of its tokens so far, where it wants to know what they cost.
+    touched: TouchedExperts,
+    /// Not told yet.
+    cut: CutChoices,
+    /// Not told yet; `None` where there is nothing to tell.
+    traffic: Option<ExpertTraffic>,
 }
 
 impl StepLoop {
@@ -53,9 +57,8 @@ impl StepLoop {
             shared,
             next_id: 0,
             started: now,
-            routing_published: now,
-            routing_accuracy: RoutingAccuracy::new(&KNOWN),
-            prior_accuracy: RoutingAccuracy::new(&PRIOR),
+            routing_accuracy: RoutingAccuracy::new(KNOWN_BLOCKS),
+            prior_accuracy: RoutingAccuracy::new(PRIOR_BLOCKS),
             tier: None,
         }
     }
@@ -164,7 +167,7 @@ impl StepLoop {
             prompt,
             source_len,
             stop: submission.request.stop.clone(),
-            cache_salt: submission.request.cache_salt,
+            cache_salt: submission.request.block_salt(),
             num_loadable: self
                 .tier
                 .as_ref()
@@ -178,6 +181,9 @@ impl StepLoop {
             num_prompt_counted: 0,
             submitted: submission.submitted,
             is_scheduled: false,
+            touched: TouchedExperts::default(),
+            cut: CutChoices::default(),
+            traffic: None,
         };
         // First, so that it hears of the end even if the scheduler's invariants are what breaks.
         self.entries.insert(id, entry);
@@ -210,11 +216,13 @@ impl StepLoop {
                 self.shared.leave_queue();
             }
         }
+        self.announce_experts(batch);
         let entries = &self.entries;
         let scheduler = &self.scheduler;
         let request_of = |id| entries[&id].row_request(scheduler, id);
         let mut outputs = self.runner.run(scheduler, batch, request_of)?;
         let outcomes: Vec<Outcome> = outputs.iter().filter_map(ChunkOutput::outcome).collect();
+        let faulty = self.give_up_faulty(batch, &mut outputs);
         let progress = self.scheduler.complete(batch, &outcomes);
         self.tell_computed_blocks();
         if let Some(tier) = &mut self.tier {
@@ -223,7 +231,18 @@ impl StepLoop {
         // Counters first: whoever has seen a request's last event finds it counted and its blocks free.
         self.count(batch, &progress);
         self.shared.publish(&self.scheduler.stats());
+        for (entry, fault) in faulty {
+            entry.send(Event::Failed(fault));
+        }
         self.deliver_prompt_logprobs(batch, &mut outputs);
+        for (chunk, output) in batch.chunks.iter().zip(&outputs) {
+            // A faulty one is gone.
+            let Some(entry) = self.entries.get_mut(&chunk.id) else { continue };
+            entry.cut.add(output.cut);
+            if let Some(traffic) = output.traffic {
+                entry.traffic.get_or_insert_default().add(traffic);
+            }
+        }
         let sampled = outputs.into_iter().filter_map(|output| output.sampled);
         for (progress, sampled) in progress.iter().zip(sampled) {
             self.deliver(progress, sampled);
@@ -234,17 +253,49 @@ impl StepLoop {
         }
         metrics::histogram!("vllm:iteration_tokens_total").record(batch.num_rows() as f64);
         metrics::histogram!("moesaic_step_seconds", "phase" => "compute").record(computing.elapsed());
-        if self.routing_published.elapsed() >= ROUTING_PERIOD {
-            self.runner.routing().publish();
-            self.routing_published = Instant::now();
-        }
         Ok(())
+    }
+
+    /// Tells the expert store what the blocks of this step's prompts are known to take.
+    fn announce_experts(&mut self, batch: &Batch) {
+        if !self.runner.has_expert_store() {
+            return;
+        }
+        let block_size = self.shared.model.block_size;
+        let mut used = ExpertMap::new(self.runner.routed_layout());
+        for chunk in &batch.chunks {
+            let request = &self.entries.get(&chunk.id).expect("a scheduled sequence is open").request;
+            let Some(expected) = &request.expected_experts else { continue };
+            let end = (chunk.start + chunk.len).min(request.prompt.len());
+            for block_idx in chunk.start / block_size..end.div_ceil(block_size) {
+                match expected.of_block(block_idx) {
+                    Some(known) => used.add(known),
+                    None => expected.prior_of(block_idx).iter().for_each(|prior| used.add(prior)),
+                }
+            }
+        }
+        self.runner.expect_experts(used.ids());
+    }
+
+    /// Ends the sequences that a missing expert spoiled before the step is completed, so that none of their blocks gets a
+    /// name: others may still compute what is in them.
+    fn give_up_faulty(&mut self, batch: &Batch, outputs: &mut [ChunkOutput]) -> Vec<(Entry, GenerationError)> {
+        let mut faulty = Vec::new();
+        for (chunk, output) in batch.chunks.iter().zip(outputs) {
+            let Some(fault) = output.fault.take() else { continue };
+            assert!(self.scheduler.abort(chunk.id), "a scheduled sequence is known");
+            // The scheduler tells nothing of it any more.
+            output.sampled = None;
+            let entry = self.entries.remove(&chunk.id).expect("a scheduled sequence is open");
+            faulty.push((entry, GenerationError::ExpertUnavailable((*fault).clone())));
+        }
+        faulty
     }
 
     fn count(&mut self, batch: &Batch, progress: &[Progress]) {
         let mut num_prompt = 0;
         for chunk in &batch.chunks {
-            let entry = self.entries.get_mut(&chunk.id).expect("a scheduled sequence is open");
+            let Some(entry) = self.entries.get_mut(&chunk.id) else { continue };
             // Rows computed again after a preemption count once, cached ones too.
             let reached = (chunk.start + chunk.len).min(entry.request.prompt.len()).max(entry.num_prompt_counted);
             num_prompt += reached - entry.num_prompt_counted;
@@ -283,10 +334,10 @@ impl StepLoop {
 
     fn deliver_prompt_logprobs(&mut self, batch: &Batch, outputs: &mut [ChunkOutput]) {
         for (chunk, output) in batch.chunks.iter().zip(outputs) {
-            let entry = self.entries.get_mut(&chunk.id).expect("a scheduled sequence is open");
             if output.prompt_logprobs.is_empty() {
                 continue;
             }
+            let entry = self.entries.get_mut(&chunk.id).expect("a scheduled sequence is open");
             entry.prompt_logprobs.append(&mut output.prompt_logprobs);
             if entry.prompt_logprobs.len() + 1 == entry.request.prompt.len() {
                 let logprobs = entry.prompt_logprobs.clone();
@@ -296,14 +347,19 @@ impl StepLoop {
     }
 
     fn deliver(&mut self, progress: &Progress, sampled: Option<SampledToken>) {
-        let entry = &self.entries[&progress.id];
+        let entry = self.entries.get_mut(&progress.id).expect("its sequence was open in this step");
         let ended = match progress.update {
             Update::Failed => {
                 entry.send(Event::Failed(GenerationError::CorruptedLogits));
                 true
             }
             Update::Token { is_stop, finished, .. } => {
-                let sampled = sampled.expect("a token outcome has a sampled token");
+                let mut sampled = sampled.expect("a token outcome has a sampled token");
+                if let Some(expert_use) = &mut sampled.expert_use {
+                    expert_use.cut = std::mem::take(&mut entry.cut);
+                    expert_use.traffic = entry.traffic.as_mut().map(std::mem::take);
+                    expert_use.touched.retain(|&expert| entry.touched.insert(expert));
+                }
                 entry.send(Event::Token(SampledToken { is_stop, ..sampled }));
                 if let Some(reason) = finished {
                     entry.send(Event::Finished(reason));
@@ -336,6 +392,8 @@ impl Entry {
             forbidden: if too_early { &stop.stop_token_ids } else { &[] },
             num_prompt_logprobs: self.prompt_logprobs.len(),
             wants_routed_experts: self.request.wants_routed_experts,
+            wants_expert_use: self.request.wants_expert_use,
+            experts: self.request.experts,
         }
     }
 
@@ -356,11 +414,12 @@ mod tests {
     use super::*;
     use crate::config::EngineConfig;
     use crate::error::SubmitError;
-    use crate::experts::{RoutedLayout, RoutedRows};
+    use crate::experts::{RoutedLayout, RoutedRows, RoutingOptions};
     use crate::handle::StopCriteria;
     use crate::load::{LoadedModel, load_model};
     use crate::memory::{ArenaSize, KvArena};
     use crate::models::{ForwardContext, Model, ModelShape, Prefill};
+    use crate::runner::TokenPlaces;
     use crate::sampling::params::SamplingParams;
     use crate::shared::Front;
 
@@ -398,7 +457,9 @@ mod tests {
             stop,
             cache_salt: [0; 32],
             prefix: crate::PrefixHint::default(),
+            experts: crate::ExpertOptions::default(),
             wants_routed_experts: false,
+            wants_expert_use: false,
             expected_experts: None,
         }
     }
@@ -419,6 +480,7 @@ mod tests {
                 num_mtp_layers: 0,
                 cache_sites,
                 moe_layers,
+                expert_costs: Vec::new(),
                 num_mtp_moe_layers: 0,
                 prefill,
             };
@@ -426,8 +488,9 @@ mod tests {
                 ArenaSize { format: KvFormat::F32, block_size: 16, num_blocks: 1, window: None, num_state_slots: 0 };
             let arena = KvArena::new(&[], size).unwrap();
             let routed = RoutedRows::new(RoutedLayout::of(&shape), 1, 16);
-            let runner = Runner::new(Box::new(Broken { shape, fail }), arena, routed, 16);
-            let shared = Arc::new(Shared::new(summary, fingerprint, 4));
+            let places = TokenPlaces { routed, block_size: 16 };
+            let runner = Runner::new(Box::new(Broken { shape, fail }), arena, places, RoutingOptions::default());
+            let shared = Arc::new(Shared::new((summary, fingerprint), Arc::clone(runner.expert_loads()), 4));
             let (commands, receiver) = sync_channel(5);
             let front = Front::new(shared.clone(), commands, std::thread::spawn(|| ()));
             let generations: Vec<_> = (0..3).map(|_| front.submit(request()).unwrap()).collect();
@@ -448,7 +511,7 @@ mod tests {
     #[test]
     fn the_word_of_a_shutdown_is_not_lost_when_taken_with_other_commands() {
         let LoadedModel { summary, fingerprint, scheduler, runner } = golden();
-        let shared = Arc::new(Shared::new(summary, fingerprint, 4));
+        let shared = Arc::new(Shared::new((summary, fingerprint), Arc::clone(runner.expert_loads()), 4));
         let (commands, receiver) = sync_channel(5);
         let front = Front::new(shared.clone(), commands, std::thread::spawn(|| ()));
         let mut step_loop = StepLoop::new(scheduler, runner, shared);

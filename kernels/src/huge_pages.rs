@@ -1,6 +1,8 @@
 //! Backs the memory of owned weights by huge pages: a product of one row reads each weight once, and with pages of 4 KiB
 //! it waits for address translation at every one.
 
+use std::mem::MaybeUninit;
+
 use crate::weight::PackedWeight;
 
 /// Owned weights up to so far apart are taken as one range: what lies between them is the allocator's.
@@ -35,6 +37,14 @@ impl HugePages {
     }
 }
 
+/// Asks for huge pages under memory that nobody wrote yet. Direct reads into them are cheaper too: there is less to pin.
+pub(crate) fn wish_for<T>(fresh: &mut [MaybeUninit<T>]) {
+    #[cfg(target_os = "linux")]
+    linux::wish_for(fresh.as_ptr() as usize, size_of_val(fresh));
+    #[cfg(not(target_os = "linux"))]
+    let _ = fresh;
+}
+
 /// Sorted, and joined where little lies between.
 #[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "only Linux gathers"))]
 fn joined(mut ranges: Vec<(usize, usize)>) -> Vec<(usize, usize)> {
@@ -61,6 +71,16 @@ mod linux {
 
     pub(super) fn are_allowed() -> bool {
         std::fs::read_to_string(SETTING).is_ok_and(|setting| !setting.contains("[never]"))
+    }
+
+    /// For the whole huge pages in memory of the caller's.
+    pub(super) fn wish_for(start: usize, len: usize) {
+        let (first, end) = (start.next_multiple_of(HUGE), (start + len) / HUGE * HUGE);
+        if first < end {
+            // SAFETY: the range is the caller's; the call says how its pages are to be made, never what is in them. A
+            // refusal leaves small ones.
+            let _ = unsafe { libc::madvise(first as *mut libc::c_void, end - first, libc::MADV_HUGEPAGE) };
+        }
     }
 
     pub(super) fn gather(ranges: &[(usize, usize)]) -> usize {

@@ -1,6 +1,6 @@
 //! Ops that mixture-of-experts models need beyond plain candle: each with a reference, a fast CPU path, and checks.
 //!
-//! Map: `weight` and `mapped_file` hold weights, `huge_pages` backs them, `freed_memory` keeps what steps give back, `paged_cache` holds keys and values, `state_cache` what recurrent layers
+//! Map: `weight` and `mapped_file` hold weights, `range_file` reads parts of files for them, `huge_pages` backs them, `freed_memory` keeps what steps give back, `paged_cache` holds keys and values, `state_cache` what recurrent layers
 //! carry, `pool` runs tasks on the compute threads, `dispatch` and `lanes` choose and wrap the instruction set, `amx` has
 //! its matrix tiles, `quant` has the quantized formats and their product, `ops` has one folder per op, and `bench` measures
 //! them beside the machine's limits.
@@ -30,6 +30,7 @@ mod ops;
 mod paged_cache;
 pub mod pool;
 mod quant;
+mod range_file;
 mod state_cache;
 #[cfg(test)]
 mod testing;
@@ -49,7 +50,9 @@ pub use ops::argmax::argmax;
 pub use ops::embedding::embedding;
 pub use ops::gated_delta::{DeltaSpec, DeltaWeights, gated_delta};
 pub use ops::glu::{GluActivation, glu};
-pub use ops::grouped_swiglu::{Expert, ExpertActivation, ExpertBiases, ExpertWeights, grouped_swiglu};
+pub use ops::grouped_swiglu::{
+    Expert, ExpertActivation, ExpertBiases, ExpertPass, ExpertSlots, ExpertWeights, grouped_experts, grouped_swiglu,
+};
 pub use ops::head_linear::head_linear;
 pub use ops::layer_norm::layer_norm;
 pub use ops::linear::linear;
@@ -61,5 +64,6 @@ pub use ops::rope::{RopeStyle, RopeTable, rope};
 pub use ops::route::{GroupScore, Groups, RouterSpec, Scoring, TopK, route};
 pub use paged_cache::{KvFormat, PagedBatch, PagedCache};
 pub use quant::{Codes, GroupRow, QuantFormat};
+pub use range_file::{FileStamp, RangeBytes, RangeFile, ReadMode};
 pub use state_cache::StateCache;
 pub use weight::{PackedWeight, WeightFormat};

@@ -3,13 +3,14 @@
 use std::fs::File;
 use std::io;
 use std::ops::Deref;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
 
 /// A whole file mapped read-only. It is trusted not to shrink or change while mapped.
 #[derive(Debug)]
 pub struct MappedFile {
+    path: PathBuf,
     map: Mmap,
 }
 
@@ -23,7 +24,12 @@ impl MappedFile {
         let file = File::open(path)?;
         // SAFETY: the file is trusted not to be written or truncated while mapped; whoever owns the checkpoint upholds it.
         let map = unsafe { Mmap::map(&file) }?;
-        Ok(Self { map })
+        Ok(Self { path: path.to_owned(), map })
+    }
+
+    /// What it was opened as.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Gives back the memory of the pages that were read; a page that is read again comes from the page cache, or from the

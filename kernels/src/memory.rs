@@ -4,6 +4,8 @@ use std::marker::PhantomData;
 
 use half::{bf16, f16};
 
+use crate::huge_pages;
+
 /// Plain numbers without padding, of which every bit pattern is valid.
 ///
 /// # Safety
@@ -31,6 +33,19 @@ pub(crate) struct AlignedBytes {
 impl AlignedBytes {
     pub(crate) fn zeroed(len: usize) -> Self {
         Self { lines: vec![Line([0; 64]); len.div_ceil(64)], len }
+    }
+
+    /// The same, in huge pages where the system has some.
+    pub(crate) fn zeroed_huge(len: usize) -> Self {
+        let num_lines = len.div_ceil(64);
+        let mut lines = Vec::with_capacity(num_lines);
+        huge_pages::wish_for(lines.spare_capacity_mut());
+        lines.resize(num_lines, Line([0; 64]));
+        Self { lines, len }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
     }
 
     pub(crate) fn as_slice(&self) -> &[u8] {

@@ -1,6 +1,7 @@
 //! Weights of hot ops: a format, a shape, and bytes that are owned or lie in a mapped file.
 
 use std::fmt;
+use std::path::Path;
 use std::sync::Arc;
 
 use half::slice::HalfFloatSliceExt;
@@ -11,6 +12,7 @@ use crate::error::{KernelError, Result};
 use crate::mapped_file::MappedFile;
 use crate::memory::{AlignedBytes, Plain, is_aligned, view, view_mut};
 use crate::quant::{self, GroupRow, Layout, QuantFormat};
+use crate::range_file::RangeBytes;
 
 const OP: &str = "weight";
 
@@ -50,6 +52,7 @@ impl WeightFormat {
 #[derive(Clone)]
 enum Bytes {
     Owned(Arc<AlignedBytes>),
+    Read(Arc<RangeBytes>),
     Mapped { file: Arc<MappedFile>, offset: usize },
 }
 
@@ -121,16 +124,37 @@ impl PackedWeight {
                 format!("bytes {offset}..{} lie outside the {} mapped", offset.saturating_add(len), file.len());
             return Err(KernelError::Invalid { op: OP, reason });
         }
-        let bytes = &file[offset..offset + len];
-        let aligned = match format {
-            WeightFormat::F32 => is_aligned::<f32>(bytes),
-            WeightFormat::F16 | WeightFormat::Bf16 => is_aligned::<f16>(bytes),
-            WeightFormat::Quantized(_) => (bytes.as_ptr() as usize).is_multiple_of(QUANT_ALIGNMENT),
-        };
-        if aligned {
+        if has_alignment(format, &file[offset..offset + len]) {
             Ok(Self { format, rows, cols, bytes: Bytes::Mapped { file, offset } })
         } else {
-            Self::from_bytes(format, rows, cols, bytes)
+            Self::from_bytes(format, rows, cols, &file[offset..offset + len])
+        }
+    }
+
+    /// Takes the bytes that were read from a file as they are. Fails if they are not exactly as many as the format takes, or
+    /// lie at an odd place of the file.
+    pub fn from_range(bytes: RangeBytes, format: WeightFormat, rows: usize, cols: usize) -> Result<Self> {
+        check::length(OP, "number of bytes", bytes.as_slice().len(), num_bytes(format, rows, cols)?)?;
+        if !has_alignment(format, bytes.as_slice()) {
+            let reason = format!("its place in the file is not aligned for {}", format.name());
+            return Err(KernelError::Invalid { op: OP, reason });
+        }
+        Ok(Self { format, rows, cols, bytes: Bytes::Read(Arc::new(bytes)) })
+    }
+
+    /// The memory of a weight that was read from a file, for the next one; none while somebody else has the weight too.
+    pub fn into_range(self) -> Option<RangeBytes> {
+        match self.bytes {
+            Bytes::Read(bytes) => Arc::into_inner(bytes),
+            Bytes::Owned(_) | Bytes::Mapped { .. } => None,
+        }
+    }
+
+    /// The file in which the bytes lie, and where; none if they are memory of their own.
+    pub fn place(&self) -> Option<(&Path, u64)> {
+        match &self.bytes {
+            Bytes::Mapped { file, offset } => Some((file.path(), *offset as u64)),
+            Bytes::Owned(_) | Bytes::Read(_) => None,
         }
     }
 
@@ -191,7 +215,7 @@ impl PackedWeight {
 
     /// Whether the bytes are memory of their own, and not a part of a mapped file.
     pub fn is_owned(&self) -> bool {
-        matches!(self.bytes, Bytes::Owned(_))
+        !matches!(self.bytes, Bytes::Mapped { .. })
     }
 
     /// Outputs, the first dimension.
@@ -245,6 +269,7 @@ impl PackedWeight {
     pub fn as_bytes(&self) -> &[u8] {
         match &self.bytes {
             Bytes::Owned(bytes) => bytes.as_slice(),
+            Bytes::Read(bytes) => bytes.as_slice(),
             Bytes::Mapped { file, offset } => &file[*offset..*offset + self.num_bytes()],
         }
     }
@@ -271,6 +296,7 @@ impl fmt::Debug for PackedWeight {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let place = match self.bytes {
             Bytes::Owned(_) => "owned",
+            Bytes::Read(_) => "read",
             Bytes::Mapped { .. } => "mapped",
         };
         write!(f, "PackedWeight({} [{}, {}], {place})", self.format.name(), self.rows, self.cols)
@@ -289,6 +315,14 @@ fn convert_into(format: WeightFormat, cols: usize, values: &[f32], target: &mut 
         }
     }
     Ok(())
+}
+
+fn has_alignment(format: WeightFormat, bytes: &[u8]) -> bool {
+    match format {
+        WeightFormat::F32 => is_aligned::<f32>(bytes),
+        WeightFormat::F16 | WeightFormat::Bf16 => is_aligned::<f16>(bytes),
+        WeightFormat::Quantized(_) => (bytes.as_ptr() as usize).is_multiple_of(QUANT_ALIGNMENT),
+    }
 }
 
 /// Bytes of a shape that may come from a file header: no product may overflow, and the group must be a known one.

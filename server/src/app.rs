@@ -8,7 +8,7 @@ use axum::extract::DefaultBodyLimit;
 use axum::http::{Method, Uri};
 use axum::middleware::{from_fn, from_fn_with_state};
 use cache::store::TieredStore;
-use engine::EngineHandle;
+use engine::{EngineHandle, ModelSummary};
 use metrics_exporter_prometheus::PrometheusHandle;
 use tower_http::catch_panic::CatchPanicLayer;
 
@@ -23,7 +23,7 @@ use crate::routing_cache::Routing;
 use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::rejected;
 use crate::text::{ChatTemplate, Tokenizer};
-use crate::validate::ModelLimits;
+use crate::validate::{ExpertLimits, ModelLimits};
 use crate::{routes, telemetry};
 
 /// Of the memory for answers, the part for answers as they were written.
@@ -77,6 +77,7 @@ impl Model {
             // All choices of a request are queued at once.
             max_sequences: app.config.max_queue,
             defaults: summary.generation_defaults.clone(),
+            experts: expert_limits(summary, &app.config),
         };
         Self {
             limits,
@@ -131,6 +132,16 @@ impl Model {
     /// Where answers are found again; `None` where they are not.
     pub fn outputs(&self) -> Option<&OutputCache> {
         self.outputs.whole.get().or(self.outputs.early.as_ref())
+    }
+}
+
+fn expert_limits(model: &ModelSummary, config: &Config) -> ExpertLimits {
+    let chosen = model.routed.layers().iter().map(|layer| layer.top_k).max().unwrap_or(0);
+    ExpertLimits {
+        // Of a model with an encoder it is not known what was chosen.
+        top_k: if model.num_experts == 0 { 0 } else { chosen.max(model.num_experts_per_tok).max(1) },
+        top_p: config.expert_top_p as f32,
+        routing: config.routing_options(),
     }
 }
 

@@ -10,6 +10,7 @@ use crate::cli::cache::CacheArgs;
 use crate::cli::chat::ChatArgs;
 use crate::cli::eval::EvalArgs;
 use crate::cli::inspect::InspectArgs;
+use crate::cli::profile::ProfileArgs;
 use crate::cli::quantize::QuantizeArgs;
 use crate::cli::upcycle::UpcycleArgs;
 use crate::config::Settings;
@@ -34,6 +35,8 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Measure a model on a text: perplexity, and its divergence from a reference
     Eval(EvalArgs),
+    /// Write down how much a text uses each expert of a model
+    Profile(ProfileArgs),
     /// Write a folder of packed weights that loads at once
     Quantize(QuantizeArgs),
     /// Talk to a running server

@@ -64,7 +64,7 @@ impl Auth {
 
 /// Paths that change what all tenants see, or tell of them.
 fn is_for_admins(path: &str) -> bool {
-    path == "/v1/cache" || path.starts_with("/v1/cache/")
+    path == "/v1/cache" || path.starts_with("/v1/cache/") || path == "/v1/moe/profile"
 }
 
 fn given_key(headers: &HeaderMap) -> Result<&[u8], ApiError> {
@@ -133,8 +133,8 @@ mod tests {
     }
 
     #[test]
-    fn caches_are_for_the_admin_key_alone() {
-        let paths = ["/v1/cache", "/v1/cache/clear", "/v1/cache/nowhere"];
+    fn caches_and_profiles_are_for_the_admin_key_alone() {
+        let paths = ["/v1/cache", "/v1/cache/clear", "/v1/cache/nowhere", "/v1/moe/profile"];
         for path in paths {
             assert!(matches!(check("", path, None), Err(ApiError::NoAdminKey)), "{path}");
             for settings in ["admin_key = \"root\"", "api_key = [\"one\"]\nadmin_key = \"root\""] {

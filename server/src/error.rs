@@ -79,6 +79,7 @@ impl ApiError {
             }
             SubmitError::NoPromptLogprobs => Self::invalid("prompt_logprobs", error.to_string()),
             SubmitError::NoRoutedExperts { .. } => Self::invalid("return_routed_experts", error.to_string()),
+            SubmitError::NoExpertUse { .. } => Self::invalid("moe.usage", error.to_string()),
             SubmitError::QueueFull { limit } => Self::Busy { limit },
             SubmitError::ShuttingDown => Self::ShuttingDown,
             SubmitError::Dead => Self::EngineDead,
@@ -104,7 +105,10 @@ impl ApiError {
             Self::Internal | Self::Generation(GenerationError::CorruptedLogits | GenerationError::Device(_)) => {
                 StatusCode::INTERNAL_SERVER_ERROR
             }
-            Self::Loading | Self::ShuttingDown | Self::EngineDead | Self::Generation(GenerationError::ShuttingDown) => {
+            Self::Loading
+            | Self::ShuttingDown
+            | Self::EngineDead
+            | Self::Generation(GenerationError::ShuttingDown | GenerationError::ExpertUnavailable(_)) => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
             Self::Timeout { .. } => StatusCode::GATEWAY_TIMEOUT,
@@ -134,6 +138,7 @@ impl ApiError {
             Self::ShuttingDown | Self::Generation(GenerationError::ShuttingDown) => "shutting_down",
             Self::EngineDead | Self::Generation(GenerationError::Device(_)) => "engine_dead",
             Self::Generation(GenerationError::CorruptedLogits) => "corrupted_logits",
+            Self::Generation(GenerationError::ExpertUnavailable(_)) => "expert_unavailable",
             Self::Internal => "internal_error",
         }
     }

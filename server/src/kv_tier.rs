@@ -94,7 +94,7 @@ impl KvTier {
         let Some(blocks) = self.blocks.get() else { return PrefixHint::default() };
         // The last token of a prompt is always computed.
         let prompt = &request.prompt[..request.prompt.len().saturating_sub(1)];
-        let names = engine.block_names(prompt, &request.cache_salt);
+        let names = engine.block_names(prompt, &request.block_salt());
         if names.is_empty() {
             return PrefixHint::default();
         }

@@ -58,7 +58,9 @@ fn greedy_tokens(dir: &Path, prompts: &[Vec<u32>]) -> Vec<Vec<u32>> {
     let submit = |prompt: &Vec<u32>| {
         let request = GenerateRequest {
             prefix: engine::PrefixHint::default(),
+            experts: engine::ExpertOptions::default(),
             wants_routed_experts: false,
+            wants_expert_use: false,
             expected_experts: None,
             prompt: prompt.as_slice().into(),
             sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },

@@ -1,6 +1,6 @@
 //! What operators and tools read: probes, models, settings, metrics, the OpenAPI document and the docs page.
 
-use harness::{PATIENCE, Request, Server, golden, poll};
+use harness::{Request, Server, golden};
 use serde_json::{Value, json};
 
 const SERVER: &str = env!("CARGO_BIN_EXE_moesaic-under-test");
@@ -74,20 +74,6 @@ fn metrics_have_the_names_that_dashboards_read() {
     assert_eq!(value("http_requests_total", &[("path", "unmatched"), ("status", "404")]), Some(1.0));
     let labels = [("block_size", "16"), ("enable_prefix_caching", "True")];
     assert_eq!(value("vllm:cache_config_info", &labels), Some(1.0));
-}
-
-#[test]
-fn the_load_of_experts_is_measured_by_layer() {
-    let server = Server::start(SERVER, "mixtral-base", &[]);
-    // The gauge moves once a second, when there is something to do.
-    let metrics = poll("a gauge of the experts' load", PATIENCE, || {
-        server.ask("/v1/completions", &json!({"prompt": [70, 73, 71], "max_tokens": 4, "ignore_eos": true}));
-        Some(server.metrics()).filter(|metrics| metrics.kind("moesaic_expert_imbalance_ratio") == Some("gauge"))
-    });
-    for layer in ["0", "1", "2"] {
-        let ratio = metrics.value("moesaic_expert_imbalance_ratio", &[("layer", layer)]);
-        assert!(ratio.is_some_and(|ratio| ratio >= 1.0), "layer {layer}: {ratio:?}");
-    }
 }
 
 #[test]

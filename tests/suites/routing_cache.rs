@@ -48,6 +48,16 @@ fn metric(server: &Server, name: &str) -> f64 {
     server.metrics().value(name, &[]).unwrap_or(0.0)
 }
 
+/// How right a predictor was.
+fn predicted(server: &Server, predictor: &str, name: &str) -> f64 {
+    let value = server.metrics().value(&format!("moesaic_routing_{name}"), &[("predictor", predictor)]);
+    value.unwrap_or(0.0)
+}
+
+fn known(server: &Server, name: &str) -> f64 {
+    predicted(server, "known_blocks", name)
+}
+
 /// The experts that a profile names in one layer.
 fn named(layer: &Value) -> BTreeSet<u64> {
     list(&layer["experts"]).iter().map(|row| row["expert"].as_u64().expect("an id")).collect()
@@ -127,18 +137,18 @@ fn what_comes_again_was_expected_and_took_just_that() {
     let first = server.ask(PATH, &completion(&prompt(1, 70)));
     learned(&server, &prompt(1, 70));
     assert_eq!(server.ask(PATH, &completion(&prompt(1, 70)))["choices"], first["choices"]);
-    assert_eq!(metric(&server, "moesaic_routing_expected_experts_total"), 0.0, "what is there is not computed");
+    assert_eq!(known(&server, "expected_experts_total"), 0.0, "what is there is not computed");
     for seed in [2, 3] {
         server.ask(PATH, &completion(&prompt(seed, 70)));
     }
     let again = server.ask(PATH, &completion(&prompt(1, 70)));
     assert_eq!(again["usage"]["prompt_tokens_details"]["cached_tokens"], 0, "its blocks were given up");
     assert_eq!(again["choices"], first["choices"]);
-    let used = metric(&server, "moesaic_routing_used_experts_total");
+    let used = known(&server, "used_experts_total");
     assert!(used >= 4.0 * 3.0 * 2.0, "four blocks of three layers with two experts a token: {used}");
-    assert_eq!(metric(&server, "moesaic_routing_confirmed_experts_total"), used);
-    assert_eq!(metric(&server, "moesaic_routing_accuracy"), 1.0);
-    assert!(metric(&server, "moesaic_routing_precision") >= 0.8);
+    assert_eq!(known(&server, "confirmed_experts_total"), used);
+    assert_eq!(known(&server, "accuracy"), 1.0);
+    assert!(known(&server, "precision") >= 0.8);
     assert_eq!(metric(&server, "moesaic_routing_unlearned_blocks_total"), 0.0);
 }
 
@@ -167,10 +177,10 @@ fn one_learns_and_the_other_knows() {
     let again = profile(&second, &prompt(1, 70));
     assert_eq!(again["blocks"], json!({"memory": 4, "disk": 0, "redis": 0}), "what was found is kept");
     assert_eq!(second.ask(PATH, &completion(&prompt(1, 70)))["choices"], expected);
-    assert!(metric(&second, "moesaic_routing_used_experts_total") > 0.0, "it was expected before it was computed");
-    assert_eq!(metric(&second, "moesaic_routing_accuracy"), 1.0);
+    assert!(known(&second, "used_experts_total") > 0.0, "it was expected before it was computed");
+    assert_eq!(known(&second, "accuracy"), 1.0);
     // What is known says something of the block behind it, which nobody has seen.
-    let prior = |name: &str| metric(&second, &format!("moesaic_routing_prior_{name}"));
+    let prior = |name: &str| predicted(&second, "prior_blocks", name);
     assert_eq!(prior("expected_experts_total"), 0.0);
     second.ask(PATH, &completion(&prompt(1, 90)));
     let [expected, used] = ["expected_experts_total", "used_experts_total"].map(prior);
@@ -198,9 +208,9 @@ fn nobody_waits_for_what_redis_knows() {
         learned(&first, &prompt(seed, 330));
         redis.keys_of("routing", 20 * (seed as usize - 10));
         assert_eq!(second.ask(PATH, &body)["choices"], expected);
-        (metric(&second, "moesaic_routing_expected_experts_total") > 0.0).then_some(())
+        (known(&second, "expected_experts_total") > 0.0).then_some(())
     });
-    assert_eq!(metric(&second, "moesaic_routing_accuracy"), 1.0);
+    assert_eq!(known(&second, "accuracy"), 1.0);
     redis.signal("STOP");
     let start = Instant::now();
     let fresh = second.ask(PATH, &completion(&prompt(1, 330)));

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-pub use profile::{Profile, RoutedLayer};
+pub use profile::{NO_EXPERT, Profile, RoutedLayer};
 
 use crate::key::{Digest, Fingerprint};
 use crate::store::{Address, Kind, MemoryStore, Store, Tier, Value};

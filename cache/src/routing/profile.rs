@@ -16,6 +16,9 @@ use bytes::Bytes;
 
 use crate::codec::BadValue;
 
+/// In place of an expert that did not run.
+pub const NO_EXPERT: u16 = u16::MAX;
+
 /// One router.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RoutedLayer {
@@ -51,10 +54,10 @@ impl Profile {
         layers.iter().map(|layer| layer.map_bytes()).sum()
     }
 
-    /// Of the tokens of a block, each with its experts `[layer][top_k]` as `layers` say.
+    /// Of the tokens of a block, each with its experts `[layer][top_k]` as `layers` say, or [`NO_EXPERT`].
     ///
     /// # Panics
-    /// An expert that its layer has not.
+    /// Any other expert that its layer has not.
     pub fn of_tokens(layers: &[RoutedLayer], experts: &[u16]) -> Self {
         let width: usize = layers.iter().map(|layer| layer.top_k).sum();
         let mut maps = vec![0; Self::num_bytes(layers)];
@@ -64,7 +67,7 @@ impl Profile {
             rest = behind;
             let mut counts = vec![0u32; layer.num_experts];
             for token in experts.chunks_exact(width) {
-                for &expert in &token[offset..offset + layer.top_k] {
+                for &expert in token[offset..offset + layer.top_k].iter().filter(|&&expert| expert != NO_EXPERT) {
                     counts[usize::from(expert)] += 1;
                 }
             }

@@ -4,7 +4,8 @@ use std::sync::OnceLock;
 
 use metrics::{counter, gauge};
 
-use super::routed_rows::RoutedLayout;
+use super::residency::ExpertId;
+use super::routed_rows::{NO_EXPERT, RoutedLayout};
 
 /// The experts that the leading blocks of a prompt took when they were computed before, here or elsewhere. Blocks may become
 /// known while the request already runs.
@@ -51,38 +52,48 @@ impl ExpectedExperts {
 /// Known blocks that say what follows them: topics change.
 const NUM_NEAREST: usize = 8;
 
-/// Names of the metrics of one kind of expectation.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct AccuracyNames {
-    expected: &'static str,
-    used: &'static str,
-    confirmed: &'static str,
-    recall: &'static str,
-    precision: &'static str,
+/// Experts of all layers, as [`ExpectedExperts::expect`] takes them.
+#[derive(Debug)]
+pub(crate) struct ExpertMap<'a> {
+    layout: &'a RoutedLayout,
+    bits: Vec<u8>,
 }
 
-/// Of blocks that are known.
-pub(crate) const KNOWN: AccuracyNames = AccuracyNames {
-    expected: "moesaic_routing_expected_experts_total",
-    used: "moesaic_routing_used_experts_total",
-    confirmed: "moesaic_routing_confirmed_experts_total",
-    recall: "moesaic_routing_accuracy",
-    precision: "moesaic_routing_precision",
-};
+impl<'a> ExpertMap<'a> {
+    /// None yet.
+    pub(crate) fn new(layout: &'a RoutedLayout) -> Self {
+        let num_bytes = layout.layers().iter().map(|layer| layer.num_experts.div_ceil(8)).sum();
+        Self { layout, bits: vec![0; num_bytes] }
+    }
 
-/// Of those behind them.
-pub(crate) const PRIOR: AccuracyNames = AccuracyNames {
-    expected: "moesaic_routing_prior_expected_experts_total",
-    used: "moesaic_routing_prior_used_experts_total",
-    confirmed: "moesaic_routing_prior_confirmed_experts_total",
-    recall: "moesaic_routing_prior_accuracy",
-    precision: "moesaic_routing_prior_precision",
-};
+    pub(crate) fn add(&mut self, experts: &[u8]) {
+        self.bits.iter_mut().zip(experts).for_each(|(bits, experts)| *bits |= experts);
+    }
+
+    /// The first layer first.
+    pub(crate) fn ids(&self) -> Vec<ExpertId> {
+        let (mut ids, mut rest) = (Vec::new(), self.bits.as_slice());
+        for (layer, shape) in (0..).zip(self.layout.layers()) {
+            let (map, behind) = rest.split_at(shape.num_experts.div_ceil(8));
+            rest = behind;
+            let here =
+                (0..shape.num_experts as u32).filter(|expert| map[*expert as usize / 8] >> (expert % 8) & 1 == 1);
+            ids.extend(here.map(|expert| ExpertId { layer, expert }));
+        }
+        ids
+    }
+}
+
+/// The `predictor` that says what known blocks take.
+pub(crate) const KNOWN_BLOCKS: &str = "known_blocks";
+
+/// The one that says by them what those behind them take.
+pub(crate) const PRIOR_BLOCKS: &str = "prior_blocks";
 
 /// Experts of blocks that somebody expected and that were computed then, over all layers and blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct RoutingAccuracy {
-    names: &'static AccuracyNames,
+    predictor: &'static str,
     num_expected: u64,
     num_used: u64,
     /// Expected and used.
@@ -90,8 +101,9 @@ pub(crate) struct RoutingAccuracy {
 }
 
 impl RoutingAccuracy {
-    pub(crate) fn new(names: &'static AccuracyNames) -> Self {
-        Self { names, num_expected: 0, num_used: 0, num_confirmed: 0 }
+    /// `predictor`: a label of the metrics.
+    pub(crate) fn new(predictor: &'static str) -> Self {
+        Self { predictor, num_expected: 0, num_used: 0, num_confirmed: 0 }
     }
 
     /// Compares what was expected of a block with what its tokens took: `[token][layer][top_k]`.
@@ -103,7 +115,8 @@ impl RoutingAccuracy {
             rest = behind;
             let mut used = vec![false; layer.num_experts];
             for token in experts.chunks_exact(layout.ids_per_token()) {
-                token[offset..offset + layer.top_k].iter().for_each(|&expert| used[usize::from(expert)] = true);
+                let ran = token[offset..offset + layer.top_k].iter().filter(|&&expert| expert != NO_EXPERT);
+                ran.for_each(|&expert| used[usize::from(expert)] = true);
             }
             offset += layer.top_k;
             for (expert, &was_used) in used.iter().enumerate() {
@@ -113,12 +126,16 @@ impl RoutingAccuracy {
                 self.num_confirmed += u64::from(was_expected && was_used);
             }
         }
-        let names = self.names;
-        counter!(names.expected).increment(self.num_expected - before.num_expected);
-        counter!(names.used).increment(self.num_used - before.num_used);
-        counter!(names.confirmed).increment(self.num_confirmed - before.num_confirmed);
-        gauge!(names.recall).set(self.recall());
-        gauge!(names.precision).set(self.precision());
+        let predictor = self.predictor;
+        for (name, added) in [
+            ("moesaic_routing_expected_experts_total", self.num_expected - before.num_expected),
+            ("moesaic_routing_used_experts_total", self.num_used - before.num_used),
+            ("moesaic_routing_confirmed_experts_total", self.num_confirmed - before.num_confirmed),
+        ] {
+            counter!(name, "predictor" => predictor).increment(added);
+        }
+        gauge!("moesaic_routing_accuracy", "predictor" => predictor).set(self.recall());
+        gauge!("moesaic_routing_precision", "predictor" => predictor).set(self.precision());
     }
 
     /// Of the experts that were used, the share that was expected.
@@ -140,13 +157,24 @@ mod tests {
     #[test]
     fn experts_are_compared_layer_by_layer() {
         let layout = RoutedLayout::new(&[MoeShape { num_experts: 9, top_k: 2 }, MoeShape { num_experts: 3, top_k: 1 }]);
-        let mut accuracy = RoutingAccuracy::new(&KNOWN);
+        let mut accuracy = RoutingAccuracy::new(KNOWN_BLOCKS);
         // Used are 0, 1, 8 of the first layer and 2 of the second; expected 1, 7, 8 and 2.
-        accuracy.compare(&layout, &[0b1000_0010, 1, 0b100], &[0, 8, 2, 1, 8, 2]);
-        let expected = RoutingAccuracy { names: &KNOWN, num_expected: 4, num_used: 4, num_confirmed: 3 };
+        accuracy.compare(&layout, &[0b1000_0010, 1, 0b100], &[0, 8, 2, 1, NO_EXPERT, 2]);
+        let expected = RoutingAccuracy { predictor: KNOWN_BLOCKS, num_expected: 4, num_used: 4, num_confirmed: 3 };
         assert_eq!(accuracy, expected);
         accuracy.compare(&layout, &[0, 0, 0b111], &[0, 1, 0]);
         assert_eq!((accuracy.recall(), accuracy.precision()), (4.0 / 7.0, 4.0 / 7.0));
+    }
+
+    #[test]
+    fn maps_are_added_and_read_layer_by_layer() {
+        let layout = RoutedLayout::new(&[MoeShape { num_experts: 9, top_k: 2 }, MoeShape { num_experts: 3, top_k: 1 }]);
+        let mut map = ExpertMap::new(&layout);
+        assert_eq!(map.ids(), []);
+        map.add(&[0b1000_0010, 1, 0b100]);
+        map.add(&[0b10, 0, 0b1]);
+        let found: Vec<(u32, u32)> = map.ids().into_iter().map(|id| (id.layer, id.expert)).collect();
+        assert_eq!(found, [(0, 1), (0, 7), (0, 8), (1, 0), (1, 2)]);
     }
 
     #[test]

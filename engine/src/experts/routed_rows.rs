@@ -8,8 +8,13 @@ use scheduler::BlockId;
 
 use crate::models::{ModelShape, Prefill};
 
-/// Ids are kept in two bytes at most.
-const MOST_EXPERTS: usize = 1 << 16;
+/// Ids are kept in two bytes at most, and one is none.
+const MOST_EXPERTS: usize = NO_EXPERT as usize;
+
+/// In place of an expert that a token's router chose and that did not run: options left it out, or it was full.
+pub const NO_EXPERT: u16 = u16::MAX;
+/// The same in one byte.
+const NO_EXPERT_BYTE: u8 = u8::MAX;
 
 /// One router of a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,7 +26,7 @@ pub struct MoeShape {
 }
 
 /// How the experts of one token follow each other: `[layer][slot]`, in the order in which the model asks its routers, the
-/// best expert of a layer first. Cheap to clone.
+/// best expert of a layer first, [`NO_EXPERT`] where one did not run. Cheap to clone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RoutedLayout {
     layers: Arc<[MoeShape]>,
@@ -31,7 +36,7 @@ pub struct RoutedLayout {
 impl RoutedLayout {
     /// The routers that every token passes once. None where an encoder reads a part of the tokens, or where ids do not fit.
     pub fn of(shape: &ModelShape) -> Self {
-        let own = &shape.moe_layers[..shape.moe_layers.len() - shape.num_mtp_moe_layers];
+        let own = shape.own_moe_layers();
         let is_told = shape.prefill == Prefill::Causal && own.iter().all(|layer| layer.num_experts <= MOST_EXPERTS);
         Self::new(if is_told { own } else { &[] })
     }
@@ -60,7 +65,7 @@ impl RoutedLayout {
     }
 
     fn fits_bytes(&self) -> bool {
-        self.layers.iter().all(|layer| layer.num_experts <= 1 << 8)
+        self.layers.iter().all(|layer| layer.num_experts <= usize::from(NO_EXPERT_BYTE))
     }
 }
 
@@ -104,6 +109,7 @@ impl RoutedRows {
         for (experts, &slot) in topk.experts.chunks_exact(topk.k).zip(slots) {
             let start = slot as usize * width + offset;
             let place = start..start + topk.k;
+            // Both of the narrower ids of no expert are the last bits of the wider.
             match &mut self.ids {
                 Ids::Bytes(ids) => ids[place].iter_mut().zip(experts).for_each(|(id, &expert)| *id = expert as u8),
                 Ids::Words(ids) => ids[place].iter_mut().zip(experts).for_each(|(id, &expert)| *id = expert as u16),
@@ -130,7 +136,10 @@ impl RoutedRows {
             let slot = blocks[position / self.block_size].0 as usize * self.block_size + position % self.block_size;
             let place = slot * width..(slot + 1) * width;
             match &self.ids {
-                Ids::Bytes(ids) => found.extend(ids[place].iter().map(|&id| u16::from(id))),
+                Ids::Bytes(ids) => found.extend(ids[place].iter().map(|&id| match id {
+                    NO_EXPERT_BYTE => NO_EXPERT,
+                    id => u16::from(id),
+                })),
                 Ids::Words(ids) => found.extend_from_slice(&ids[place]),
             }
         }
@@ -146,27 +155,27 @@ mod tests {
         let layout = RoutedLayout::new(&[MoeShape { num_experts: 4, top_k: 1 }, MoeShape { num_experts, top_k: 2 }]);
         assert_eq!((layout.ids_per_token(), layout.bytes_per_token()), (3, bytes_per_token));
         let mut rows = RoutedRows::new(layout, 3, 2);
-        let largest = num_experts as u32 - 1;
+        let (largest, none) = (num_experts as u32 - 1, TopK::NO_EXPERT);
         let topk = |experts: &[u32], k| TopK { experts: experts.into(), weights: vec![0.5; experts.len()], k };
         // Positions 1 and 2 of a sequence that holds blocks 2 and 0.
         rows.write(0, &topk(&[3, 1], 1), &[5, 0]);
-        rows.write(1, &topk(&[largest, 0, 2, largest], 2), &[5, 0]);
+        rows.write(1, &topk(&[largest, none, 2, largest], 2), &[5, 0]);
         rows.write(2, &topk(&[1, 1], 1), &[5, 0]);
         let last = largest as u16;
         let blocks = [BlockId(2), BlockId(0)];
-        assert_eq!(rows.read(&blocks, 1..3), [3, last, 0, 1, 2, last]);
+        assert_eq!(rows.read(&blocks, 1..3), [3, last, NO_EXPERT, 1, 2, last]);
         assert_eq!(rows.read(&blocks, 2..3), [1, 2, last]);
         assert_eq!(rows.read(&blocks, 3..4), [0, 0, 0]);
         let block = rows.read(&[BlockId(2)], 0..2);
         rows.write_block(BlockId(1), block.iter().copied());
-        assert_eq!(rows.read(&[BlockId(1)], 0..2), [0, 0, 0, 3, last, 0]);
+        assert_eq!(rows.read(&[BlockId(1)], 0..2), [0, 0, 0, 3, last, NO_EXPERT]);
         assert_eq!(rows.read(&[BlockId(2)], 0..2), block);
     }
 
     #[test]
     fn a_token_is_found_where_it_was_computed() {
-        check(256, 3);
-        check(257, 6);
+        check(255, 3);
+        check(256, 6);
         check(MOST_EXPERTS, 6);
     }
 

@@ -1,26 +1,40 @@
 //! Routing counts of a running model, and all router calls of a step for tests.
 
+use std::sync::Arc;
+
 use kernels::TopK;
 
-use crate::experts::MoeShape;
+use crate::experts::{ExpertLoads, MoeShape};
 
-/// Tokens per expert of every MoE layer since the last publication.
+/// What the routers of every MoE layer choose, step by step.
 #[derive(Debug)]
 pub struct RoutingStats {
-    /// `[moe layer][expert]`.
-    loads: Vec<Vec<u64>>,
+    loads: Arc<ExpertLoads>,
     /// Distinct experts that the present step used, summed over layers.
     active_in_step: usize,
     /// Router calls of the present step: layers that it left out do not count.
     calls_in_step: usize,
+    /// Choices and tokens of the present step, summed over layers.
+    choices_in_step: [usize; 2],
     /// Router calls of the present step in layer order, if captured.
     capture: Option<Vec<TopK>>,
 }
 
 impl RoutingStats {
-    pub fn new(layers: &[MoeShape]) -> Self {
-        let loads = layers.iter().map(|layer| vec![0; layer.num_experts]).collect();
-        Self { loads, active_in_step: 0, calls_in_step: 0, capture: None }
+    /// The last `num_mtp` layers are of multi-token prediction.
+    pub fn new(layers: &[MoeShape], num_mtp: usize) -> Self {
+        Self {
+            loads: Arc::new(ExpertLoads::new(layers, num_mtp)),
+            active_in_step: 0,
+            calls_in_step: 0,
+            choices_in_step: [0; 2],
+            capture: None,
+        }
+    }
+
+    /// What was counted, for others to read.
+    pub fn loads(&self) -> &Arc<ExpertLoads> {
+        &self.loads
     }
 
     /// Keeps every router call from the next step on, until [`Self::take_capture`].
@@ -33,12 +47,17 @@ impl RoutingStats {
         self.capture.take().unwrap_or_default()
     }
 
-    /// Counts the choices of one router call.
+    /// Counts the choices of one router call, those that run.
     pub fn record(&mut self, moe_idx: usize, topk: &TopK) {
+        if self.calls_in_step == 0 {
+            self.loads.begin_step();
+        }
         self.calls_in_step += 1;
-        let mut seen = vec![false; self.loads[moe_idx].len()];
-        for &expert in &topk.experts {
-            self.loads[moe_idx][expert as usize] += 1;
+        self.loads.count(moe_idx, topk);
+        let mut seen = vec![false; self.loads.layers()[moe_idx].num_experts];
+        self.choices_in_step[1] += topk.experts.len() / topk.k;
+        for &expert in topk.experts.iter().filter(|&&expert| expert != TopK::NO_EXPERT) {
+            self.choices_in_step[0] += 1;
             self.active_in_step += usize::from(!std::mem::replace(&mut seen[expert as usize], true));
         }
         if let Some(capture) = &mut self.capture {
@@ -46,30 +65,23 @@ impl RoutingStats {
         }
     }
 
-    /// Counts tokens that found their expert full.
-    pub fn record_dropped(&self, num_dropped: usize) {
+    /// Counts that the experts of a layer could take `num_places` tokens of the step together, and that `num_dropped` choices
+    /// found theirs full.
+    pub fn record_capacity(&self, moe_idx: usize, (num_places, num_dropped): (usize, usize)) {
+        self.loads.count_capacity(moe_idx, (num_places, num_dropped));
         metrics::counter!("moesaic_expert_dropped_tokens_total").increment(num_dropped as u64);
     }
 
-    /// Emits how many experts the step woke, per layer that it ran, on average.
+    /// Emits how many experts the step woke, per layer that it ran, and how many each of its tokens took of a layer, on average.
     pub fn finish_step(&mut self) {
         let active = std::mem::take(&mut self.active_in_step);
         let calls = std::mem::take(&mut self.calls_in_step);
         if calls > 0 {
             metrics::histogram!("moesaic_experts_per_step").record(active as f64 / calls as f64);
         }
-    }
-
-    /// Emits the imbalance of every layer's loads (largest over mean) and starts counting anew.
-    pub fn publish(&mut self) {
-        for (layer, loads) in self.loads.iter_mut().enumerate() {
-            let total: u64 = loads.iter().sum();
-            if total > 0 {
-                let largest = loads.iter().copied().max().unwrap_or(0);
-                let ratio = largest as f64 * loads.len() as f64 / total as f64;
-                metrics::gauge!("moesaic_expert_imbalance_ratio", "layer" => layer.to_string()).set(ratio);
-            }
-            loads.fill(0);
+        let [num_choices, num_tokens] = std::mem::take(&mut self.choices_in_step);
+        if num_tokens > 0 {
+            metrics::histogram!("moesaic_experts_per_token").record(num_choices as f64 / num_tokens as f64);
         }
     }
 }
@@ -80,15 +92,17 @@ mod tests {
 
     #[test]
     fn counts_loads_and_distinct_experts() {
-        let mut stats = RoutingStats::new(&[MoeShape { num_experts: 4, top_k: 1 }; 2]);
+        let mut stats = RoutingStats::new(&[MoeShape { num_experts: 4, top_k: 2 }; 2], 0);
         stats.start_capture();
-        let topk = TopK { experts: vec![0, 1, 0, 3], weights: vec![0.5; 4], k: 2 };
+        let topk = TopK { experts: vec![0, 1, 0, 3, TopK::NO_EXPERT, TopK::NO_EXPERT], weights: vec![0.5; 6], k: 2 };
         stats.record(1, &topk);
-        assert_eq!(stats.loads, [[0, 0, 0, 0], [2, 1, 0, 1]]);
-        assert_eq!(stats.active_in_step, 3);
+        stats.record_capacity(1, (8, 1));
+        let layers = stats.loads().since_start().layers;
+        assert_eq!((&layers[0].loads[..], &layers[1].loads[..]), (&[0, 0, 0, 0][..], &[2, 1, 0, 1][..]));
+        assert_eq!((layers[1].num_tokens, layers[1].utilization()), (3, Some(0.375)));
+        assert_eq!((stats.active_in_step, stats.choices_in_step), (3, [4, 3]));
         assert_eq!(stats.take_capture().len(), 1);
         stats.finish_step();
-        stats.publish();
-        assert_eq!((stats.active_in_step, stats.loads[1].iter().sum::<u64>()), (0, 0));
+        assert_eq!((stats.active_in_step, stats.loads().since_start().layers[1].total()), (0, 4));
     }
 }

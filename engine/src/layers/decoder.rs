@@ -12,7 +12,7 @@ use super::moe::{Moe, MoeParts};
 use super::mtp::MtpLayer;
 use super::norm::Norm;
 use crate::error::EngineError;
-use crate::experts::MoeShape;
+use crate::experts::{ExpertCost, MoeShape};
 use crate::models::{CacheSite, Draft, DraftInput, ForwardContext, Model, ModelShape, ModelSource, Prefill};
 use crate::weights::loader::Loader;
 
@@ -75,6 +75,7 @@ impl Decoder {
         let mut layers = load_layers(source, config, parts)?;
         let cache_sites = layers.iter().map(|layer| layer.mixer.cache_site()).collect();
         let moe_layers = layers.iter().flat_map(DecoderLayer::moe_shapes).collect();
+        let expert_costs = layers.iter().flat_map(DecoderLayer::expert_costs).collect();
         let num_layers = layers.len() - source.num_mtp_layers;
         let num_mtp_moe_layers = layers[num_layers..].iter().flat_map(DecoderLayer::moe_shapes).count();
         let load_mtp = |(idx, layer)| {
@@ -89,6 +90,7 @@ impl Decoder {
             num_mtp_layers: source.num_mtp_layers,
             cache_sites,
             moe_layers,
+            expert_costs,
             num_mtp_moe_layers,
             prefill: Prefill::Causal,
         };
@@ -122,7 +124,8 @@ fn load_layers(
                 FeedForwardParts::Dense(mlp) => FeedForward::Dense(mlp.activated(config.activation)),
                 FeedForwardParts::Moe(moe) => {
                     num_moe_layers += 1;
-                    FeedForward::Moe(Box::new(Moe::new(moe.activated(config.activation), num_moe_layers - 1)?))
+                    let moe = moe.activated(config.activation);
+                    FeedForward::Moe(Box::new(Moe::new(moe, num_moe_layers - 1, source.loader)?))
                 }
             },
         })
@@ -175,6 +178,19 @@ impl DecoderLayer {
     /// The routers in the layer, in the order they are asked.
     fn moe_shapes(&self) -> impl Iterator<Item = MoeShape> {
         self.mixer.moe_shape().into_iter().chain(self.feed_forward.moe_shape())
+    }
+
+    /// What their experts cost.
+    fn expert_costs(&self) -> impl Iterator<Item = ExpertCost> {
+        let of_mixer = match &self.mixer {
+            Mixer::Moa(attention) => Some(attention.cost()),
+            Mixer::Gqa(_) | Mixer::Mla(_) | Mixer::Delta(_) => None,
+        };
+        let of_feed_forward = match &self.feed_forward {
+            FeedForward::Moe(moe) => Some(moe.cost().clone()),
+            FeedForward::Dense(_) => None,
+        };
+        of_mixer.into_iter().chain(of_feed_forward)
     }
 }
 

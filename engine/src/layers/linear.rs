@@ -7,7 +7,7 @@ use crate::error::EngineError;
 use crate::weights::Role;
 use crate::weights::loader::Loader;
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Linear {
     weight: PackedWeight,
     bias: Option<Tensor>,

@@ -153,8 +153,8 @@ fn load_kv_b(
     if loader.has(&key) {
         // Some files have it both ways.
         loader.skip(&joint);
-        let keys = loader.stacked_weights(&key, [config.num_heads, latent, nope])?;
-        return Ok((keys, loader.stacked_weights(&value, [config.num_heads, v, latent])?));
+        let keys = loader.stacked_weights((&key, Role::Layer), [config.num_heads, latent, nope])?;
+        return Ok((keys, loader.stacked_weights((&value, Role::Layer), [config.num_heads, v, latent])?));
     }
     let shape = [config.num_heads.saturating_mul(nope + v), latent];
     let open = || loader.borrow_weight(&joint, shape);

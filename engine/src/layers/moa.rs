@@ -9,8 +9,9 @@ use kernels::{GqaSpec, LearnedScores, PackedWeight, RopeStyle, RopeTable, Router
 use super::decoder::gather_rows;
 use super::linear::{Bias, Linear};
 use crate::error::EngineError;
-use crate::experts::MoeShape;
+use crate::experts::{ExpertCost, MoeShape};
 use crate::models::{CacheSite, ForwardContext};
+use crate::weights::Role;
 use crate::weights::loader::Loader;
 
 /// Sizes and settings of one layer.
@@ -57,8 +58,10 @@ impl MoaAttention {
         let num_heads = config.spec.top_k * num_kv_heads;
         Ok(Self {
             router: Linear::load_router(loader, &name("router.layer"), [num_experts, hidden_size], Bias::No)?,
-            queries: loader.stacked_weights(&name("input_linear.weight"), [num_experts, width, hidden_size])?,
-            outputs: loader.stacked_weights(&name("output_linear.weight"), [num_experts, hidden_size, width])?,
+            queries: loader
+                .stacked_weights((&name("input_linear.weight"), Role::Layer), [num_experts, width, hidden_size])?,
+            outputs: loader
+                .stacked_weights((&name("output_linear.weight"), Role::Layer), [num_experts, hidden_size, width])?,
             kv: Linear::load(loader, &format!("{prefix}.kv_proj"), 2 * width, hidden_size, Bias::No)?,
             bias: loader.vector(&name("bias"), hidden_size)?,
             attention: GqaSpec {
@@ -79,6 +82,11 @@ impl MoaAttention {
 
     pub fn shape(&self) -> MoeShape {
         MoeShape { num_experts: self.config.num_experts, top_k: self.config.spec.top_k }
+    }
+
+    /// All chosen experts run: options leave none of them out.
+    pub fn cost(&self) -> ExpertCost {
+        ExpertCost::fixed(self.config.num_experts)
     }
 
     /// `x`: `[num_tokens, hidden_size]`, normalised.

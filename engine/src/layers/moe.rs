@@ -6,7 +6,7 @@ use kernels::{Expert, ExpertActivation, ExpertWeights, GluActivation, PackedWeig
 use super::linear::{Bias, Linear};
 use super::mlp::Mlp;
 use crate::error::EngineError;
-use crate::experts::MoeShape;
+use crate::experts::{ExpertCost, ExpertTraffic, MoeShape, Router, RouterParts};
 use crate::models::ForwardContext;
 use crate::weights::Role;
 use crate::weights::loader::Loader;
@@ -30,6 +30,8 @@ pub struct ExpertShape {
 pub struct Moe {
     gate: Linear,
     spec: RouterSpec,
+    num_experts: usize,
+    /// None where the store has them.
     experts: Vec<Expert>,
     shared: Option<SharedExpert>,
     weighting: Weighting,
@@ -37,6 +39,7 @@ pub struct Moe {
     capacity: Option<usize>,
     /// Among the model's MoE layers, for the routing statistics.
     moe_idx: usize,
+    cost: ExpertCost,
 }
 
 /// Where a router's weights act.
@@ -104,10 +107,14 @@ impl MoeParts {
 
 impl Moe {
     /// Refuses a router that cannot choose among the experts: at load, not in the first step.
-    pub fn new(parts: MoeParts, moe_idx: usize) -> Result<Self, EngineError> {
+    pub fn new(parts: MoeParts, moe_idx: usize, loader: &Loader) -> Result<Self, EngineError> {
         let MoeParts { gate, spec, experts, shared, weighting } = parts;
-        spec.check(experts.len()).map_err(EngineError::Router)?;
-        Ok(Self { gate, spec, experts, shared, weighting, capacity: None, moe_idx })
+        let num_experts = experts.len();
+        spec.check(num_experts).map_err(EngineError::Router)?;
+        let cost = ExpertCost::of(&experts);
+        let router = || RouterParts { gate: gate.clone(), spec: spec.clone() };
+        let experts = loader.keep_experts(moe_idx, router, experts)?;
+        Ok(Self { gate, spec, num_experts, experts, shared, weighting, capacity: None, moe_idx, cost })
     }
 
     /// Lets each expert take so many tokens of every sequence in a step, first come, first served (Switch Transformer).
@@ -116,37 +123,55 @@ impl Moe {
     }
 
     pub fn shape(&self) -> MoeShape {
-        MoeShape { num_experts: self.experts.len(), top_k: self.spec.top_k }
+        MoeShape { num_experts: self.num_experts, top_k: self.spec.top_k }
+    }
+
+    pub fn cost(&self) -> &ExpertCost {
+        &self.cost
     }
 
     /// `x`: `[num_tokens, hidden_size]`, normalised.
     pub fn forward(&self, x: &Tensor, context: &mut ForwardContext) -> Result<Tensor, EngineError> {
-        let mut topk = kernels::route(&self.gate.forward(x)?, &self.spec)?;
-        context.record_routing(self.moe_idx, &topk);
+        let router = Router { spec: &self.spec, is_free: &self.cost.is_free, moe_idx: self.moe_idx };
+        let mut topk = context.route(&self.gate.forward(x)?, router)?;
         if let Some(capacity) = self.capacity {
             let num_dropped =
-                drop_overflow(&mut topk, &context.input.paged.batch.cu_seqlens, (capacity, self.experts.len()));
-            context.routing.record_dropped(num_dropped);
+                drop_overflow(&mut topk, &context.input.paged.batch.cu_seqlens, (capacity, self.num_experts));
+            let num_places = capacity * self.num_experts * (context.input.paged.batch.cu_seqlens.len() - 1);
+            context.routing.record_capacity(self.moe_idx, (num_places, num_dropped));
         }
         let routed = match self.weighting {
-            Weighting::Output => kernels::grouped_swiglu(x, &self.experts, &topk)?,
-            Weighting::Input => weigh_inputs(x, &self.experts, &topk)?,
+            Weighting::Output => self.compute(x, &topk, context)?,
+            Weighting::Input => weigh_inputs(x, &topk, |x, topk| self.compute(x, topk, context))?,
         };
         match &self.shared {
             None => Ok(routed),
             Some(shared) => Ok((routed + shared.forward(x)?)?),
         }
     }
+
+    /// The chosen experts on every row, wherever they are.
+    fn compute(&self, x: &Tensor, topk: &TopK, context: &mut ForwardContext) -> Result<Tensor, EngineError> {
+        match context.experts.as_deref_mut() {
+            None => Ok(kernels::grouped_swiglu(x, &self.experts, topk)?),
+            Some(store) => {
+                let out = store.forward(self.moe_idx, x, topk)?;
+                let found = (store.missed(), &*self.cost.is_free);
+                ExpertTraffic::count(context.traffic, &context.input.paged.batch.cu_seqlens, topk, found);
+                Ok(out)
+            }
+        }
+    }
 }
 
-/// Takes the weight of every choice that comes after `capacity` others of its expert in its sequence; returns how many
+/// Takes the weight of every choice that runs and comes after `capacity` others of its expert in its sequence; returns how many
 /// there were. `limits` are the capacity and the number of experts.
 fn drop_overflow(topk: &mut TopK, cu_seqlens: &[u32], (capacity, num_experts): (usize, usize)) -> usize {
     let mut num_dropped = 0;
     for rows in cu_seqlens.windows(2) {
         let mut taken = vec![0; num_experts];
         for pair in rows[0] as usize * topk.k..rows[1] as usize * topk.k {
-            let taken = &mut taken[topk.experts[pair] as usize];
+            let Some(taken) = taken.get_mut(topk.experts[pair] as usize) else { continue };
             *taken += 1;
             if *taken > capacity {
                 topk.weights[pair] = 0.0;
@@ -158,7 +183,11 @@ fn drop_overflow(topk: &mut TopK, cu_seqlens: &[u32], (capacity, num_experts): (
 }
 
 /// `Σ expert(weight * x)` over the slots of each token, in slot order.
-fn weigh_inputs(x: &Tensor, experts: &[Expert], topk: &TopK) -> Result<Tensor, EngineError> {
+fn weigh_inputs(
+    x: &Tensor,
+    topk: &TopK,
+    mut compute: impl FnMut(&Tensor, &TopK) -> Result<Tensor, EngineError>,
+) -> Result<Tensor, EngineError> {
     let num_tokens = x.dim(0)?;
     let mut sum: Option<Tensor> = None;
     for slot in 0..topk.k {
@@ -170,7 +199,7 @@ fn weigh_inputs(x: &Tensor, experts: &[Expert], topk: &TopK) -> Result<Tensor, E
             k: 1,
         };
         let weighted = x.broadcast_mul(&Tensor::from_vec(weights, (num_tokens, 1), x.device())?)?;
-        let out = kernels::grouped_swiglu(&weighted, experts, &choice)?;
+        let out = compute(&weighted, &choice)?;
         sum = Some(match sum {
             Some(sum) => (sum + out)?,
             None => out,
@@ -214,8 +243,8 @@ pub fn load_experts(
         .map(|idx| {
             let name = |part: &str| format!("{prefix}.{idx}.{part}.weight");
             let parts = [(name(gate), shape.width), (name(up), shape.width)];
-            let gate_up = loader.fused_weight(&parts, shape.hidden_size, Role::Layer)?;
-            let down = loader.weight(&name(down), shape.hidden_size, shape.width)?;
+            let gate_up = loader.fused_weight(&parts, shape.hidden_size, Role::Expert)?;
+            let down = loader.expert_weight(&name(down), shape.hidden_size, shape.width)?;
             Ok(Expert::Glu(ExpertWeights::swiglu(gate_up, down)))
         })
         .collect()
@@ -224,17 +253,17 @@ pub fn load_experts(
 /// Experts stacked in two tensors: `[E, 2I, H]` with the gate's rows first, and `[E, H, I]`.
 pub fn load_stacked_experts(loader: &Loader, names: [&str; 2], shape: ExpertShape) -> Result<Vec<Expert>, EngineError> {
     let ExpertShape { num_experts, hidden_size, width } = shape;
-    let gate_up = loader.stacked_weights(names[0], [num_experts, 2 * width, hidden_size])?;
-    let down = loader.stacked_weights(names[1], [num_experts, hidden_size, width])?;
+    let gate_up = loader.stacked_weights((names[0], Role::Expert), [num_experts, 2 * width, hidden_size])?;
+    let down = loader.stacked_weights((names[1], Role::Expert), [num_experts, hidden_size, width])?;
     let expert = |(gate_up, down)| Expert::Glu(ExpertWeights::swiglu(gate_up, down));
     Ok(gate_up.into_iter().zip(down).map(expert).collect())
 }
 
-/// Matrices stored as `[experts, in, out]`, each as `[out, in]`; `shape` is `[experts, out, in]`.
+/// Matrices of experts stored as `[experts, in, out]`, each as `[out, in]`; `shape` is `[experts, out, in]`.
 pub fn load_transposed(loader: &Loader, name: &str, shape: [usize; 3]) -> Result<Vec<PackedWeight>, EngineError> {
     let [num_experts, rows, cols] = shape;
     let open = || loader.borrow_stacked(name, [num_experts, cols, rows]);
-    loader.made((name, Role::Layer), std::iter::repeat_n([rows, cols], num_experts), open, |stored, idx| {
+    loader.made((name, Role::Expert), std::iter::repeat_n([rows, cols], num_experts), open, |stored, idx| {
         let values = transposed(&stored[idx].to_f32(), rows);
         Ok(PackedWeight::from_f32(stored[idx].format(), rows, cols, &values)?)
     })

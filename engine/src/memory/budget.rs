@@ -62,7 +62,7 @@ pub fn plan(config: &EngineConfig, demand: &KvDemand) -> Result<KvBudget, Engine
     let blocks = BlockDemand::new(config, &widths, wanted_len);
     let state_bytes: u64 = demand.sites.iter().map(CacheSite::state_bytes).sum();
     let max_num_seqs = config.max_num_seqs as u64;
-    let wanted_snapshots = match config.enable_prefix_caching {
+    let wanted_snapshots = match config.caches_prefixes() {
         true => FEW_SNAPSHOTS.max(max_num_seqs / SNAPSHOT_SHARE),
         false => 0,
     };
@@ -127,7 +127,7 @@ impl BlockDemand {
             longest: wanted_len.div_ceil(block_size),
             max_num_seqs,
             most_in_windows: widths.window.map_or(0, |len| limits.most_blocks(len)),
-            keeps_windows: config.enable_prefix_caching,
+            keeps_windows: config.caches_prefixes(),
             most_blocks: u32::MAX as usize / block_size,
         }
     }

@@ -119,8 +119,8 @@ fn load_apart(
             let gate_up_bias = [&gate_bias[of_expert(width)], &up_bias[of_expert(width)]].concat();
             let biases = ExpertBiases { gate_up: gate_up_bias, down: down_bias[of_expert(hidden_size)].to_vec() };
             Ok(Expert::Glu(ExpertWeights {
-                gate_up: loader.fused_weight(&gate_up, hidden_size, Role::Layer)?,
-                down: loader.weight(&format!("{prefix}.{idx}.down_proj.weight"), hidden_size, width)?,
+                gate_up: loader.fused_weight(&gate_up, hidden_size, Role::Expert)?,
+                down: loader.expert_weight(&format!("{prefix}.{idx}.down_proj.weight"), hidden_size, width)?,
                 biases: Some(biases),
                 activation,
             }))
@@ -166,7 +166,7 @@ impl Stacked<'_, '_> {
         let blocks_name = format!("{}_blocks", self.name);
         if !self.loader.has(&blocks_name) {
             let open = || self.loader.borrow_stacked(&self.name, [num_experts, cols, rows]);
-            return self.loader.made((&self.name, Role::Layer), shapes, open, |stored, idx| {
+            return self.loader.made((&self.name, Role::Expert), shapes, open, |stored, idx| {
                 let values = moe::transposed(&stored[idx].to_f32(), rows);
                 let whole = PackedWeight::from_f32(stored[idx].format(), rows, cols, &values)?;
                 Ok(whole.select_rows(&(0..rows).map(self.stored_row).collect::<Vec<_>>())?)
@@ -177,7 +177,7 @@ impl Stacked<'_, '_> {
             let blocks = self.loader.bytes(&blocks_name, &[num_experts, rows, num_blocks, mxfp4::BLOCK_BYTES])?;
             Ok((blocks, self.loader.bytes(&format!("{}_scales", self.name), &[num_experts, rows, num_blocks])?))
         };
-        self.loader.made((&blocks_name, Role::Layer), shapes, open, |(blocks, scales), idx| {
+        self.loader.made((&blocks_name, Role::Expert), shapes, open, |(blocks, scales), idx| {
             let per_expert = rows * num_blocks;
             let matrix = Mxfp4 {
                 blocks: &blocks[idx * per_expert * mxfp4::BLOCK_BYTES..][..per_expert * mxfp4::BLOCK_BYTES],

@@ -10,6 +10,7 @@ use crate::layers::linear::{Bias, Linear};
 use crate::layers::moa::{MoaAttention, MoaConfig, MoaPlace};
 use crate::layers::moe::{ExpertShape, MoeParts, Weighting};
 use crate::layers::rope::Rope;
+use crate::weights::Role;
 use crate::weights::loader::Loader;
 
 /// Of the norms within layers, fixed in the reference; the last norm takes `rms_norm_eps`.
@@ -59,9 +60,14 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
 /// The layer's bias goes with every expert: their weights sum to 1.
 fn load_experts(loader: &Loader, prefix: &str, shape: ExpertShape) -> Result<Vec<Expert>, EngineError> {
     let ExpertShape { num_experts, hidden_size, width } = shape;
-    let gate_up =
-        loader.stacked_weights(&format!("{prefix}.input_linear.weight"), [num_experts, 2 * width, hidden_size])?;
-    let down = loader.stacked_weights(&format!("{prefix}.output_linear.weight"), [num_experts, hidden_size, width])?;
+    let gate_up = loader.stacked_weights(
+        (&format!("{prefix}.input_linear.weight"), Role::Expert),
+        [num_experts, 2 * width, hidden_size],
+    )?;
+    let down = loader.stacked_weights(
+        (&format!("{prefix}.output_linear.weight"), Role::Expert),
+        [num_experts, hidden_size, width],
+    )?;
     let bias = loader.floats(&format!("{prefix}.bias"), &[hidden_size])?;
     let expert = |(gate_up, down)| {
         let biases = ExpertBiases { gate_up: vec![0.0; 2 * width], down: bias.clone() };

@@ -59,6 +59,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         num_mtp_layers: mtp_layers.len(),
         cache_sites: sites.chain(mtp_sites).collect::<Vec<CacheSite>>(),
         moe_layers: layers.iter().map(|layer| layer.moe.shape()).collect(),
+        expert_costs: layers.iter().map(|layer| layer.moe.cost().clone()).collect(),
         num_mtp_moe_layers: 0,
         prefill: Prefill::Causal,
     };
@@ -150,7 +151,10 @@ impl Layer {
             })
         };
         let moe = load_moe(source, &format!("{prefix}.mlp"), decoder.hidden_size)?;
-        Ok(Self { halves: [load_half(0)?, load_half(1)?], moe: Moe::new(moe.activated(decoder.activation), idx)? })
+        Ok(Self {
+            halves: [load_half(0)?, load_half(1)?],
+            moe: Moe::new(moe.activated(decoder.activation), idx, loader)?,
+        })
     }
 
     /// Takes and gives `(what the layer before left over, residual stream)`.

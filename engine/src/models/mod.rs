@@ -31,7 +31,9 @@ pub use footprint::{Footprint, MAX_MODEL_LEN, Positions};
 pub use mtp::MtpStorage;
 
 use crate::error::EngineError;
-use crate::experts::{MoeShape, RoutedRows, RoutingStats};
+use crate::experts::{
+    ExpertCost, ExpertStore, ExpertTraffic, MoeShape, RoutedRows, Router, RoutingControl, RoutingStats,
+};
 use crate::forward_input::{ForwardInput, PagedRows};
 use crate::layers::rope::ContextLen;
 use crate::memory::KvArena;
@@ -92,9 +94,18 @@ pub struct ModelShape {
     pub cache_sites: Vec<CacheSite>,
     /// Every router, in the order in which a token meets them; those of multi-token-prediction layers last.
     pub moe_layers: Vec<MoeShape>,
+    /// What the experts of each of them cost.
+    pub expert_costs: Vec<ExpertCost>,
     /// How many of them are of multi-token-prediction layers.
     pub num_mtp_moe_layers: usize,
     pub prefill: Prefill,
+}
+
+impl ModelShape {
+    /// The routers that are not of multi-token-prediction layers.
+    pub fn own_moe_layers(&self) -> &[MoeShape] {
+        &self.moe_layers[..self.moe_layers.len() - self.num_mtp_moe_layers]
+    }
 }
 
 /// How a model reads a prompt.
@@ -173,6 +184,11 @@ pub struct ForwardContext<'a> {
     pub arena: &'a mut KvArena,
     pub routing: &'a mut RoutingStats,
     pub routed: &'a mut RoutedRows,
+    pub control: &'a mut RoutingControl,
+    /// Where the layers' experts are, if not in the layers.
+    pub experts: Option<&'a mut ExpertStore>,
+    /// Of each sequence that wants to know what was read for it; empty where none does.
+    pub traffic: &'a mut [Option<ExpertTraffic>],
 }
 
 impl<'a> ForwardContext<'a> {
@@ -180,6 +196,22 @@ impl<'a> ForwardContext<'a> {
     pub fn paged(&mut self, site: usize) -> (&mut PagedCache, &'a PagedRows) {
         let (cache, has_window) = self.arena.paged_mut(site);
         (cache, if has_window { &self.input.windowed } else { &self.input.paged })
+    }
+
+    /// What a router chooses for all rows under the options in effect; recorded.
+    pub fn route(
+        &mut self,
+        logits: &Tensor, /* [num_tokens, num_experts] */
+        router: Router<'_>,
+    ) -> Result<TopK, EngineError> {
+        let topk = self.control.route(self.input, logits, router)?;
+        self.record_routing(router.moe_idx, &topk);
+        if let Some(capacity) = self.control.options().capacity {
+            // What was dropped is not among the choices that run, and counted where it was.
+            let num_places = capacity.num_places(topk.experts.len(), router.is_free);
+            self.routing.record_capacity(router.moe_idx, (num_places, 0));
+        }
+        Ok(topk)
     }
 
     /// Counts the choices of a router for all rows, and keeps them with the rows' blocks.

@@ -100,6 +100,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
         num_mtp_layers: 0,
         cache_sites: vec![sizes.attention.cache_site(); num_decoder],
         moe_layers: vec![MoeShape { num_experts: sizes.num_experts, top_k: 1 }; encoder.num_moe() + decoder.num_moe()],
+        expert_costs: encoder.moes().chain(decoder.moes()).map(|moe| moe.cost().clone()).collect(),
         num_mtp_moe_layers: 0,
         prefill: Prefill::Whole { decoder_start: decoder_start(config, vocab_size)? },
     };
@@ -214,8 +215,15 @@ impl Stack {
         Ok(Self { embedding, blocks, norm, bias: buckets.by_distance(&weights, sizes.attention.num_heads) })
     }
 
+    fn moes(&self) -> impl Iterator<Item = &Moe> {
+        self.blocks.iter().filter_map(|block| match &block.feed_forward {
+            FeedForward::Moe(moe) => Some(&**moe),
+            FeedForward::Dense { .. } => None,
+        })
+    }
+
     fn num_moe(&self) -> usize {
-        self.blocks.iter().filter(|block| matches!(block.feed_forward, FeedForward::Moe(_))).count()
+        self.moes().count()
     }
 }
 
@@ -243,7 +251,7 @@ impl Block {
             feed_forward: match moe_idx {
                 None => FeedForward::load_dense(loader, &format!("{last}.mlp"), sizes)?,
                 Some(moe_idx) => {
-                    let moe = Moe::new(load_moe(loader, &format!("{last}.mlp"), sizes)?, moe_idx)?;
+                    let moe = Moe::new(load_moe(loader, &format!("{last}.mlp"), sizes)?, moe_idx, loader)?;
                     // A decoder takes its tokens one at a time, so that none finds its expert full, however many of
                     // them a step computes again.
                     FeedForward::Moe(Box::new(if is_decoder { moe } else { moe.with_capacity(sizes.capacity) }))
@@ -289,8 +297,8 @@ fn load_moe(loader: &Loader, prefix: &str, sizes: &Sizes) -> Result<MoeParts, En
     let expert = |idx: usize| {
         let name = |part: &str| format!("{prefix}.experts.expert_{idx}.{part}.weight");
         Ok(Expert::Glu(ExpertWeights {
-            gate_up: loader.weight(&name("wi"), width, hidden_size)?,
-            down: loader.weight(&name("wo"), hidden_size, width)?,
+            gate_up: loader.expert_weight(&name("wi"), width, hidden_size)?,
+            down: loader.expert_weight(&name("wo"), hidden_size, width)?,
             biases: None,
             activation: ExpertActivation::Plain(sizes.activation),
         }))

@@ -3,7 +3,7 @@
 mod logprobs;
 pub mod params;
 mod penalties;
-mod rng;
+pub(crate) mod rng;
 pub(crate) mod sampler;
 
 pub(crate) use logprobs::prompt_logprob;

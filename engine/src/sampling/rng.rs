@@ -6,7 +6,7 @@ const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 const ROUNDS: usize = 10;
 
 /// Four random words for a counter under a key.
-pub(super) fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
+pub(crate) fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     for _ in 0..ROUNDS {
         let product = |idx: usize, word: u32| u64::from(MULTIPLIERS[idx]) * u64::from(word);
         let (first, second) = (product(0, counter[0]), product(1, counter[2]));

@@ -35,7 +35,7 @@ pub(crate) fn sample(row: &SampleRow) -> Option<SampledToken> {
             (Some(distribution.of(token)), distribution.top(num_top as usize))
         }
     };
-    Some(SampledToken { token, logprob, top, routed_experts: Vec::new(), is_stop: false })
+    Some(SampledToken { token, logprob, top, routed_experts: Vec::new(), expert_use: None, is_stop: false })
 }
 
 impl SampleRow<'_> {

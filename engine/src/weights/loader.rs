@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::{Device, Tensor};
 use kernels::block_format::BlockFormat;
-use kernels::{HugePages, KernelError, PackedWeight, WeightFormat};
+use kernels::{Expert, HugePages, KernelError, PackedWeight, WeightFormat};
 use safetensors::Dtype;
 
 use super::checkpoint::{Checkpoint, StoredDtype, TensorEntry};
@@ -15,6 +15,7 @@ use super::quantization::Quantization;
 use super::storage::Role;
 use crate::config::WeightStorage;
 use crate::error::EngineError;
+use crate::experts::{ExpertCatalog, RouterParts};
 
 /// Where multimodal checkpoints keep the language model's tensors.
 const NESTED_PREFIX: &str = "language_model.";
@@ -52,11 +53,14 @@ struct LoadState<'a> {
     done_bytes: u64,
     released_bytes: u64,
     weight_bytes: u64,
+    expert_bytes: u64,
     huge_pages: HugePages,
     /// Bytes of kept matrices by format, see [`Loader::formats`].
     format_bytes: BTreeMap<&'static str, u64>,
     progress: &'a mut dyn FnMut(LoadProgress),
     sink: Option<Sink<'a>>,
+    /// Where experts lie that are left there.
+    catalog: Option<ExpertCatalog>,
 }
 
 impl<'a> Loader<'a> {
@@ -72,10 +76,12 @@ impl<'a> Loader<'a> {
             done_bytes: 0,
             released_bytes: 0,
             weight_bytes: 0,
+            expert_bytes: 0,
             huge_pages: HugePages::default(),
             format_bytes: BTreeMap::new(),
             progress,
             sink: None,
+            catalog: None,
         };
         let is_nested = checkpoint.iter().any(|(name, _)| name.starts_with(NESTED_PREFIX));
         let prefix = if is_nested { NESTED_PREFIX } else { "" };
@@ -86,6 +92,33 @@ impl<'a> Loader<'a> {
     /// Over a packed folder: everything is there under the key that it was asked for by.
     pub(crate) fn with_packed(self, packed: Option<&'a PackedIndex>) -> Self {
         Self { packed, ..self }
+    }
+
+    /// Leaves the experts of a packed folder where they lie, and takes everything else into memory: the files may change.
+    pub(crate) fn leaving_experts(self) -> Self {
+        self.state.borrow_mut().catalog = Some(ExpertCatalog::default());
+        self
+    }
+
+    /// The experts that were left where they lie.
+    pub(crate) fn take_catalog(&self) -> Option<ExpertCatalog> {
+        self.state.borrow_mut().catalog.take()
+    }
+
+    /// What a layer keeps of its experts: all, or none where they are left where they lie.
+    ///
+    /// # Errors
+    /// Experts that are to be left and lie nowhere.
+    pub fn keep_experts(
+        &self,
+        moe_idx: usize,
+        router: impl FnOnce() -> RouterParts,
+        experts: Vec<Expert>,
+    ) -> Result<Vec<Expert>, EngineError> {
+        match &mut self.state.borrow_mut().catalog {
+            None => Ok(experts),
+            Some(catalog) => catalog.add(moe_idx, router(), experts).map(|()| Vec::new()),
+        }
     }
 
     /// Gives `sink` each weight and vector.
@@ -120,6 +153,11 @@ impl<'a> Loader<'a> {
         self.fused_weight(&[(name.to_owned(), rows)], cols, Role::Layer)
     }
 
+    /// A matrix `[rows, cols]` of a routed expert.
+    pub fn expert_weight(&self, name: &str, rows: usize, cols: usize) -> Result<PackedWeight, EngineError> {
+        self.fused_weight(&[(name.to_owned(), rows)], cols, Role::Expert)
+    }
+
     /// The embedding, or the output projection.
     pub fn table(&self, name: &str, rows: usize, cols: usize) -> Result<PackedWeight, EngineError> {
         self.fused_weight(&[(name.to_owned(), rows)], cols, Role::Table)
@@ -134,7 +172,7 @@ impl<'a> Loader<'a> {
     ) -> Result<PackedWeight, EngineError> {
         let key = parts.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join("+");
         let rows = parts.iter().map(|(_, rows)| rows).sum();
-        if let Some(packed) = self.packed_weight(&key, [rows, cols])? {
+        if let Some(packed) = self.packed_weight((&key, role), [rows, cols])? {
             return Ok(packed);
         }
         let formats = self.block_formats(parts);
@@ -181,14 +219,18 @@ impl<'a> Loader<'a> {
     }
 
     /// The matrices of a stacked tensor `[count, rows, cols]`, apart.
-    pub fn stacked_weights(&self, name: &str, shape: [usize; 3]) -> Result<Vec<PackedWeight>, EngineError> {
+    pub fn stacked_weights(
+        &self,
+        (name, role): (&str, Role),
+        shape: [usize; 3],
+    ) -> Result<Vec<PackedWeight>, EngineError> {
         let [count, rows, cols] = shape;
         let open = || {
             let entry = self.take(name, &shape)?;
             self.expect_stackable(name, entry)?;
             Ok(entry)
         };
-        self.made((name, Role::Layer), std::iter::repeat_n([rows, cols], count), open, |entry, idx| {
+        self.made((name, role), std::iter::repeat_n([rows, cols], count), open, |entry, idx| {
             self.stored(name, entry, idx * (entry.num_bytes / count), [rows, cols])
         })
     }
@@ -204,7 +246,7 @@ impl<'a> Loader<'a> {
     ) -> Result<Vec<PackedWeight>, EngineError> {
         let key = |idx: usize| format!("{name}/{idx}");
         if self.packed.is_some() {
-            let weights = shapes.enumerate().map(|(idx, shape)| self.packed_weight(&key(idx), shape));
+            let weights = shapes.enumerate().map(|(idx, shape)| self.packed_weight((&key(idx), role), shape));
             return weights.map(|weight| Ok(weight?.expect("a packed folder"))).collect();
         }
         let source = open()?;
@@ -246,7 +288,7 @@ impl<'a> Loader<'a> {
     /// A small tensor in f32, row-major.
     pub fn floats(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, EngineError> {
         let count = shape.iter().product();
-        let stored = match self.packed_weight(name, [1, count])? {
+        let stored = match self.packed_weight((name, Role::Layer), [1, count])? {
             Some(packed) => packed,
             None => {
                 let entry = self.take(name, shape)?;
@@ -275,6 +317,11 @@ impl<'a> Loader<'a> {
     /// Bytes the loaded weights take in memory.
     pub fn weight_bytes(&self) -> u64 {
         self.state.borrow().weight_bytes
+    }
+
+    /// Bytes of all routed experts, wherever they are.
+    pub fn expert_bytes(&self) -> u64 {
+        self.state.borrow().expert_bytes
     }
 
     /// Where the weights lie, for when all are there.
@@ -356,7 +403,11 @@ impl<'a> Loader<'a> {
     }
 
     /// What a packed folder has under a key; none where there is no such folder.
-    fn packed_weight(&self, key: &str, [rows, cols]: [usize; 2]) -> Result<Option<PackedWeight>, EngineError> {
+    fn packed_weight(
+        &self,
+        (key, role): (&str, Role),
+        [rows, cols]: [usize; 2],
+    ) -> Result<Option<PackedWeight>, EngineError> {
         let Some(packed) = self.packed else { return Ok(None) };
         let entry = self.find(key)?;
         let format = packed.format_of(key, [rows, cols]).map_err(|reason| self.invalid(key, reason))?;
@@ -365,14 +416,29 @@ impl<'a> Loader<'a> {
             return Err(self.invalid(key, format!("has {} bytes, expected {}", entry.num_bytes, weight.num_bytes())));
         }
         self.mark_taken(key, entry);
-        self.count(&weight);
+        let weight = match &mut self.state.borrow_mut().catalog {
+            None => weight,
+            Some(catalog) if role == Role::Expert => {
+                let place = weight.place().zip(packed.sum_of(key));
+                place.into_iter().for_each(|((path, offset), sum)| catalog.note_sum(path, offset, sum));
+                weight
+            }
+            Some(_) => PackedWeight::from_bytes(format, rows, cols, weight.as_bytes())?,
+        };
+        self.count((&weight, role));
         Ok(Some(weight))
     }
 
-    fn count(&self, weight: &PackedWeight) {
+    fn count(&self, (weight, role): (&PackedWeight, Role)) {
         let mut state = self.state.borrow_mut();
         let bytes = weight.num_bytes() as u64;
-        state.weight_bytes += bytes;
+        if role == Role::Expert {
+            state.expert_bytes += bytes;
+        }
+        // Experts that are left where they lie take what their budget says.
+        if role != Role::Expert || state.catalog.is_none() {
+            state.weight_bytes += bytes;
+        }
         state.huge_pages.add(weight);
         if weight.rows() > 1 {
             *state.format_bytes.entry(weight.format().name()).or_default() += bytes;
@@ -433,7 +499,7 @@ impl<'a> Loader<'a> {
             [only] if only.is_owned() => only.clone(),
             _ => PackedWeight::concat_rows(&parts.iter().collect::<Vec<_>>())?,
         };
-        self.count(&kept);
+        self.count((&kept, role));
         match &mut self.state.borrow_mut().sink {
             None => Ok(kept),
             Some(sink) => sink(key, kept),
@@ -495,7 +561,7 @@ mod tests {
         let mut progress = |_| ();
         let loader = Loader::new(&checkpoint, Quantization::default(), WeightDtype::Auto, &mut progress);
         for error in [
-            loader.stacked_weights("experts", [200, 1, 2]).unwrap_err(),
+            loader.stacked_weights(("experts", Role::Expert), [200, 1, 2]).unwrap_err(),
             loader.borrow_stacked("experts", [200, 1, 2]).unwrap_err(),
         ] {
             let error = error.to_string();

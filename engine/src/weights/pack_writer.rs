@@ -70,8 +70,9 @@ impl PackWriter {
         if self.tensors.contains_key(key) {
             return Ok(());
         }
-        let tensor = PackedTensor { format: format_name(weight.format()), shape: [weight.rows(), weight.cols()] };
         let bytes = weight.as_bytes();
+        let (format, shape) = (format_name(weight.format()), [weight.rows(), weight.cols()]);
+        let tensor = PackedTensor { format, shape, sum: Some(blake3::hash(bytes).to_hex().to_string()) };
         let padded = (bytes.len() as u64).next_multiple_of(ALIGNMENT);
         if self.shard.as_ref().is_some_and(|shard| shard.is_full(padded)) {
             self.close_shard()?;

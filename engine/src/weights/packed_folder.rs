@@ -27,7 +27,7 @@ pub const INDEX_FILE: &str = "moesaic.json";
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PackedIndex {
     pub version: u64,
-    /// What it was made with: `int8`, `int4`, `bf16`.
+    /// What it was made with: `int8`, `int4`, `bf16`, `f32`.
     pub format: String,
     /// SHA-256 of all keys, formats and bytes, in the order of the shards.
     pub digest: String,
@@ -44,6 +44,9 @@ pub struct PackedTensor {
     /// See [`format_name`].
     pub format: String,
     pub shape: [usize; 2],
+    /// BLAKE3 of the bytes in hex; folders of older versions have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sum: Option<String>,
 }
 
 impl PackedIndex {
@@ -87,6 +90,10 @@ impl PackedIndex {
             self.format
         );
         Err(EngineError::Invalid { path: config.model_dir.join(INDEX_FILE), reason })
+    }
+
+    pub(super) fn sum_of(&self, key: &str) -> Option<&str> {
+        self.tensors.get(key)?.sum.as_deref()
     }
 
     /// The format of the tensor `key`, which must have this shape.

@@ -28,6 +28,7 @@ pub enum PackFormat {
     Int8,
     Int4,
     Bf16,
+    F32,
 }
 
 /// What was written.
@@ -49,6 +50,7 @@ impl PackFormat {
             Self::Int8 => "int8",
             Self::Int4 => "int4",
             Self::Bf16 => "bf16",
+            Self::F32 => "f32",
         }
     }
 
@@ -57,6 +59,7 @@ impl PackFormat {
             Self::Int8 => (WeightDtype::Auto, WeightQuant::Int8),
             Self::Int4 => (WeightDtype::Auto, WeightQuant::Int4),
             Self::Bf16 => (WeightDtype::Bf16, WeightQuant::None),
+            Self::F32 => (WeightDtype::F32, WeightQuant::None),
         };
         WeightStorage { dtype, quant }
     }

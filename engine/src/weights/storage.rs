@@ -9,6 +9,8 @@ use crate::config::{WeightDtype, WeightQuant, WeightStorage};
 pub enum Role {
     /// In a layer: as small as was asked for.
     Layer,
+    /// Of a routed expert: as small, and it may be left where it lies.
+    Expert,
     /// The embedding and the output projection: eight bits at least.
     Table,
     /// It chooses or gates: never quantized, for a choice that changes costs more than its few bytes.
@@ -20,8 +22,8 @@ impl Role {
     pub(super) fn target(self, storage: WeightStorage, found: WeightFormat) -> Option<WeightFormat> {
         let wanted = match (self, storage.quant) {
             (Self::Router, _) | (_, WeightQuant::None) => None,
-            (Self::Layer, WeightQuant::Int4) => Some(QuantFormat::INT4),
-            (Self::Layer, WeightQuant::Int8) | (Self::Table, _) => Some(QuantFormat::INT8),
+            (Self::Layer | Self::Expert, WeightQuant::Int4) => Some(QuantFormat::INT4),
+            (Self::Layer | Self::Expert, WeightQuant::Int8) | (Self::Table, _) => Some(QuantFormat::INT8),
         };
         match (wanted, found) {
             // It would only lose.
@@ -63,6 +65,8 @@ mod tests {
             (WeightQuant::Int8, WeightDtype::F32, Role::Router, Bf16, Some(F32)),
             (WeightQuant::Int8, WeightDtype::Auto, Role::Layer, fp4, None),
             (WeightQuant::Int4, WeightDtype::Auto, Role::Layer, F32, Some(int4)),
+            (WeightQuant::Int4, WeightDtype::Auto, Role::Expert, F32, Some(int4)),
+            (WeightQuant::Int8, WeightDtype::Auto, Role::Expert, F32, Some(int8)),
             (WeightQuant::Int4, WeightDtype::Auto, Role::Layer, int8, Some(int4)),
             (WeightQuant::Int4, WeightDtype::Auto, Role::Table, F32, Some(int8)),
             (WeightQuant::Int4, WeightDtype::Auto, Role::Table, int4, None),

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use engine::sampling::params::SamplingParams;
-use engine::{BlockCoding, EngineConfig, LoadedModel, RowRequest, SampledToken, StopCriteria, load_model};
+use engine::{
+    BlockCoding, EngineConfig, ExpertOptions, LoadedModel, RowRequest, SampledToken, StopCriteria, load_model,
+};
 use scheduler::{Outcome, Request, RequestId, Update, block_names};
 
 /// A folder of `tests/golden`.
@@ -17,6 +19,7 @@ pub fn golden_dir(name: &str) -> PathBuf {
 /// One request and what came of it.
 pub struct Job {
     pub sampling: SamplingParams,
+    pub experts: ExpertOptions,
     pub output: Vec<SampledToken>,
     pub finished: bool,
 }
@@ -28,19 +31,29 @@ pub struct Driver {
     pub outside: Option<HashMap<[u8; 32], Bytes>>,
     /// Of what is asked for, so many come at most.
     pub most_loaded: usize,
+    /// Of a request.
+    pub options_of: fn(u64) -> ExpertOptions,
 }
 
 impl Driver {
     pub fn new(config: &EngineConfig) -> Self {
         let model = load_model(config, &mut |_| {}).expect("a golden model loads");
-        Self { model, jobs: BTreeMap::new(), outside: None, most_loaded: usize::MAX }
+        Self {
+            model,
+            jobs: BTreeMap::new(),
+            outside: None,
+            most_loaded: usize::MAX,
+            options_of: |_| ExpertOptions::default(),
+        }
     }
 
     pub fn add(&mut self, id: u64, prompt: &[u32], sampling: SamplingParams, stop: StopCriteria) {
         let (prompt, source_len) = self.model.runner.prefill().sequence(&prompt.into());
         let computes_whole_prompt = sampling.prompt_logprobs.is_some();
         let LoadedModel { fingerprint, summary, .. } = &self.model;
-        let names = block_names(&fingerprint.numerics(), &[0; 32], summary.block_size, &prompt);
+        let experts = (self.options_of)(id);
+        let cache_salt = experts.salt([0; 32]);
+        let names = block_names(&fingerprint.numerics(), &cache_salt, summary.block_size, &prompt);
         let is_known = |name: &&[u8; 32]| self.outside.as_ref().is_some_and(|outside| outside.contains_key(*name));
         let request = Request {
             num_loadable: names.iter().take_while(is_known).count(),
@@ -48,11 +61,11 @@ impl Driver {
             prompt,
             source_len,
             stop: stop.clone(),
-            cache_salt: [0; 32],
+            cache_salt,
             computes_whole_prompt,
         };
         self.model.scheduler.add(request, Duration::ZERO).expect("the request fits");
-        self.jobs.insert(id, Job { sampling, output: Vec::new(), finished: false });
+        self.jobs.insert(id, Job { sampling, experts, output: Vec::new(), finished: false });
     }
 
     /// Runs one step; false when there was nothing to do.
@@ -81,6 +94,8 @@ impl Driver {
             forbidden: &[],
             num_prompt_logprobs: 0,
             wants_routed_experts: true,
+            wants_expert_use: true,
+            experts: jobs[&id.0].experts,
         };
         let outputs = runner.run(scheduler, &batch, request_of).expect("the step runs");
         let sampled: Vec<SampledToken> =

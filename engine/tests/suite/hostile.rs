@@ -150,7 +150,9 @@ fn last_event(folder: &str, ending: &str, number: f32) -> Event {
     let mut generation = engine
         .submit(GenerateRequest {
             prefix: engine::PrefixHint::default(),
+            experts: engine::ExpertOptions::default(),
             wants_routed_experts: false,
+            wants_expert_use: false,
             expected_experts: None,
             prompt: [5, 17, 200, 3, 91].into(),
             sampling: SamplingParams::default(),

@@ -5,7 +5,10 @@ use std::collections::HashMap;
 
 use crate::driver::{Driver, golden_dir};
 use engine::sampling::params::SamplingParams;
-use engine::{EngineConfig, KvDtype, SampledToken, StopCriteria, WeightDtype, WeightQuant};
+use engine::{
+    EngineConfig, ExpertOptions, KvDtype, NO_EXPERT, RoutingOptions, SampledToken, StopCriteria, WeightDtype,
+    WeightQuant,
+};
 use scheduler::RequestId;
 
 const NUM_REQUESTS: u64 = 32;
@@ -19,6 +22,20 @@ struct Case {
     config: EngineConfig,
     /// Steps between those that are tried, for chunk sizes and preemptions.
     stride: usize,
+    options_of: fn(u64) -> ExpertOptions,
+}
+
+/// Unlike options side by side, among them none; requests beyond the numbered ones have the probe's.
+fn varied_options(id: u64) -> ExpertOptions {
+    let id = if id < NUM_REQUESTS { id } else { PROBE };
+    let plain = ExpertOptions { noise_seed: id / 8, ..ExpertOptions::default() };
+    match id % 5 {
+        0 => plain,
+        1 => ExpertOptions { top_p: 0.4, ..plain },
+        2 => ExpertOptions { max_experts: Some(1), ..plain },
+        3 => ExpertOptions { top_p: 0.6, ..plain },
+        _ => ExpertOptions { top_p: 0.8, max_experts: Some(3), ..plain },
+    }
 }
 
 impl Case {
@@ -33,21 +50,30 @@ impl Case {
             snapshot_interval: 8,
             ..EngineConfig::new(golden_dir(folder))
         };
-        Self { config, stride: 1 }
+        Self { config, stride: 1, options_of: |_| ExpertOptions::default() }
     }
 
     /// The same quantized; what differs from other formats is the product alone, so that fewer schedules are tried.
     fn quantized(self, quant: WeightQuant) -> Self {
-        Self { config: EngineConfig { quant, ..self.config }, stride: 7 }
+        Self { config: EngineConfig { quant, ..self.config }, stride: 7, ..self }
     }
 
     fn driver(&self, max_num_batched_tokens: usize) -> Driver {
-        Driver::new(&EngineConfig { max_num_batched_tokens, ..self.config.clone() })
+        let mut driver = Driver::new(&EngineConfig { max_num_batched_tokens, ..self.config.clone() });
+        driver.options_of = self.options_of;
+        driver
+    }
+
+    /// Requests of unlike options, and noise on every router.
+    fn with_options(self) -> Self {
+        let routing = RoutingOptions { noise: 0.3, ..RoutingOptions::default() };
+        Self { config: EngineConfig { routing, ..self.config }, stride: 3, options_of: varied_options }
     }
 
     /// The same without the prefix cache, where a preempted sequence is computed from its start again.
     fn uncached(&self) -> Self {
-        Self { config: EngineConfig { enable_prefix_caching: false, ..self.config.clone() }, stride: self.stride }
+        let config = EngineConfig { enable_prefix_caching: false, ..self.config.clone() };
+        Self { config, ..*self }
     }
 
     /// What the probe gives alone, in one piece.
@@ -235,7 +261,7 @@ fn beside_itself(case: &Case) {
 /// Four kept states for all: most are given up before they are wanted again.
 fn with_few_kept_states(case: &Case) {
     let config = EngineConfig { max_num_seqs: 2, ..case.config.clone() };
-    let few = Case { config, stride: case.stride };
+    let few = Case { config, ..*case };
     let mut driver = few.driver(32);
     if driver.model.summary.num_state_slots == 0 {
         return;
@@ -267,7 +293,7 @@ fn with_few_window_blocks(case: &Case) {
     let token_bytes = summary.kv_bytes_per_token + summary.routing_bytes_per_token;
     let block_bytes = token_bytes * case.config.block_size as u64;
     let config = EngineConfig { kv_cache_memory: Some(NUM_BLOCKS as u64 * block_bytes), ..case.config.clone() };
-    let few = Case { config, stride: case.stride };
+    let few = Case { config, ..*case };
     let mut driver = few.driver(16);
     let stats = driver.model.scheduler.stats();
     assert_eq!((stats.num_total_blocks, stats.num_total_window_blocks), (NUM_BLOCKS, NUM_BLOCKS));
@@ -300,6 +326,29 @@ fn check(folder: &str) {
         without_a_cache(&case);
         with_few_kept_states(&case);
         with_few_window_blocks(&case);
+    }
+}
+
+/// Families whose routers differ in what their weights are: each request has options of its own, and gives the same bytes alone.
+#[test]
+fn requests_of_unlike_expert_options_do_not_touch_each_other() {
+    for folder in
+        ["mixtral-base", "qwen3_moe-base", "deepseek_v3-base", "longcat_flash-base", "gpt_oss-alpha", "jetmoe-base"]
+    {
+        let case = Case::new(folder, WeightDtype::F32).with_options();
+        let experts = |id| case.alone(id).into_iter().flat_map(|sampled| sampled.routed_experts).collect::<Vec<u16>>();
+        assert!((0..5).any(|id| experts(id).contains(&NO_EXPERT)), "{folder}: some are left out");
+        assert!(!experts(0).contains(&NO_EXPERT), "{folder}: and none without options");
+        among_others(&case);
+        at_every_chunk_size(&case);
+        preempted_at_any_step(&case);
+        preempted_at_any_step(&case.uncached());
+        under_scarcity(&case);
+        from_cached_prefixes(&case);
+        after_its_own_output(&case);
+        from_blocks_outside(&case);
+        beside_itself(&case);
+        without_a_cache(&case);
     }
 }
 

@@ -7,6 +7,10 @@ mod folders;
 
 mod checkpoint_edit;
 mod driver;
+mod expert_options;
+mod expert_residency;
+mod expert_store;
+mod expert_traces;
 mod gguf;
 #[path = "../../src/weights/gguf_fixture.rs"]
 mod gguf_fixture;

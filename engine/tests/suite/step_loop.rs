@@ -9,8 +9,8 @@ use crate::driver::golden_dir;
 use bytes::Bytes;
 use engine::sampling::params::SamplingParams;
 use engine::{
-    BlockName, EngineConfig, EngineHandle, Event, FinishReason, GenerateRequest, Generation, GenerationError, KvDtype,
-    LoadTicket, PrefixHint, PrefixTier, StopCriteria, SubmitError, WeightQuant, load,
+    BlockName, EngineConfig, EngineHandle, Event, ExpertOptions, FinishReason, GenerateRequest, Generation,
+    GenerationError, KvDtype, LoadTicket, PrefixHint, PrefixTier, StopCriteria, SubmitError, WeightQuant, load,
 };
 
 fn config(dir: &Path) -> EngineConfig {
@@ -28,7 +28,9 @@ fn request(prompt: &[u32], max_tokens: usize) -> GenerateRequest {
         stop: StopCriteria { max_tokens, ..StopCriteria::default() },
         cache_salt: [0; 32],
         prefix: PrefixHint::default(),
+        experts: ExpertOptions::default(),
         wants_routed_experts: false,
+        wants_expert_use: false,
         expected_experts: None,
     }
 }

@@ -14,10 +14,10 @@ use crate::golden::{logits_of, open_with};
 const TOLERANCES: [f32; 2] = [0.05, 0.15];
 
 /// A folder that is removed when dropped.
-struct Packed(PathBuf);
+pub struct Packed(pub PathBuf);
 
 impl Packed {
-    fn of(source: &Path, name: &str, to: PackFormat) -> Self {
+    pub fn of(source: &Path, name: &str, to: PackFormat) -> Self {
         let packed = Self(std::env::temp_dir().join(format!("moesaic-packed-{name}-{to:?}-{}", std::process::id())));
         packed.write(source, to).expect("a packed folder");
         packed

@@ -5,13 +5,13 @@ use crate::generate::{Delta, Indexed, Output};
 use crate::openai::chat::{
     AssistantMessage, ChatChoice, ChatChunkChoice, ChatCompletion, ChatCompletionChunk, ChatDelta,
 };
-use crate::openai::usage::{PromptCount, Usage};
+use crate::openai::usage::PromptCount;
 
 impl Envelope {
     /// The answer to a chat that does not stream.
     pub fn chat_completion(&self, prompt: &[u32], mut choices: Vec<Collected>) -> ChatCompletion {
-        let num_tokens = choices.iter().map(|choice| choice.token_ids.len()).sum();
         let num_cached = choices.first().map_or(0, |choice| choice.num_cached_tokens);
+        let usage = self.usage(PromptCount { num_tokens: prompt.len(), num_cached }, &choices);
         let prompt_experts = choices.first_mut().map(|choice| std::mem::take(&mut choice.prompt_experts));
         let prompt_logprobs = choices.first().and_then(|choice| choice.prompt_logprobs.as_deref());
         ChatCompletion {
@@ -19,7 +19,7 @@ impl Envelope {
             object: "chat.completion",
             created: self.created,
             model: self.model.clone(),
-            usage: Usage::new(PromptCount { num_tokens: prompt.len(), num_cached }, num_tokens).cached(self.is_cached),
+            usage,
             system_fingerprint: FINGERPRINT,
             prompt_token_ids: self.output.token_ids.then(|| prompt.to_vec()),
             prompt_logprobs: prompt_logprobs.map(|known| self.prompt_logprobs(known)),

@@ -21,8 +21,7 @@ impl Envelope {
         let num_per_prompt = choices.len() / prompts.len().max(1);
         let num_cached = choices.iter().step_by(num_per_prompt.max(1)).map(|choice| choice.num_cached_tokens).sum();
         let prompt = PromptCount { num_tokens: prompts.iter().map(|prompt| prompt.ids.len()).sum(), num_cached };
-        let num_tokens = choices.iter().map(|choice| choice.token_ids.len()).sum();
-        let usage = Some(Some(Usage::new(prompt, num_tokens).cached(self.is_cached)));
+        let usage = Some(Some(self.usage(prompt, &choices)));
         let choice = |(choice, index): (Collected, u32)| {
             self.completion_choice(index, &prompts[index as usize / num_per_prompt], choice)
         };

@@ -3,13 +3,16 @@
 pub mod chat;
 pub mod completions;
 pub mod logprobs;
+mod moe_usage;
 #[cfg(test)]
 mod tests;
 
 use std::sync::Arc;
 
-use engine::RoutedLayout;
+use engine::{ExpertUse, RoutedLayout};
 use futures::stream::{self, Stream, StreamExt as _};
+
+pub use moe_usage::{MoeCount, MoeTerms};
 
 use crate::error::ApiError;
 use crate::generate::{Batch, Delta, Finish, Indexed, Output, TokenRecord};
@@ -56,12 +59,23 @@ pub struct Envelope {
     pub routed: RoutedLayout,
     /// Nothing was computed for the answer.
     pub is_cached: bool,
+    pub moe: MoeTerms,
 }
 
 impl Envelope {
     /// The experts of whole tokens, where they were asked for.
     fn routed_experts(&self, ids: Vec<u16>) -> Option<RoutedExperts> {
         self.output.routed_experts.then(|| RoutedExperts { ids, layout: self.routed.clone() })
+    }
+
+    /// The usage of an answer that does not stream.
+    fn usage(&self, prompt: PromptCount, choices: &[Collected]) -> Usage {
+        let num_tokens = choices.iter().map(|choice| choice.token_ids.len()).sum();
+        let mut moe = MoeCount::new(self.moe);
+        for (index, choice) in (0..).zip(choices) {
+            choice.expert_use.iter().for_each(|found| moe.add(index, found));
+        }
+        Usage::new(prompt, num_tokens).cached(self.is_cached).moe(moe.usage())
     }
 
     /// The same for a part of a stream, which need not have any.
@@ -79,6 +93,8 @@ pub struct Collected {
     pub prompt_logprobs: Option<Vec<engine::PromptLogprob>>,
     pub prompt_experts: Vec<u16>,
     pub experts: Vec<u16>,
+    /// Of the prompt, and of what was generated.
+    pub expert_use: [ExpertUse; 2],
     pub finish: Option<Finish>,
     /// Tokens of its prompt that were computed before.
     pub num_cached_tokens: usize,
@@ -91,6 +107,13 @@ impl Collected {
         self.logprobs.extend(delta.logprobs);
         self.prompt_experts.extend(delta.prompt_experts);
         self.experts.extend(delta.experts);
+        if let Some(found) = delta.expert_use {
+            let [of_prompt, of_output] = &mut self.expert_use;
+            match found.of_prompt {
+                true => *of_prompt = *found,
+                false => of_output.merge(*found),
+            }
+        }
         self.finish = self.finish.take().or(delta.finish);
     }
 
@@ -153,20 +176,22 @@ pub fn written<W: ChunkWriter>((opening, mut writer): (Vec<W::Chunk>, W), output
 }
 
 /// Counts the tokens of a stream for its usage fields.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct StreamUsage {
     plan: StreamPlan,
     prompt: PromptCount,
     num_choices: u32,
     num_completion_tokens: usize,
     is_cached: bool,
+    moe: MoeCount,
 }
 
 impl StreamUsage {
     /// For prompts of so many tokens together, each with `num_choices`.
     pub fn new(plan: StreamPlan, num_prompt_tokens: usize, num_choices: u32) -> Self {
         let prompt = PromptCount { num_tokens: num_prompt_tokens, num_cached: 0 };
-        Self { plan, prompt, num_choices, num_completion_tokens: 0, is_cached: false }
+        let moe = MoeCount::default();
+        Self { plan, prompt, num_choices, num_completion_tokens: 0, is_cached: false, moe }
     }
 
     /// For an answer for which nothing was computed, or not.
@@ -175,8 +200,14 @@ impl StreamUsage {
         Self { is_cached, ..self }
     }
 
+    /// With what is known of its experts.
+    #[must_use]
+    pub fn moe(self, terms: MoeTerms) -> Self {
+        Self { moe: MoeCount::new(terms), ..self }
+    }
+
     fn total(&self) -> Usage {
-        Usage::new(self.prompt, self.num_completion_tokens).cached(self.is_cached)
+        Usage::new(self.prompt, self.num_completion_tokens).cached(self.is_cached).moe(self.moe.usage())
     }
 
     fn add(&mut self, indexed: &Indexed) {
@@ -185,7 +216,10 @@ impl StreamUsage {
             Output::Started { num_cached_tokens } if indexed.index.is_multiple_of(self.num_choices) => {
                 self.prompt.num_cached += num_cached_tokens;
             }
-            Output::Delta(delta) => self.num_completion_tokens += delta.token_ids.len(),
+            Output::Delta(delta) => {
+                self.num_completion_tokens += delta.token_ids.len();
+                self.moe.add_delta(indexed.index, delta);
+            }
             Output::Started { .. } | Output::Prompt(_) => {}
         }
     }

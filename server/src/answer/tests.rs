@@ -28,7 +28,8 @@ impl Vocabulary for Letters {
 fn envelope(output: OutputOptions, wants_logprobs: bool) -> Envelope {
     let (id, model) = ("id-1".to_owned(), "m".to_owned());
     let routed = RoutedLayout::new(&[MoeShape { num_experts: 9, top_k: 2 }]);
-    Envelope { id, created: 7, model, output, wants_logprobs, vocabulary: Arc::new(Letters), routed, is_cached: false }
+    let (vocabulary, moe) = (Arc::new(Letters), MoeTerms::default());
+    Envelope { id, created: 7, model, output, wants_logprobs, vocabulary, routed, is_cached: false, moe }
 }
 
 fn text(index: u32, text: &str, token: u32) -> Indexed {

@@ -1,7 +1,6 @@
 //! `moesaic cache`: what a running server's caches hold, emptying them, and filling them.
 
-use std::fs::File;
-use std::io::{BufRead as _, BufReader, Read, Write as _};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,12 +13,9 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::client::{Client, ServerArgs};
+use super::line_file::{BYTE_ORDER_MARK, lines, open};
 use crate::output_cache::{ORIGIN_HEADER, Origin};
 
-/// Some editors begin a file with it.
-const BYTE_ORDER_MARK: char = '\u{feff}';
-/// Longest line of a file of prompts.
-const MAX_LINE_BYTES: usize = 16 << 20;
 /// Errors that are shown one by one.
 const MAX_SHOWN: u64 = 10;
 
@@ -227,47 +223,10 @@ impl Tally {
     }
 }
 
-/// The file, or standard input for `-`.
-fn open(path: &Path) -> anyhow::Result<Box<dyn Read + Send>> {
-    if path == Path::new("-") {
-        return Ok(Box::new(std::io::stdin()));
-    }
-    let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
-    if file.metadata()?.is_dir() {
-        bail!("{} is a folder; hint: a file with a prompt in each line is wanted", path.display());
-    }
-    Ok(Box::new(file))
-}
-
 /// Lines of a regular file; what else there is can be read once only.
 fn num_lines(path: &Path) -> anyhow::Result<Option<u64>> {
     let is_regular = std::fs::metadata(path).is_ok_and(|metadata| metadata.is_file());
     is_regular.then(|| Ok(lines(open(path)?).count() as u64)).transpose()
-}
-
-/// The lines of a file, none of them held longer than it takes.
-fn lines(file: Box<dyn Read + Send>) -> impl Iterator<Item = anyhow::Result<String>> {
-    let mut reader = BufReader::new(file);
-    let mut is_broken = false;
-    std::iter::from_fn(move || {
-        if is_broken {
-            return None;
-        }
-        let mut line = Vec::new();
-        let mut limited = Read::take(&mut reader, MAX_LINE_BYTES as u64 + 1);
-        match limited.read_until(b'\n', &mut line) {
-            Ok(0) => None,
-            Ok(_) if line.len() > MAX_LINE_BYTES => {
-                is_broken = true;
-                Some(Err(anyhow::anyhow!("the line is longer than {MAX_LINE_BYTES} bytes; the rest is left out")))
-            }
-            Ok(_) => Some(String::from_utf8(line).context("the line is not UTF-8")),
-            Err(error) => {
-                is_broken = true;
-                Some(Err(error.into()))
-            }
-        }
-    })
 }
 
 /// Path and body of a line; `None` where it is blank.

@@ -6,6 +6,8 @@ pub mod chat;
 mod client;
 pub mod eval;
 pub mod inspect;
+mod line_file;
+pub mod profile;
 pub mod quantize;
 pub mod serve;
 pub mod upcycle;
@@ -22,6 +24,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Upcycle(args) => upcycle::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Eval(args) => eval::run(args),
+        Command::Profile(args) => profile::run(&args),
         Command::Quantize(args) => quantize::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Bench(args) => bench::run(*args),

@@ -34,6 +34,7 @@ pub enum PackFormatArg {
     Int8,
     Int4,
     Bf16,
+    F32,
 }
 
 /// Converts, with a progress bar on stderr, and prints what was written.
@@ -46,6 +47,7 @@ pub fn run(args: QuantizeArgs) -> anyhow::Result<()> {
         PackFormatArg::Int8 => PackFormat::Int8,
         PackFormatArg::Int4 => PackFormat::Int4,
         PackFormatArg::Bf16 => PackFormat::Bf16,
+        PackFormatArg::F32 => PackFormat::F32,
     };
     let bar = download_bar("quantizing", Some(0));
     let report = quantize_with_tokenizer(&source, &args.out, to, &mut |progress| {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow, bail};
 use cache::store::MAX_DISK_CALLS;
 use cache::{Fingerprint, OutputCacheConfig};
-use engine::{EngineConfig, EngineHandle, GgufFile, LoadProgress};
+use engine::{EngineConfig, EngineHandle, ExpertConfig, GgufFile, LoadProgress};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
@@ -109,6 +109,8 @@ fn start_loading(app: Arc<App>, tiers: Tiers) -> anyhow::Result<oneshot::Receive
                 isa = summary.isa,
                 weights = summary.weight_formats.join("+"),
                 weight_bytes = summary.weight_bytes,
+                expert_memory = (summary.expert_memory_bytes < summary.expert_bytes)
+                    .then(|| format!("{} of {}", summary.expert_memory_bytes, summary.expert_bytes)),
                 max_model_len = summary.max_model_len,
                 kv_cache_tokens = summary.num_blocks * summary.block_size,
                 states = (summary.num_state_slots > 0).then_some(summary.num_state_slots),
@@ -189,7 +191,10 @@ fn open_outputs(
 }
 
 /// Tokenizer and chat template of a folder or of a GGUF file.
-fn load_text(model_dir: &Path, override_file: Option<&Path>) -> anyhow::Result<(Tokenizer, Option<ChatTemplate>)> {
+pub(super) fn load_text(
+    model_dir: &Path,
+    override_file: Option<&Path>,
+) -> anyhow::Result<(Tokenizer, Option<ChatTemplate>)> {
     if let Some(path) = engine::find_gguf(model_dir)? {
         let files = TokenizerFiles::from_gguf(&GgufFile::open(&path)?)?;
         return Ok((Tokenizer::from_gguf(&files)?, ChatTemplate::from_gguf(&files, override_file)?));
@@ -219,6 +224,14 @@ fn engine_config(config: &Config, model_dir: PathBuf, available_memory: u64) -> 
     EngineConfig {
         dtype: config.dtype.into(),
         quant: config.quant.into(),
+        experts: ExpertConfig {
+            memory: config.expert_memory.map(Into::into),
+            policy: config.expert_policy.into(),
+            profile: config.expert_profile.clone(),
+            prefetch: config.expert_prefetch,
+            warmup: config.expert_warmup.into(),
+            read_mode: config.expert_read.mode(),
+        },
         kv_dtype: config.kv_cache_dtype.into(),
         kv_cache_memory: config.kv_cache_memory.map(|bytes| bytes.0),
         available_memory,
@@ -230,6 +243,7 @@ fn engine_config(config: &Config, model_dir: PathBuf, available_memory: u64) -> 
         max_queue: config.max_queue,
         batch_timeout: Duration::from_millis(config.batch_timeout_ms),
         load_mtp: config.load_mtp,
+        routing: config.routing_options(),
         threads: config.threads,
         isa: config.isa.name(),
         ..EngineConfig::new(model_dir)
@@ -252,16 +266,19 @@ fn model_names(config: &Config) -> Vec<String> {
     }
     let name = match &config.model {
         None => "moesaic-demo".to_owned(),
-        Some(model) => {
-            let path = Path::new(model).canonicalize().ok().filter(|path| path.is_dir() || path.is_file());
-            let name = path.and_then(|path| match path.is_file() {
-                true => Some(path.file_stem()?.to_string_lossy().into_owned()),
-                false => Some(path.file_name()?.to_string_lossy().into_owned()),
-            });
-            name.unwrap_or_else(|| model.clone())
-        }
+        Some(model) => model_name(model),
     };
     vec![name]
+}
+
+/// Of a folder, a file or a hub id.
+pub(super) fn model_name(model: &str) -> String {
+    let path = Path::new(model).canonicalize().ok().filter(|path| path.is_dir() || path.is_file());
+    let name = path.and_then(|path| match path.is_file() {
+        true => Some(path.file_stem()?.to_string_lossy().into_owned()),
+        false => Some(path.file_name()?.to_string_lossy().into_owned()),
+    });
+    name.unwrap_or_else(|| model.to_owned())
 }
 
 /// Says on stdout where the server is, what it was told, and how to talk to it.

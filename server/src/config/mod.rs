@@ -1,8 +1,10 @@
 //! The configuration of the server: one table of settings gives flags, environment variables, file keys and their reference.
 //!
-//! `values` holds the types of single settings, `reference` writes the page about all of them.
+//! `values` holds the types of single settings, `routing` those about experts' choices, `reference` writes the page about all of
+//! them.
 
 mod reference;
+mod routing;
 #[cfg(test)]
 mod tests;
 mod values;
@@ -17,8 +19,10 @@ use thiserror::Error;
 
 use reference::SettingsCommand;
 pub use reference::reference;
+pub use routing::CapacityMode;
 pub use values::{
-    ByteSize, DeepestTier, IsaType, KvTierType, KvType, LogFormat, QuantType, Seconds, Secret, WeightType,
+    ByteSize, DeepestTier, ExpertShare, IsaType, KvTierType, KvType, LogFormat, PolicyType, QuantType, ReadType,
+    Seconds, Secret, WarmupType, WeightType,
 };
 
 /// Why the configuration cannot be used.
@@ -108,6 +112,18 @@ settings! {
         /// Quantize while loading: matrices of layers to this, embedding and output projection to int8 in either case
         #[arg(long, env = "MOESAIC_QUANT")]
         quant: QuantType = QuantType::None;
+        /// Which experts stay in memory when others come, under --expert-memory
+        #[arg(long, env = "MOESAIC_EXPERT_POLICY")]
+        expert_policy: PolicyType = PolicyType::Lfru;
+        /// Which experts are read at the start, under --expert-memory
+        #[arg(long, env = "MOESAIC_EXPERT_WARMUP")]
+        expert_warmup: WarmupType = WarmupType::All;
+        /// Read experts before they are needed, under --expert-memory; =false reads each when a step needs it
+        #[arg(long, env = "MOESAIC_EXPERT_PREFETCH", num_args = 0..=1, require_equals = true, hide_possible_values = true, default_missing_value = "true", value_parser = BoolishValueParser::new())]
+        expert_prefetch: bool = true;
+        /// How experts are read, under --expert-memory
+        #[arg(long, env = "MOESAIC_EXPERT_READ")]
+        expert_read: ReadType = ReadType::Auto;
         /// Storage type of keys and values in the KV cache; auto is f32 for f32 weights, else bf16
         #[arg(long, env = "MOESAIC_KV_CACHE_DTYPE")]
         kv_cache_dtype: KvType = KvType::Auto;
@@ -168,6 +184,18 @@ settings! {
         /// What keys in Redis start with: up to 64 letters, digits, `-`, `_`, `.` and `:`
         #[arg(long, env = "MOESAIC_REDIS_PREFIX")]
         redis_prefix: String = "moesaic".to_owned();
+        /// What becomes of an expert's tokens above --capacity-factor: their weights are scaled down together, or the least dropped
+        #[arg(long, env = "MOESAIC_CAPACITY_MODE")]
+        capacity_mode: CapacityMode = CapacityMode::Scale;
+        /// Standard deviation, 0 to 100, of noise on router logits by a request's seed, which changes outputs; 0 is none
+        #[arg(long, env = "MOESAIC_ROUTER_NOISE")]
+        router_noise: f64 = 0.0;
+        /// What an expert's score loses, 0 to 100, per fair share that it lately had too much; couples requests, 0 is off
+        #[arg(long, env = "MOESAIC_OVERLOAD_DECAY")]
+        overload_decay: f64 = 0.0;
+        /// Keep a token's first experts whose weights reach this share, 0.001 to 1, which changes outputs; `moe.top_p` overrides it
+        #[arg(long, env = "MOESAIC_EXPERT_TOP_P")]
+        expert_top_p: f64 = 1.0;
         /// Serve /metrics without an API key
         #[arg(long, env = "MOESAIC_METRICS_PUBLIC", num_args = 0..=1, require_equals = true, hide_possible_values = true, default_missing_value = "true", value_parser = BoolishValueParser::new())]
         metrics_public: bool = false;
@@ -206,12 +234,21 @@ settings! {
         /// Longest prompt plus output in tokens; the model's own limit where not set. Fixes longrope and dynamic NTK at load
         #[arg(long, env = "MOESAIC_MAX_MODEL_LEN")]
         max_model_len: usize;
+        /// Memory of the experts of a packed folder (8GiB, or 50% of their bytes); the others are read when they are needed. All where not set
+        #[arg(long, env = "MOESAIC_EXPERT_MEMORY")]
+        expert_memory: ExpertShare;
+        /// File that `moesaic profile` or POST /v1/moe/profile wrote: which experts are hot, for --expert-policy and --expert-warmup under --expert-memory
+        #[arg(long, env = "MOESAIC_EXPERT_PROFILE")]
+        expert_profile: PathBuf;
         /// File with a Jinja chat template that replaces the model's own
         #[arg(long, env = "MOESAIC_CHAT_TEMPLATE")]
         chat_template: PathBuf;
         /// Bytes of the KV cache (2GiB); what --max-num-seqs full sequences need, at most 40 % of free memory, where not set
         #[arg(long, env = "MOESAIC_KV_CACHE_MEMORY")]
         kv_cache_memory: ByteSize;
+        /// Limit on the tokens of an expert in a step, in even shares of it, 0.01 to 1000; couples requests, none where not set
+        #[arg(long, env = "MOESAIC_CAPACITY_FACTOR")]
+        capacity_factor: f64;
         /// Deepest tier of the cache of deterministic answers; where not set, memory and each tier that has its setting below
         #[arg(long, env = "MOESAIC_OUTPUT_CACHE")]
         output_cache: DeepestTier;
@@ -227,7 +264,7 @@ settings! {
         /// File with the certificates, as PEM, that may vouch for a Redis over TLS; those that the system trusts where not set
         #[arg(long, env = "MOESAIC_REDIS_CA_FILE")]
         redis_ca_file: PathBuf;
-        /// Key, beside the API keys, that /v1/cache wants as `Authorization: Bearer KEY`; closed where not set
+        /// Key, beside the API keys, that /v1/cache and /v1/moe/profile want as `Authorization: Bearer KEY`; closed where not set
         #[arg(long, env = "MOESAIC_ADMIN_KEY", hide_env_values = true)]
         admin_key: Secret;
         /// File with one API key per line
@@ -320,6 +357,8 @@ impl Config {
             return out_of_range("api_key", "***".to_owned(), "keys of visible ASCII characters, at least one");
         }
         self.check_caches()?;
+        self.check_experts()?;
+        self.check_routing()?;
         for (setting, seconds) in [
             ("request_timeout", self.request_timeout),
             ("keep_alive_interval", self.keep_alive_interval),
@@ -334,6 +373,15 @@ impl Config {
 }
 
 impl Config {
+    fn check_experts(&self) -> Result<(), ConfigError> {
+        let missing = |setting, wanted_by| Err(ConfigError::Missing { setting, wanted_by });
+        match &self.expert_profile {
+            None if self.expert_policy == PolicyType::Pinned => missing("expert_profile", "expert_policy"),
+            None if self.expert_warmup == WarmupType::Hot => missing("expert_profile", "expert_warmup"),
+            _ => Ok(()),
+        }
+    }
+
     fn check_caches(&self) -> Result<(), ConfigError> {
         let out_of_range = |setting, value: String, allowed| Err(ConfigError::OutOfRange { setting, value, allowed });
         for (depth, wanted_by) in [(self.output_cache, "output_cache"), (self.kv_tier, "kv_tier")] {

@@ -35,9 +35,31 @@ fn values_out_of_range_name_the_setting() {
         ("request_timeout = 0", "request_timeout"),
         ("api_key = [\"\"]", "api_key"),
         ("threads = 0", "threads"),
+        ("capacity_factor = 0.0", "capacity_factor"),
+        ("capacity_factor = nan", "capacity_factor"),
+        ("router_noise = -0.5", "router_noise"),
+        ("overload_decay = 101", "overload_decay"),
+        ("expert_top_p = 0", "expert_top_p"),
     ] {
         let error = Config::resolve(settings(text), None).unwrap_err().to_string();
         assert!(error.contains(setting), "{text}: {error}");
+    }
+}
+
+#[test]
+fn routing_is_changed_only_where_a_setting_says_so() {
+    let options = |text| Config::resolve(settings(text), None).unwrap().routing_options();
+    assert!(!options("").is_on());
+    assert!(
+        !options("capacity_mode = \"drop\"\nexpert_top_p = 0.5").is_on(),
+        "a mode is none, a top-p is each request's"
+    );
+    for (text, couples) in
+        [("capacity_factor = 1.25", true), ("overload_decay = 0.1", true), ("router_noise = 0.1", false)]
+    {
+        let options = options(text);
+        assert!(options.is_on(), "{text}");
+        assert_eq!(options.couples_requests(), couples, "{text}");
     }
 }
 

@@ -5,7 +5,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use engine::{BlockCoding, KvDtype, WeightDtype, WeightQuant};
+use engine::{BlockCoding, ExpertMemory, ExpertPolicy, ExpertWarmup, KvDtype, ReadMode, WeightDtype, WeightQuant};
 use serde::{Deserialize, Serialize};
 
 /// `--dtype`.
@@ -80,6 +80,76 @@ impl From<KvTierType> for BlockCoding {
         match dtype {
             KvTierType::Auto => Self::Exact,
             KvTierType::Int8 => Self::Int8,
+        }
+    }
+}
+
+/// `--expert-policy`.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum PolicyType {
+    /// What was used longest ago goes
+    Lru,
+    /// What was used least often goes
+    Lfu,
+    /// Frequency and recency together
+    Lfru,
+    /// The hottest of --expert-profile stay whatever happens, the others as in lfru
+    Pinned,
+}
+
+impl From<PolicyType> for ExpertPolicy {
+    fn from(policy: PolicyType) -> Self {
+        match policy {
+            PolicyType::Lru => Self::Lru,
+            PolicyType::Lfu => Self::Lfu,
+            PolicyType::Lfru => Self::Lfru,
+            PolicyType::Pinned => Self::Pinned,
+        }
+    }
+}
+
+/// `--expert-warmup`.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum WarmupType {
+    /// As many as there is room for
+    All,
+    /// Those that --expert-profile saw in use, the hottest first
+    Hot,
+    /// Each when it is needed
+    None,
+}
+
+impl From<WarmupType> for ExpertWarmup {
+    fn from(warmup: WarmupType) -> Self {
+        match warmup {
+            WarmupType::All => Self::All,
+            WarmupType::Hot => Self::Hot,
+            WarmupType::None => Self::None,
+        }
+    }
+}
+
+/// `--expert-read`.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum ReadType {
+    /// Direct where free memory has no room for all experts and the file system can, else cached
+    Auto,
+    /// Through the page cache
+    Cached,
+    /// From the disk into place
+    Direct,
+}
+
+impl ReadType {
+    /// `None` leaves it to the engine.
+    pub fn mode(self) -> Option<ReadMode> {
+        match self {
+            Self::Auto => None,
+            Self::Cached => Some(ReadMode::Cached),
+            Self::Direct => Some(ReadMode::Direct),
         }
     }
 }
@@ -215,6 +285,43 @@ impl fmt::Display for ByteSize {
     }
 }
 
+/// Of the bytes of all experts: a percentage, or a number of bytes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum ExpertShare {
+    Percent(f64),
+    Bytes(ByteSize),
+}
+
+impl From<ExpertShare> for ExpertMemory {
+    fn from(share: ExpertShare) -> Self {
+        match share {
+            ExpertShare::Percent(percent) => Self::Percent(percent),
+            ExpertShare::Bytes(bytes) => Self::Bytes(bytes.0),
+        }
+    }
+}
+
+impl FromStr for ExpertShare {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let Some(number) = text.trim().strip_suffix('%') else { return text.parse().map(Self::Bytes) };
+        match number.trim().parse::<f64>() {
+            Ok(percent) if (0.0..=100.0).contains(&percent) => Ok(Self::Percent(percent)),
+            _ => Err(format!("`{text}` is not a percentage from 0% to 100%")),
+        }
+    }
+}
+
+impl fmt::Display for ExpertShare {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Percent(percent) => write!(f, "{percent}%"),
+            Self::Bytes(bytes) => bytes.fmt(f),
+        }
+    }
+}
+
 /// A time span in seconds, fractions allowed: `600`, `0.5`.
 #[derive(Clone, Copy, Debug, PartialEq, PartialOrd)]
 pub struct Seconds(pub f64);
@@ -260,6 +367,23 @@ impl<'de> Deserialize<'de> for ByteSize {
             NumberOrText::Float(value) => value.to_string().parse().map_err(serde::de::Error::custom),
             NumberOrText::Text(text) => text.parse().map_err(serde::de::Error::custom),
         }
+    }
+}
+
+impl<'de> Deserialize<'de> for ExpertShare {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = match NumberOrText::deserialize(deserializer)? {
+            NumberOrText::Integer(bytes) => return Ok(Self::Bytes(ByteSize(bytes))),
+            NumberOrText::Float(value) => value.to_string(),
+            NumberOrText::Text(text) => text,
+        };
+        text.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+impl Serialize for ExpertShare {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
     }
 }
 

@@ -1,6 +1,6 @@
 //! One choice's tokens to deltas: text that is safe to show, with the tokens it came from, and the end.
 
-use engine::SampledToken;
+use engine::{ExpertUse, SampledToken};
 
 use crate::error::ApiError;
 use crate::openai::{FinishReason, StopReason};
@@ -55,6 +55,8 @@ pub struct Delta {
     pub prompt_experts: Vec<u16>,
     /// And of the token before, with each of the others.
     pub experts: Vec<u16>,
+    /// Where asked for, what the same experts cost.
+    pub expert_use: Option<Box<ExpertUse>>,
     pub finish: Option<Finish>,
 }
 
@@ -124,8 +126,9 @@ impl<D: TokenText> Assembler<D> {
             1 => (sampled.routed_experts, Vec::new()),
             _ => (Vec::new(), sampled.routed_experts),
         };
+        let expert_use = sampled.expert_use;
         if sampled.is_stop && !self.rules.include_in_output {
-            return Ok(Delta { token_ids, prompt_experts, experts, ..Delta::default() });
+            return Ok(Delta { token_ids, prompt_experts, experts, expert_use, ..Delta::default() });
         }
         let text = self.decoder.push(sampled.token)?;
         let record = sampled.logprob.map(|logprob| TokenRecord {
@@ -146,7 +149,7 @@ impl<D: TokenText> Assembler<D> {
                 self.release(outcome.text, outcome.matched)
             }
         };
-        Ok(Delta { token_ids, prompt_experts, experts, ..delta })
+        Ok(Delta { token_ids, prompt_experts, experts, expert_use, ..delta })
     }
 
     /// The engine ended the sequence: what was held back comes out.
@@ -207,7 +210,14 @@ mod tests {
 
     fn token(token: u32) -> SampledToken {
         let experts = vec![token as u16; 2];
-        SampledToken { token, logprob: Some(-1.0), top: Vec::new(), routed_experts: experts, is_stop: false }
+        SampledToken {
+            token,
+            logprob: Some(-1.0),
+            top: Vec::new(),
+            routed_experts: experts,
+            expert_use: None,
+            is_stop: false,
+        }
     }
 
     fn run(pieces: &[&'static str], rules: StopRules) -> Vec<Delta> {

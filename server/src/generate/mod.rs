@@ -22,7 +22,7 @@ use crate::openai::FinishReason;
 use crate::output_cache::Origin;
 use crate::telemetry::metrics::{ChoiceMeter, RequestFacts};
 use crate::text::{DetokenizeOptions, Detokenizer};
-use crate::validate::ValidRequest;
+use crate::validate::{OutputOptions, ValidRequest};
 
 use source::{Asked, Source};
 
@@ -225,7 +225,8 @@ async fn start_choice(
     let valid = job.valid;
     let index = plan.index;
     let prompt_only = plan.max_tokens == 0;
-    if prompt_only && valid.sampling.prompt_logprobs.is_none() && !valid.output.routed_experts {
+    let OutputOptions { routed_experts, expert_use, .. } = valid.output;
+    if prompt_only && valid.sampling.prompt_logprobs.is_none() && !routed_experts && !expert_use {
         let delta = Delta::ended(Finish { reason: FinishReason::Length, stop_reason: None });
         return Ok((stream::iter([Ok(Indexed { index, output: Output::Delta(delta) })]).boxed(), None));
     }
@@ -238,7 +239,9 @@ async fn start_choice(
         stop: StopCriteria { max_tokens: plan.max_tokens.max(1), min_tokens: valid.stop.min_tokens, stop_token_ids },
         cache_salt: job.salt.bytes(),
         prefix: PrefixHint::default(),
+        experts: valid.experts,
         wants_routed_experts: valid.output.routed_experts,
+        wants_expert_use: valid.output.expert_use,
         expected_experts: None,
     };
     let assembler = new_assembler(model, valid, plan.prompt)?;
@@ -300,11 +303,11 @@ impl<D: TokenText> Choice<D> {
             event @ (Event::Token(_) | Event::Finished(_)) if self.prompt_only => {
                 self.meter.finished("length");
                 let end = Delta::ended(Finish { reason: FinishReason::Length, stop_reason: None });
-                let prompt_experts = match event {
-                    Event::Token(sampled) => sampled.routed_experts,
-                    _ => Vec::new(),
+                let (prompt_experts, expert_use) = match event {
+                    Event::Token(sampled) => (sampled.routed_experts, sampled.expert_use),
+                    _ => (Vec::new(), None),
                 };
-                Output::Delta(Delta { prompt_experts, ..end })
+                Output::Delta(Delta { prompt_experts, expert_use, ..end })
             }
             Event::Token(sampled) => {
                 self.meter.token();
@@ -342,8 +345,9 @@ mod tests {
         let valid = ValidRequest {
             sampling: engine::sampling::params::SamplingParams::default(),
             stop,
+            experts: engine::ExpertOptions::default(),
             num_choices: 1,
-            output: crate::validate::OutputOptions::default(),
+            output: OutputOptions::default(),
             truncate_prompt: None,
             cache_salt: None,
             stream: None,

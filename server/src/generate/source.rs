@@ -113,7 +113,7 @@ impl Answer {
 async fn submit(model: &Model, mut request: GenerateRequest, job: &Job<'_>) -> Result<Generation, ApiError> {
     // Other choices share what the first one computes.
     if let Some(routing) = model.routing().filter(|_| request.sampling.choice == 0) {
-        request.expected_experts = routing.announce(&model.engine, &request.prompt, &request.cache_salt).await;
+        request.expected_experts = routing.announce(&model.engine, &request.prompt, &request.block_salt()).await;
     }
     let takes_blocks = request.sampling.choice == 0 && request.sampling.prompt_logprobs.is_none();
     if let Some(tier) = model.kv_tier().filter(|_| takes_blocks) {

@@ -3,6 +3,7 @@
 pub mod chat;
 pub mod completions;
 pub mod error;
+pub mod expert_loads;
 pub mod logprobs;
 pub mod models;
 pub mod routed_experts;
@@ -66,4 +67,22 @@ pub struct CacheOptions {
     pub read: Option<bool>,
     /// What it computes may answer other requests.
     pub write: Option<bool>,
+}
+
+/// `moe`: fewer experts than the model's routers choose, for a compute budget, and what they cost. Answers under other options
+/// than the model's own are not kept in the output cache, and name them in `usage.moe`.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, ToSchema)]
+#[serde(
+    default,
+    deny_unknown_fields,
+    expecting = "an object like {\"top_p\": 0.8, \"max_experts\": 2, \"usage\": true}"
+)]
+pub struct MoeOptions {
+    /// Of a token's experts keep the first whose weights reach this share of all their weights. Range 0.001 to 1; the server's
+    /// --expert-top-p where absent.
+    pub top_p: Option<f32>,
+    /// And of those at most so many, 1 and up.
+    pub max_experts: Option<u32>,
+    /// Say in `usage.moe` what the experts cost. Such an answer does not come from the output cache, nor go there.
+    pub usage: Option<bool>,
 }

@@ -1,11 +1,11 @@
 //! Which experts tokens took, in vLLM's shape.
 
-use engine::RoutedLayout;
+use engine::{NO_EXPERT, RoutedLayout};
 use serde::ser::SerializeSeq as _;
 use serde::{Serialize, Serializer};
 
 /// Experts of consecutive tokens, `[token][layer][slot]`: ids from 0, the router's best first. Layers are those that have a
-/// router, in the order in which a token meets them; their numbers of slots may differ.
+/// router, in the order in which a token meets them; their numbers of slots may differ. One that did not run is -1.
 #[derive(Clone, Debug)]
 pub struct RoutedExperts {
     /// All of them in a row.
@@ -34,7 +34,7 @@ impl Serialize for OneToken<'_> {
         let cut = |rest: &mut &'_ [u16], top_k: usize| {
             let (of_layer, behind) = rest.split_at(top_k);
             *rest = behind;
-            of_layer.to_vec()
+            of_layer.iter().map(|&id| if id == NO_EXPERT { -1 } else { i32::from(id) }).collect::<Vec<i32>>()
         };
         serializer.collect_seq(self.layout.layers().iter().scan(self.ids, |rest, layer| Some(cut(rest, layer.top_k))))
     }
@@ -52,6 +52,7 @@ mod tests {
         let layout = RoutedLayout::new(&[layer(2), layer(1)]);
         let experts = |ids: &[u16]| RoutedExperts { ids: ids.into(), layout: layout.clone() };
         assert_eq!(serde_json::to_string(&experts(&[7, 1, 299, 0, 2, 3])).unwrap(), "[[[7,1],[299]],[[0,2],[3]]]");
+        assert_eq!(serde_json::to_string(&experts(&[7, NO_EXPERT, 299])).unwrap(), "[[[7,-1],[299]]]");
         assert_eq!(serde_json::to_string(&experts(&[])).unwrap(), "[]");
     }
 }

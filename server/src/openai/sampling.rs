@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use serde::Deserialize;
 use utoipa::ToSchema;
 
-use super::{CacheOptions, OneOrMany, StreamOptions};
+use super::{CacheOptions, MoeOptions, OneOrMany, StreamOptions};
 
 /// How tokens are drawn, when a choice ends and what is reported about it.
 #[derive(Clone, Debug, Default, Deserialize, ToSchema)]
@@ -52,7 +52,7 @@ pub struct SamplingOptions {
     /// Put `prompt_token_ids` and `token_ids` in the answer.
     pub return_token_ids: Option<bool>,
     /// Put `prompt_routed_experts` and `routed_experts` in the answer: the experts of every token that was computed, which
-    /// the last generated one never is. Not kept in the output cache.
+    /// the last generated one never is; -1 for one that was left out. Not kept in the output cache.
     pub return_routed_experts: Option<bool>,
     /// Write tokens of log-probs as `token_id:N`.
     pub return_tokens_as_token_ids: Option<bool>,
@@ -67,4 +67,6 @@ pub struct SamplingOptions {
     pub stream_options: Option<StreamOptions>,
     /// What the request may do with the output cache.
     pub cache: Option<CacheOptions>,
+    /// Fewer experts, and what they cost.
+    pub moe: Option<MoeOptions>,
 }

@@ -26,8 +26,10 @@ impl OutputKey<'_> {
             sampling,
             stop: criteria,
             cache_salt,
-            // Who wants to know the experts does not ask the cache.
+            // Who wants to know the experts or what they cost, or changes them, does not ask the cache.
             wants_routed_experts: _,
+            wants_expert_use: _,
+            experts: _,
             // They change no answer.
             prefix: _,
             expected_experts: _,
@@ -164,7 +166,9 @@ mod tests {
                     stop,
                     cache_salt,
                     prefix: engine::PrefixHint::default(),
-            wants_routed_experts: false,
+                    wants_routed_experts: false,
+                    wants_expert_use: false,
+                    experts: engine::ExpertOptions::default(),
                     expected_experts: None,
                 },
                 stop: StopRules { strings, include_in_output, ..StopRules::default() },

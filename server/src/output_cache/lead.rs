@@ -92,8 +92,8 @@ fn stop_found<D: TokenText>(
 }
 
 fn from_engine(sampled: SampledToken) -> Token {
-    // Who wants to know the experts does not ask the cache.
-    let SampledToken { token, logprob, top, routed_experts: _, is_stop } = sampled;
+    // Who wants to know the experts, or what they cost, does not ask the cache.
+    let SampledToken { token, logprob, top, routed_experts: _, expert_use: _, is_stop } = sampled;
     Token { token, logprob, top, is_stop }
 }
 

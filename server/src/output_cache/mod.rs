@@ -124,7 +124,7 @@ pub fn to_engine(event: FlightEvent<GenerationError>) -> Option<Event> {
     Some(match event {
         FlightEvent::Prompt(logprobs) => Event::PromptLogprobs(logprobs.iter().map(to_engine_prompt).collect()),
         FlightEvent::Token(cache::Token { token, logprob, top, is_stop }) => {
-            Event::Token(SampledToken { token, logprob, top, routed_experts: Vec::new(), is_stop })
+            Event::Token(SampledToken { token, logprob, top, routed_experts: Vec::new(), expert_use: None, is_stop })
         }
         FlightEvent::End(End::Stop(token)) => Event::Finished(FinishReason::Stop(token)),
         // Where a stop string ended it, the reader has found the same one before it reads the end.

@@ -10,7 +10,7 @@ use futures::stream::{self, StreamExt as _};
 use super::body::{RawBody, parse};
 use super::tell_origin;
 use crate::answer::chat::ChatWriter;
-use crate::answer::{Envelope, StreamUsage, chunks, collect, written};
+use crate::answer::{Envelope, MoeTerms, StreamUsage, chunks, collect, written};
 use crate::app::{App, Model, unix_seconds};
 use crate::cache_salt::{Salt, Tenant};
 use crate::conversation::Conversation;
@@ -68,6 +68,7 @@ pub async fn complete(
             .await?;
     let (origin, is_cached) = (batch.origin, batch.is_cached());
     let stamp = Stamp { prefix: "chatcmpl-", request_id: &id.0, created: unix_seconds() };
+    let moe = MoeTerms::new(&valid, &model.limits.experts, model.engine.model().num_shared_parameters);
     let envelope = Envelope {
         id: stamp.id(),
         created: stamp.created,
@@ -77,10 +78,11 @@ pub async fn complete(
         vocabulary: Arc::clone(&model.tokenizer) as _,
         routed: model.engine.model().routed.clone(),
         is_cached,
+        moe,
     };
     let (num_choices, own_prompt) = (valid.num_choices, Arc::clone(&prompt));
     let writer = move |plan, envelope| {
-        let usage = StreamUsage::new(plan, own_prompt.len(), num_choices).cached(is_cached);
+        let usage = StreamUsage::new(plan, own_prompt.len(), num_choices).cached(is_cached).moe(moe);
         let writer = ChatWriter { envelope, usage };
         (writer.opening(num_choices, &own_prompt), writer)
     };

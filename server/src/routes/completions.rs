@@ -9,7 +9,7 @@ use axum::{Extension, Json};
 use super::body::{RawBody, parse};
 use super::tell_origin;
 use crate::answer::completions::{CompletionPrompt, CompletionWriter};
-use crate::answer::{Envelope, StreamUsage, chunks, collect, written};
+use crate::answer::{Envelope, MoeTerms, StreamUsage, chunks, collect, written};
 use crate::app::{App, Model, unix_seconds};
 use crate::cache_salt::{Salt, Tenant};
 use crate::error::ApiError;
@@ -76,6 +76,7 @@ pub async fn complete(
             .await?;
     let (origin, is_cached) = (batch.origin, batch.is_cached());
     let stamp = Stamp { prefix: "cmpl-", request_id: &id.0, created: unix_seconds() };
+    let moe = MoeTerms::new(&valid, &model.limits.experts, model.engine.model().num_shared_parameters);
     let envelope = Envelope {
         id: stamp.id(),
         created: stamp.created,
@@ -85,13 +86,14 @@ pub async fn complete(
         vocabulary: Arc::clone(&model.tokenizer) as _,
         routed: model.engine.model().routed.clone(),
         is_cached,
+        moe,
     };
     let num_sequences = prompts.len() * valid.num_choices as usize;
     let num_prompt_tokens = ids.iter().map(|ids| ids.len()).sum();
     let num_choices = valid.num_choices;
     let writer = move |plan, envelope, prompts| CompletionWriter {
         envelope,
-        usage: StreamUsage::new(plan, num_prompt_tokens, num_choices).cached(is_cached),
+        usage: StreamUsage::new(plan, num_prompt_tokens, num_choices).cached(is_cached).moe(moe),
         prompts,
         num_choices,
         opened: vec![false; num_sequences],

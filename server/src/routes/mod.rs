@@ -5,6 +5,7 @@ mod cache;
 mod chat;
 mod completions;
 mod docs;
+mod experts;
 mod metrics;
 mod models;
 mod moe;
@@ -51,6 +52,8 @@ fn described() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(completions::complete))
         .routes(routes!(models::list))
         .routes(routes!(moe::of_text, moe::of_prompt))
+        .routes(routes!(experts::loads))
+        .routes(routes!(experts::profile))
         .routes(routes!(tokenize::tokenize))
         .routes(routes!(tokenize::detokenize))
         .routes(routes!(probes::health))

@@ -93,7 +93,9 @@ async fn profile(app: &App, model: &Model, (tokens, salt): (Vec<u32>, Salt)) -> 
         return Err(ApiError::ContextLength { param: "prompt", reason });
     }
     let (num_tokens, engine) = (tokens.len(), model.engine.clone());
-    let names = app.limits.run_text(move || Ok(engine.block_names(&tokens, &salt.bytes()))).await?;
+    // As a request's that has no options of its own, for which routers choose otherwise.
+    let salt = model.limits.experts.of_silent().salt(salt.bytes());
+    let names = app.limits.run_text(move || Ok(engine.block_names(&tokens, &salt))).await?;
     let known = routing.prefix(&names, Instant::now() + PATIENCE).await;
     let block_size = model.engine.model().block_size;
     let mut blocks = BlocksByTier::default();

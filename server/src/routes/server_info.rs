@@ -36,6 +36,10 @@ pub struct ModelInfo {
     num_experts_per_tok: usize,
     vocab_size: usize,
     weight_bytes: u64,
+    /// Of all routed experts.
+    expert_bytes: u64,
+    /// What of that is in memory at most; less with --expert-memory.
+    expert_memory_bytes: u64,
     /// Formats of the matrices in memory, most bytes first.
     weight_formats: Vec<&'static str>,
     kv_bytes_per_token: u64,
@@ -85,6 +89,8 @@ fn describe(app: &App, model: &Model) -> ModelInfo {
         num_experts_per_tok: summary.num_experts_per_tok,
         vocab_size: summary.vocab_size,
         weight_bytes: summary.weight_bytes,
+        expert_bytes: summary.expert_bytes,
+        expert_memory_bytes: summary.expert_memory_bytes,
         weight_formats: summary.weight_formats.clone(),
         kv_bytes_per_token: summary.kv_bytes_per_token,
         routing_bytes_per_token: summary.routing_bytes_per_token,

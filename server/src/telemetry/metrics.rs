@@ -7,6 +7,8 @@ use engine::EngineHandle;
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
+use super::expert_loads;
+
 const TTFT_SECONDS: &[f64] = &[
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
     160.0, 640.0, 2560.0,
@@ -21,6 +23,8 @@ const STEP_SECONDS: &[f64] =
     &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 const ITERATION_TOKENS: &[f64] =
     &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
+const EXPERTS_PER_TOKEN: &[f64] =
+    &[0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 16.0, 24.0, 32.0, 64.0];
 const CHOICES: &[f64] = &[1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0];
 
 /// Histograms with their buckets and descriptions. Token counts have buckets of their own, see [`token_buckets`].
@@ -36,7 +40,9 @@ const HISTOGRAMS: &[(&str, &[f64], &str)] = &[
     ("vllm:request_params_n", CHOICES, "Choices asked for per prompt"),
     ("vllm:iteration_tokens_total", ITERATION_TOKENS, "Prompt and decode tokens of a step"),
     ("moesaic_step_seconds", STEP_SECONDS, "Time of a step by phase"),
+    ("moesaic_expert_load_seconds", STEP_SECONDS, "Time of reading one expert"),
     ("moesaic_experts_per_step", ITERATION_TOKENS, "Distinct experts that a step computed"),
+    ("moesaic_experts_per_token", EXPERTS_PER_TOKEN, "Experts that ran for a token of a layer, mean of a step"),
     ("http_request_duration_seconds", REQUEST_SECONDS, "Time from a request's head to its response's head"),
 ];
 const TOKEN_COUNTS: &[(&str, &str)] = &[
@@ -64,15 +70,23 @@ const COUNTERS: &[(&str, &str)] = &[
     ("vllm:num_preemptions_total", "Sequences that lost their KV blocks to others and were computed again"),
     ("vllm:corrupted_requests_total", "Sequences ended because the model produced NaN"),
     ("moesaic_expert_dropped_tokens_total", "Tokens that found their expert full and got nothing from it"),
-    ("moesaic_routing_expected_experts_total", "Experts that known blocks were expected to use, by layer and block"),
-    ("moesaic_routing_used_experts_total", "Experts that those blocks used when they were computed again"),
-    ("moesaic_routing_confirmed_experts_total", "Experts that were expected and used"),
-    ("moesaic_routing_prior_expected_experts_total", "Experts that blocks behind known ones were expected to use"),
-    ("moesaic_routing_prior_used_experts_total", "Experts that those blocks used when they were computed"),
+    ("moesaic_expert_scaled_tokens_total", "Tokens whose expert was above its capacity and counted for less"),
+    ("moesaic_expert_left_out_choices_total", "Experts of tokens that requests did without, by top-p or number"),
     (
-        "moesaic_routing_prior_confirmed_experts_total",
-        "Experts that were expected by known blocks and used behind them",
+        "moesaic_routing_expected_experts_total",
+        "Experts that blocks were expected to use, by who said so: known_blocks of themselves, prior_blocks of those behind",
     ),
+    ("moesaic_routing_used_experts_total", "Experts that those blocks used when they were computed"),
+    ("moesaic_routing_confirmed_experts_total", "Experts that were expected and used"),
+    ("moesaic_expert_cache_hits_total", "Experts that a layer of a step needed and that were in memory"),
+    ("moesaic_expert_cache_misses_total", "Experts that it had to wait for"),
+    ("moesaic_expert_cache_evictions_total", "Experts that went for others"),
+    ("moesaic_expert_prefetch_issued_total", "Experts read ahead of their use"),
+    ("moesaic_expert_prefetch_used_total", "Of these, those that were there when they were needed"),
+    ("moesaic_expert_prefetch_late_total", "Of these, those that were needed before they were there"),
+    ("moesaic_expert_prefetch_wasted_total", "Of these, those that went unused"),
+    ("moesaic_expert_read_bytes_total", "Bytes of experts read from the disk or the page cache"),
+    ("moesaic_expert_faults_total", "Experts that a layer of a step needed and that could not be read"),
     ("moesaic_routing_unlearned_blocks_total", "Computed blocks whose routing was not kept because too many waited"),
     ("vllm:admission_rejections_total", "Requests refused at the door, by reason"),
     ("http_requests_total", "HTTP requests by route, method and status"),
@@ -94,21 +108,30 @@ const GAUGES: &[(&str, &str)] = &[
     ("moesaic_state_snapshots_usage_perc", "Share of the places for kept recurrent states that are taken, 1 is full"),
     ("vllm:cache_config_info", "The KV cache's settings as labels"),
     ("moesaic_weight_bytes", "Bytes of the weights in memory, with the formats of the matrices as a label"),
-    ("moesaic_routing_accuracy", "Of the experts that known blocks used, the share that was expected: recall"),
-    ("moesaic_routing_precision", "Of the experts that known blocks were expected to use, the share that was used"),
     (
-        "moesaic_routing_prior_accuracy",
-        "Of the experts that blocks behind known ones used, the share that was expected",
+        "moesaic_routing_accuracy",
+        "Recall of predicted experts: of those used the share that was expected, by predictor; next_layer asks routers ahead",
     ),
+    ("moesaic_routing_precision", "Of the experts that were expected, the share that was used, by predictor"),
+    ("moesaic_routing_layer_accuracy", "Recall of the predictor next_layer, by layer"),
     (
-        "moesaic_routing_prior_precision",
-        "Of the experts that such blocks were expected to use, the share that was used",
+        "moesaic_expert_resident_bytes",
+        "Bytes of the experts in memory or on their way, of a model under --expert-memory",
     ),
+    ("moesaic_expert_memory_bytes", "Bytes that they may take"),
+    ("moesaic_expert_wait_share", "Share of the time of steps spent waiting for experts, over the last twenty or so"),
     ("moesaic_routing_cache_bytes", "Bytes of memory that hold the routing of blocks"),
     ("moesaic_routing_cache_entries", "Blocks whose routing is in memory"),
     ("moesaic_kv_tier_bytes", "Bytes of prompts' blocks in a tier beyond the KV cache, where it can tell"),
     ("moesaic_kv_tier_entries", "Blocks of prompts in such a tier"),
-    ("moesaic_expert_imbalance_ratio", "Load of the busiest expert over the mean, by layer"),
+    ("moesaic_expert_imbalance_ratio", "Load of the busiest expert over the mean, by layer, in the last minute"),
+    ("moesaic_expert_gini", "Gini coefficient of the experts' loads, by layer: 0 is even"),
+    ("moesaic_router_entropy", "Entropy of the experts' loads in bits, by layer: log2 of the experts is even"),
+    ("moesaic_expert_hot_share", "Share of a layer's load that its hottest experts have, by rank"),
+    (
+        "moesaic_expert_utilization",
+        "Of the tokens that experts could have taken, the share that they took; by layer, where there is a capacity",
+    ),
 ];
 
 static RECORDER: OnceLock<PrometheusHandle> = OnceLock::new();
@@ -180,6 +203,7 @@ pub fn observe_engine(engine: &EngineHandle) {
     )
     .set(1.0);
     gauge!("moesaic_weight_bytes", "format" => model.weight_formats.join("+")).set(model.weight_bytes as f64);
+    expert_loads::observe(&engine.expert_loads().over(expert_loads::WINDOW));
 }
 
 /// Counts a request that was refused at the door.

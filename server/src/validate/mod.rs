@@ -1,5 +1,6 @@
-//! Request fields to what they mean: ranges and defaults. `unsupported` holds the fields that are refused by name.
+//! Request fields to what they mean: ranges and defaults. `experts` holds what is about experts, `unsupported` the fields that are refused by name.
 
+mod experts;
 #[cfg(test)]
 mod tests;
 mod unsupported;
@@ -7,10 +8,11 @@ mod unsupported;
 use std::collections::{BTreeMap, HashMap};
 
 use cache::Access;
-use engine::GenerationDefaults;
 use engine::sampling::params::SamplingParams;
+use engine::{ExpertOptions, GenerationDefaults};
 use serde_json::Value;
 
+pub use experts::ExpertLimits;
 use unsupported::is_empty;
 pub use unsupported::{unsupported, unsupported_in_chat};
 
@@ -38,6 +40,7 @@ pub struct ModelLimits {
     /// Sequences that one request may ask for.
     pub max_sequences: usize,
     pub defaults: GenerationDefaults,
+    pub experts: ExpertLimits,
 }
 
 /// A request whose fields are in range, prompt apart.
@@ -45,6 +48,7 @@ pub struct ModelLimits {
 pub struct ValidRequest {
     pub sampling: SamplingParams,
     pub stop: StopRules,
+    pub experts: ExpertOptions,
     /// Choices per prompt.
     pub num_choices: u32,
     pub output: OutputOptions,
@@ -76,6 +80,8 @@ pub struct OutputOptions {
     pub tokens_as_ids: bool,
     /// The experts of every token.
     pub routed_experts: bool,
+    /// What the experts cost.
+    pub expert_use: bool,
     pub echo: bool,
 }
 
@@ -191,7 +197,11 @@ fn shared(fields: &SamplingOptions, extras: &Extras, limits: &ModelLimits) -> Re
     let stream = stream_plan(fields)?;
     let prompt_logprobs = prompt_logprobs(fields, extras, stream.is_some())?;
     let sampling = sampling_params(fields, &limits.defaults)?;
-    let cache = cache_access(fields, &sampling);
+    let experts = experts::expert_options(fields.moe, sampling.seed, &limits.experts)?;
+    let cache = match limits.experts.change(&experts) {
+        true => Access { read: false, write: false },
+        false => cache_access(fields, &sampling),
+    };
     Ok(ValidRequest {
         sampling: SamplingParams {
             logit_bias: logit_bias(fields.logit_bias.as_ref(), limits.vocab_size)?,
@@ -200,6 +210,7 @@ fn shared(fields: &SamplingOptions, extras: &Extras, limits: &ModelLimits) -> Re
             ..sampling
         },
         stop: StopRules { max_tokens: extras.max_tokens, min_tokens, ..stop_rules(fields, limits)? },
+        experts,
         num_choices,
         output: OutputOptions {
             skip_special_tokens: fields.skip_special_tokens.unwrap_or(true),
@@ -207,6 +218,7 @@ fn shared(fields: &SamplingOptions, extras: &Extras, limits: &ModelLimits) -> Re
             token_ids: fields.return_token_ids.unwrap_or(false),
             tokens_as_ids: fields.return_tokens_as_token_ids.unwrap_or(false),
             routed_experts: fields.return_routed_experts.unwrap_or(false),
+            expert_use: wants_expert_use(fields),
             echo: extras.echo,
         },
         truncate_prompt: truncation(fields.truncate_prompt_tokens, limits.max_tokens)?,
@@ -216,10 +228,15 @@ fn shared(fields: &SamplingOptions, extras: &Extras, limits: &ModelLimits) -> Re
     })
 }
 
-/// Only what is greedy or seeded has one answer; and of that the experts are not stored.
+fn wants_expert_use(fields: &SamplingOptions) -> bool {
+    fields.moe.and_then(|moe| moe.usage) == Some(true)
+}
+
+/// Only what is greedy or seeded has one answer; and of that the experts are not stored, nor what they cost.
 fn cache_access(fields: &SamplingOptions, sampling: &SamplingParams) -> Access {
-    let is_determined =
-        (sampling.temperature == 0.0 || fields.seed.is_some()) && fields.return_routed_experts != Some(true);
+    let is_determined = (sampling.temperature == 0.0 || fields.seed.is_some())
+        && fields.return_routed_experts != Some(true)
+        && !wants_expert_use(fields);
     let options = fields.cache.unwrap_or_default();
     Access {
         read: is_determined && options.read.unwrap_or(true),

@@ -16,6 +16,7 @@ fn limits() -> ModelLimits {
             top_k: Some(20),
             ..GenerationDefaults::default()
         },
+        experts: ExpertLimits { top_k: 4, top_p: 1.0, ..ExpertLimits::default() },
     }
 }
 
@@ -44,6 +45,8 @@ fn values_out_of_range_are_refused_by_name() {
         (json!({"presence_penalty": 3}), "presence_penalty"),
         (json!({"frequency_penalty": -3}), "frequency_penalty"),
         (json!({"repetition_penalty": 0}), "repetition_penalty"),
+        (json!({"moe": {"top_p": 0}}), "moe.top_p"),
+        (json!({"moe": {"max_experts": 0}}), "moe.max_experts"),
         (json!({"n": 0}), "n"),
         (json!({"n": 129}), "n"),
         (json!({"max_tokens": 0}), "max_tokens"),

@@ -1,12 +1,16 @@
 //! The expert layer: each token through its experts, grouped so that an expert's tokens are one matrix product.
 
 mod cpu;
+mod pass;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
 mod tests;
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
+
+use cpu::Sizes;
+pub use pass::{ExpertPass, ExpertSlots, grouped_experts};
 
 use super::glu::GluActivation;
 use super::pointwise::Pointwise;
@@ -41,6 +45,19 @@ impl ExpertWeights {
     pub fn swiglu(gate_up: PackedWeight, down: PackedWeight) -> Self {
         Self { gate_up, down, biases: None, activation: ExpertActivation::Gated(GluActivation::Silu) }
     }
+
+    fn check(&self, sizes: Sizes) -> Result<()> {
+        check::length(OP, "width of gate_up", self.gate_up.cols(), sizes.hidden)?;
+        let gate_up_rows = self.activation.num_parts() * sizes.intermediate;
+        check::length(OP, "rows of gate_up", self.gate_up.rows(), gate_up_rows)?;
+        check::length(OP, "width of down", self.down.cols(), sizes.intermediate)?;
+        check::length(OP, "rows of down", self.down.rows(), sizes.hidden)?;
+        if let Some(biases) = &self.biases {
+            check::length(OP, "bias of gate_up", biases.gate_up.len(), gate_up_rows)?;
+            check::length(OP, "bias of down", biases.down.len(), sizes.hidden)?;
+        }
+        Ok(())
+    }
 }
 
 /// Added to the outputs of the two matrices.
@@ -70,32 +87,28 @@ impl ExpertActivation {
     }
 }
 
-/// `Σ weight * expert(x)` over the slots of each token, summed in slot order. Experts without a token are not read.
-/// Fails if the experts' shapes do not fit `x`, or `topk` names an expert that does not exist.
+/// `Σ weight * expert(x)` over the slots of each token, summed in slot order. Experts without a token are not read, and
+/// slots with [`TopK::NO_EXPERT`] are no part of the sum. Fails if the experts' shapes do not fit `x`, or `topk` names an expert that does not
+/// exist.
 pub fn grouped_swiglu(
     x: &Tensor, /* [num_tokens, hidden_size] */
     experts: &[Expert],
     topk: &TopK,
 ) -> Result<Tensor /* [num_tokens, hidden_size] */> {
     let [num_tokens, hidden_size] = Input { op: OP, what: "x", tensor: x }.dims("[num_tokens, hidden_size]")?;
+    let intermediate = experts.iter().find_map(Expert::glu).map_or(0, |expert| expert.down.cols());
+    let sizes = Sizes { hidden: hidden_size, intermediate };
+    experts.iter().filter_map(Expert::glu).try_for_each(|expert| expert.check(sizes))?;
+    check_choices(topk, num_tokens, experts.len())?;
+    Ok(x.apply_op1_no_bwd(&GroupedSwiglu { num_tokens, sizes, experts, topk })?)
+}
+
+/// One expert or none, and one weight for each slot of each token, of experts that exist.
+fn check_choices(topk: &TopK, num_tokens: usize, num_experts: usize) -> Result<()> {
     check::length(OP, "number of chosen experts", topk.experts.len(), num_tokens * topk.k)?;
     check::length(OP, "number of expert weights", topk.weights.len(), num_tokens * topk.k)?;
-    let intermediate = experts.iter().find_map(Expert::glu).map_or(0, |expert| expert.down.cols());
-    for expert in experts.iter().filter_map(Expert::glu) {
-        check::length(OP, "width of gate_up", expert.gate_up.cols(), hidden_size)?;
-        let gate_up_rows = expert.activation.num_parts() * intermediate;
-        check::length(OP, "rows of gate_up", expert.gate_up.rows(), gate_up_rows)?;
-        check::length(OP, "width of down", expert.down.cols(), intermediate)?;
-        check::length(OP, "rows of down", expert.down.rows(), hidden_size)?;
-        if let Some(biases) = &expert.biases {
-            check::length(OP, "bias of gate_up", biases.gate_up.len(), gate_up_rows)?;
-            check::length(OP, "bias of down", biases.down.len(), hidden_size)?;
-        }
-    }
-    for &expert in &topk.experts {
-        check::below(OP, "expert", expert as usize, experts.len())?;
-    }
-    Ok(x.apply_op1_no_bwd(&GroupedSwiglu { num_tokens, hidden_size, intermediate, experts, topk })?)
+    let mut chosen = topk.experts.iter().filter(|&&expert| expert != TopK::NO_EXPERT);
+    chosen.try_for_each(|&expert| check::below(OP, "expert", expert as usize, num_experts))
 }
 
 impl Expert {
@@ -109,8 +122,7 @@ impl Expert {
 
 struct GroupedSwiglu<'a> {
     num_tokens: usize,
-    hidden_size: usize,
-    intermediate: usize,
+    sizes: Sizes,
     experts: &'a [Expert],
     topk: &'a TopK,
 }
@@ -122,6 +134,6 @@ impl CustomOp1 for GroupedSwiglu<'_> {
 
     fn cpu_fwd(&self, x: &CpuStorage, x_layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         let out = cpu::grouped_swiglu(self, f32_slice(x, x_layout)?);
-        Ok(f32_output(out, (self.num_tokens, self.hidden_size)))
+        Ok(f32_output(out, (self.num_tokens, self.sizes.hidden)))
     }
 }

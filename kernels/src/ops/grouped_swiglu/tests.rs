@@ -1,9 +1,13 @@
 //! Parity with the oracle, row invariance to the bit, and refused inputs.
 
-use super::{Expert, ExpertActivation, ExpertBiases, ExpertWeights, GroupedSwiglu, TopK, grouped_swiglu, reference};
+use super::{
+    Expert, ExpertActivation, ExpertBiases, ExpertPass, ExpertSlots, ExpertWeights, GroupedSwiglu, Sizes, TopK,
+    grouped_experts, grouped_swiglu, reference,
+};
+use crate::error::KernelError;
 use crate::ops::glu::GluActivation;
 use crate::ops::pointwise::Pointwise;
-use crate::testing::{Numbers, assert_close, bits, tensor, values};
+use crate::testing::{Numbers, QUANTIZED, assert_close, bits, tensor, values};
 use crate::weight::{PackedWeight, WeightFormat};
 
 fn experts(numbers: &mut Numbers, format: WeightFormat, shape: [usize; 3]) -> Vec<Expert> {
@@ -44,7 +48,8 @@ fn agrees_with_the_reference() {
             let experts = experts(&mut numbers, format, [num_experts, hidden_size, intermediate]);
             let topk = choose(&mut numbers, num_tokens, num_experts, k);
             let x = numbers.with_outliers(num_tokens * hidden_size);
-            let op = GroupedSwiglu { num_tokens, hidden_size, intermediate, experts: &experts, topk: &topk };
+            let sizes = Sizes { hidden: hidden_size, intermediate };
+            let op = GroupedSwiglu { num_tokens, sizes, experts: &experts, topk: &topk };
             let y = grouped_swiglu(&tensor(&x, &[num_tokens, hidden_size]), &experts, &topk).unwrap();
             assert_close(&values(&y), &reference::grouped_swiglu(&op, &x), 1e-5);
         }
@@ -81,7 +86,8 @@ fn identity_biases_and_clamps_agree_with_the_reference() {
         let experts = varied(&mut numbers, [num_experts, hidden_size, intermediate]);
         let topk = choose(&mut numbers, num_tokens, num_experts, k);
         let x = numbers.normal(num_tokens * hidden_size);
-        let op = GroupedSwiglu { num_tokens, hidden_size, intermediate, experts: &experts, topk: &topk };
+        let sizes = Sizes { hidden: hidden_size, intermediate };
+        let op = GroupedSwiglu { num_tokens, sizes, experts: &experts, topk: &topk };
         let y = grouped_swiglu(&tensor(&x, &[num_tokens, hidden_size]), &experts, &topk).unwrap();
         assert_close(&values(&y), &reference::grouped_swiglu(&op, &x), 1e-5);
     }
@@ -137,4 +143,166 @@ fn refuses_what_does_not_fit() {
     let Expert::Glu(first) = &experts[0] else { unreachable!("all are gated") };
     let swapped = [Expert::Glu(ExpertWeights::swiglu(first.down.clone(), first.gate_up.clone()))];
     assert!(grouped_swiglu(&x, &swapped, &topk(vec![0, 0], 1)).is_err());
+}
+
+/// Gives all experts that a part needs in random groups, in random order.
+fn supply(numbers: &mut Numbers, pass: &mut ExpertPass<'_>, experts: &[Expert]) -> Result<(), KernelError> {
+    let mut left: Vec<usize> = pass.needed().map(|(expert, _)| expert).collect();
+    while !left.is_empty() {
+        let here: Vec<usize> =
+            (0..=numbers.below(left.len())).map(|_| left.swap_remove(numbers.below(left.len()))).collect();
+        let here: Vec<_> =
+            here.iter().map(|&idx| (idx, experts[idx].glu().expect("identities are not needed"))).collect();
+        pass.compute(&here)?;
+    }
+    Ok(())
+}
+
+fn slots(experts: &[Expert], intermediate: usize) -> ExpertSlots {
+    let formats = experts.iter().map(|expert| expert.glu().map(|expert| expert.gate_up.format())).collect();
+    ExpertSlots { formats, intermediate }
+}
+
+#[test]
+fn experts_may_come_in_any_groups_and_order() {
+    let mut numbers = Numbers::new(6);
+    let quantized = QUANTIZED.map(WeightFormat::Quantized);
+    let formats = [WeightFormat::F32, WeightFormat::F16, WeightFormat::Bf16].into_iter().chain(quantized);
+    for format in formats {
+        let experts = experts(&mut numbers, format, [7, 70, 40]);
+        check_groups(&mut numbers, &experts, [90, 70, 40]);
+    }
+    let varied = varied(&mut numbers, [7, 35, 19]);
+    check_groups(&mut numbers, &varied, [1, 35, 19]);
+    check_groups(&mut numbers, &varied, [200, 35, 19]);
+    // Neighbours of other formats in one layer.
+    let mut mixed = experts(&mut numbers, WeightFormat::F32, [5, 64, 32]);
+    mixed.extend(experts(&mut numbers, quantized[0], [3, 64, 32]));
+    check_groups(&mut numbers, &mixed, [50, 64, 32]);
+    check_groups(&mut numbers, &mixed, [0, 64, 32]);
+}
+
+fn check_groups(numbers: &mut Numbers, experts: &[Expert], [num_tokens, hidden_size, intermediate]: [usize; 3]) {
+    let topk = choose(numbers, num_tokens, experts.len(), 3);
+    let x = numbers.tensor(&[num_tokens, hidden_size]);
+    let whole = bits(&grouped_swiglu(&x, experts, &topk).unwrap());
+    for _ in 0..4 {
+        let apart = grouped_experts(&x, &slots(experts, intermediate), &topk, |pass| supply(numbers, pass, experts));
+        assert_eq!(bits(&apart.unwrap()), whole);
+    }
+}
+
+/// So wide that the tokens go in parts, and the rows of a part in several.
+#[test]
+fn long_inputs_go_in_parts() {
+    let mut numbers = Numbers::new(7);
+    let [num_tokens, hidden_size, intermediate, k] = [700, 16_384, 3, 8];
+    let experts = experts(&mut numbers, WeightFormat::Bf16, [9, hidden_size, intermediate]);
+    let topk = choose(&mut numbers, num_tokens, 9, k);
+    let x = numbers.tensor(&[num_tokens, hidden_size]);
+    let mut num_parts = 0;
+    let apart = grouped_experts(&x, &slots(&experts, intermediate), &topk, |pass| {
+        num_parts += 1;
+        supply(&mut numbers, pass, &experts)
+    });
+    assert_eq!(num_parts, 2);
+    assert!(bits(&apart.unwrap()) == bits(&grouped_swiglu(&x, &experts, &topk).unwrap()));
+}
+
+#[test]
+fn an_expert_that_cannot_be_had_spoils_the_tokens_that_chose_it() {
+    let mut numbers = Numbers::new(8);
+    let experts = experts(&mut numbers, WeightFormat::F32, [4, 16, 8]);
+    let topk = choose(&mut numbers, 40, 4, 2);
+    let x = numbers.tensor(&[40, 16]);
+    let whole = values(&grouped_swiglu(&x, &experts, &topk).unwrap());
+    let broken = grouped_experts(&x, &slots(&experts, 8), &topk, |pass| {
+        pass.fail(2);
+        let needed: Vec<usize> = pass.needed().map(|(expert, _)| expert).collect();
+        let others = needed.into_iter().filter(|&expert| expert != 2);
+        let here: Vec<_> = others.map(|idx| (idx, experts[idx].glu().unwrap())).collect();
+        pass.compute(&here)
+    });
+    for (token, (broken, whole)) in values(&broken.unwrap()).chunks(16).zip(whole.chunks(16)).enumerate() {
+        let chose_it = topk.experts[2 * token..2 * token + 2].contains(&2);
+        assert!(if chose_it { broken.iter().all(|value| value.is_nan()) } else { broken == whole }, "token {token}");
+    }
+}
+
+#[test]
+fn refuses_experts_that_were_not_announced() {
+    let mut numbers = Numbers::new(9);
+    let [plain, other] = [WeightFormat::F32, WeightFormat::Bf16].map(|format| experts(&mut numbers, format, [2, 8, 4]));
+    let topk = TopK { experts: vec![0, 1], weights: vec![1.0; 2], k: 1 };
+    let x = numbers.tensor(&[2, 8]);
+    let run = |supply: &dyn Fn(&mut ExpertPass<'_>) -> Result<(), KernelError>| {
+        grouped_experts(&x, &slots(&plain, 4), &topk, supply).map(drop).map_err(|error| error.to_string())
+    };
+    let [first, second] = [0, 1].map(|idx| (idx, plain[idx].glu().unwrap()));
+    assert_eq!(run(&|pass| pass.compute(&[first, second])), Ok(()));
+    assert!(run(&|pass| pass.compute(&[first])).unwrap_err().contains("expert 1 was not supplied"));
+    assert!(run(&|pass| pass.compute(&[first, first])).unwrap_err().contains("expert 0 came twice"));
+    let strange = (1, other[1].glu().unwrap());
+    assert!(run(&|pass| pass.compute(&[first, strange])).unwrap_err().contains("bf16"));
+    assert!(run(&|pass| pass.compute(&[(2, first.1)])).is_err());
+}
+
+/// A third of the slots are empty, of some tokens all.
+fn empty_some(numbers: &mut Numbers, topk: &mut TopK) {
+    for slots in topk.experts.chunks_mut(topk.k) {
+        let all = numbers.below(8) == 0;
+        slots.iter_mut().filter(|_| all || numbers.below(3) == 0).for_each(|expert| *expert = TopK::NO_EXPERT);
+    }
+}
+
+#[test]
+fn empty_slots_give_nothing() {
+    let mut numbers = Numbers::new(10);
+    for [num_tokens, num_experts, hidden_size, intermediate, k] in
+        [[1, 2, 8, 8, 2], [70, 5, 35, 19, 3], [300, 4, 64, 96, 2]]
+    {
+        let experts = varied(&mut numbers, [num_experts, hidden_size, intermediate]);
+        let mut topk = choose(&mut numbers, num_tokens, num_experts, k);
+        empty_some(&mut numbers, &mut topk);
+        // What is in an empty slot beside the expert does not matter.
+        let empty = topk.weights.iter_mut().zip(&topk.experts).filter(|(_, expert)| **expert == TopK::NO_EXPERT);
+        empty.for_each(|(weight, _)| *weight = f32::NAN);
+        let x = numbers.normal(num_tokens * hidden_size);
+        let sizes = Sizes { hidden: hidden_size, intermediate };
+        let op = GroupedSwiglu { num_tokens, sizes, experts: &experts, topk: &topk };
+        let input = tensor(&x, &[num_tokens, hidden_size]);
+        let y = grouped_swiglu(&input, &experts, &topk).unwrap();
+        assert_close(&values(&y), &reference::grouped_swiglu(&op, &x), 1e-5);
+        let slots = slots(&experts, intermediate);
+        let apart = grouped_experts(&input, &slots, &topk, |pass| supply(&mut numbers, pass, &experts));
+        assert_eq!(bits(&apart.unwrap()), bits(&y));
+    }
+}
+
+#[test]
+fn a_token_with_an_empty_slot_is_one_that_never_had_it() {
+    let mut numbers = Numbers::new(11);
+    for format in [WeightFormat::Bf16, WeightFormat::Quantized(QUANTIZED[0])] {
+        let experts = experts(&mut numbers, format, [6, 64, 32]);
+        let full = choose(&mut numbers, 40, 6, 3);
+        let x = numbers.tensor(&[40, 64]);
+        let mut emptied = full.clone();
+        emptied.experts.iter_mut().skip(2).step_by(3).for_each(|expert| *expert = TopK::NO_EXPERT);
+        let first_two = |values: &[u32]| values.chunks(3).flat_map(|slots| slots[..2].to_vec()).collect::<Vec<u32>>();
+        let weights: Vec<u32> = full.weights.iter().map(|weight| weight.to_bits()).collect();
+        let weights = first_two(&weights).into_iter().map(f32::from_bits).collect();
+        let shorter = TopK { experts: first_two(&full.experts), weights, k: 2 };
+        let y = bits(&grouped_swiglu(&x, &experts, &emptied).unwrap());
+        assert_eq!(y, bits(&grouped_swiglu(&x, &experts, &shorter).unwrap()));
+        // Experts of empty slots alone are not asked for.
+        let mut needed = Vec::new();
+        let only = TopK { experts: vec![4, TopK::NO_EXPERT], weights: vec![1.0; 2], k: 2 };
+        let row = x.narrow(0, 0, 1).unwrap();
+        grouped_experts(&row, &slots(&experts, 32), &only, |pass| {
+            needed.extend(pass.needed());
+            supply(&mut numbers, pass, &experts)
+        })
+        .unwrap();
+        assert_eq!(needed, [(4, 1)]);
+    }
 }

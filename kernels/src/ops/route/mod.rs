@@ -65,7 +65,7 @@ pub struct RouterSpec {
     pub scale: f32,
 }
 
-/// The experts of each token, by descending choice score; ties go to the lower index.
+/// The experts of each token, by descending choice score; ties go to the lower index. A slot may be empty.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct TopK {
     /// `[num_tokens * k]`
@@ -73,6 +73,11 @@ pub struct TopK {
     /// `[num_tokens * k]`
     pub weights: Vec<f32>,
     pub k: usize,
+}
+
+impl TopK {
+    /// In place of an expert, in a slot that gives nothing and costs nothing, whatever its weight. [`route`] leaves none.
+    pub const NO_EXPERT: u32 = u32::MAX;
 }
 
 /// Chooses `top_k` experts per token. A NaN is never chosen over a number, and makes NaN weights. Fails if the spec
