@@ -4,6 +4,7 @@ use crate::config::{EngineConfig, ExpertMemory, ExpertWarmup};
 use crate::error::EngineError;
 use crate::experts::{ExpertCatalog, ExpertPolicy, ExpertProfile, ExpertStore, StoreConfig};
 use crate::models::ModelShape;
+use crate::weights::loader::LoadProgress;
 
 /// A model without its experts.
 pub struct Host<'a> {
@@ -21,8 +22,8 @@ pub struct Host<'a> {
 pub fn open_store(
     config: &EngineConfig,
     memory: ExpertMemory,
-    catalog: ExpertCatalog,
-    host: &Host<'_>,
+    (catalog, host): (ExpertCatalog, &Host<'_>),
+    progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Option<ExpertStore>, EngineError> {
     let all = catalog.num_bytes();
     let capacity_bytes = memory.bytes(all);
@@ -49,7 +50,7 @@ pub fn open_store(
         read_mode: config.experts.read_mode.or(cached),
     };
     let mut store = ExpertStore::new(catalog, store)?;
-    store.warm_up(first.into_iter())?;
+    store.warm_up(&first, progress)?;
     Ok(Some(store))
 }
 

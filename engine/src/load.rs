@@ -42,8 +42,7 @@ pub struct LoadedModel {
 /// Whatever is wrong with the folder, the settings, or their fit to each other; see [`EngineError`].
 pub fn load(config: EngineConfig, progress: &mut dyn FnMut(LoadProgress)) -> Result<EngineHandle, EngineError> {
     let LoadedModel { summary, fingerprint, scheduler, runner } = load_model(&config, progress)?;
-    let loads = Arc::clone(runner.expert_loads());
-    let shared = Arc::new(Shared::new((summary, fingerprint), loads, config.max_queue));
+    let shared = Arc::new(Shared::new((summary, fingerprint), &runner, config.max_queue));
     // The queue's limit counts requests; one more place is for the word that wakes the loop.
     let (commands, receiver) = sync_channel(config.max_queue + 1);
     kernels::keep_freed_memory();
@@ -313,7 +312,7 @@ fn load_parts(
     let weights = packed.map_or_else(|| Weights::Files(checkpoint.files()), |packed| Weights::Digest(packed.digest));
     let host = Host { shape: model.shape(), weights: weights.sample(), weight_bytes };
     let experts = match (catalog, config.experts.memory) {
-        (Some(catalog), Some(memory)) => open_store(config, memory, catalog, &host)?,
+        (Some(catalog), Some(memory)) => open_store(config, memory, (catalog, &host), progress)?,
         _ => None,
     };
     weight_bytes += experts.as_ref().map_or(0, ExpertStore::capacity_bytes);

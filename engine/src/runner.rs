@@ -18,6 +18,7 @@ use crate::handle::{PromptLogprob, SampledToken};
 use crate::layers::decoder::gather_rows;
 use crate::memory::{BlockCoding, KvArena};
 use crate::models::{DraftInput, ForwardContext, Model, ModelShape, Prefill};
+use crate::pulse::Pulse;
 use crate::sampling::params::SamplingParams;
 use crate::sampling::prompt_logprob;
 use crate::sampling::sampler::{SampleRow, sample};
@@ -38,6 +39,7 @@ pub struct Runner {
     traffic: Vec<Option<ExpertTraffic>>,
     input: ForwardInput,
     block_size: usize,
+    pulse: Arc<Pulse>,
 }
 
 /// What is kept of each token beside keys and values.
@@ -104,12 +106,19 @@ impl Runner {
             traffic: Vec::new(),
             input: ForwardInput::default(),
             block_size,
+            pulse: Arc::default(),
         }
     }
 
     /// With the experts that the model does not have.
     pub fn with_experts(self, experts: Option<ExpertStore>) -> Self {
+        let experts = experts.map(|store| store.with_pulse(Arc::clone(&self.pulse)));
         Self { experts, ..self }
+    }
+
+    /// Beats where a step takes as long as a disk wants.
+    pub(crate) fn pulse(&self) -> &Arc<Pulse> {
+        &self.pulse
     }
 
     /// Whether experts are read when they are needed.

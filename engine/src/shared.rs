@@ -1,6 +1,6 @@
 //! What the handle and the step loop share: the door, the flags and the counters.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
@@ -14,8 +14,10 @@ use crate::experts::ExpertLoads;
 use crate::fingerprint::Fingerprint;
 use crate::handle::{EngineStats, Event, GenerateRequest, Generation, LearnedBlock, ModelSummary};
 use crate::prefix_tier::{PrefixTier, TierExchange};
+use crate::pulse::Pulse;
+use crate::runner::Runner;
 
-/// A loop that has work and finishes no step for this long is reported unhealthy.
+/// A loop that has work and in this time neither finishes a step nor gets an expert that it waits for is reported unhealthy.
 const STALL_LIMIT: Duration = Duration::from_secs(60);
 
 pub(crate) enum Command {
@@ -45,9 +47,8 @@ pub(crate) struct Shared {
     shutting_down: AtomicBool,
     dead: watch::Sender<bool>,
     idle: AtomicBool,
-    started: Instant,
-    /// Milliseconds from `started` to the end of the last step.
-    last_step_ms: AtomicU64,
+    /// Of the step loop.
+    pulse: Arc<Pulse>,
     stats: Mutex<EngineStats>,
     /// Who wants to know the routing of blocks.
     learner: OnceLock<mpsc::Sender<LearnedBlock>>,
@@ -62,23 +63,18 @@ enum Door {
 }
 
 impl Shared {
-    pub(crate) fn new(
-        (model, fingerprint): (ModelSummary, Fingerprint),
-        expert_loads: Arc<ExpertLoads>,
-        max_queue: usize,
-    ) -> Self {
+    pub(crate) fn new((model, fingerprint): (ModelSummary, Fingerprint), runner: &Runner, max_queue: usize) -> Self {
         Self {
             model,
             fingerprint,
-            expert_loads,
+            expert_loads: Arc::clone(runner.expert_loads()),
             max_queue,
             num_queued: AtomicUsize::new(0),
             door: Mutex::new(Door::Open),
             shutting_down: AtomicBool::new(false),
             dead: watch::Sender::new(false),
             idle: AtomicBool::new(true),
-            started: Instant::now(),
-            last_step_ms: AtomicU64::new(0),
+            pulse: Arc::clone(runner.pulse()),
             stats: Mutex::new(EngineStats::default()),
             learner: OnceLock::new(),
         }
@@ -94,7 +90,7 @@ impl Shared {
     }
 
     pub(crate) fn set_idle(&self, idle: bool) {
-        self.touch();
+        self.pulse.beat();
         self.idle.store(idle, Ordering::Relaxed);
     }
 
@@ -133,7 +129,7 @@ impl Shared {
     }
 
     pub(crate) fn publish(&self, scheduler: &SchedulerStats) {
-        self.touch();
+        self.pulse.beat();
         let mut stats = self.lock_stats();
         stats.num_running = scheduler.num_running;
         stats.num_waiting = scheduler.num_waiting;
@@ -151,10 +147,6 @@ impl Shared {
         stats.num_prefix_queries = scheduler.num_prefix_queries;
         stats.num_prefix_hits = scheduler.num_prefix_hits;
         stats.num_loaded = scheduler.num_loaded;
-    }
-
-    fn touch(&self) {
-        self.last_step_ms.store(self.started.elapsed().as_millis() as u64, Ordering::Relaxed);
     }
 
     fn lock_door(&self) -> std::sync::MutexGuard<'_, Door> {
@@ -249,8 +241,7 @@ impl Front {
 
     pub(crate) fn is_healthy(&self) -> bool {
         let shared = &self.shared;
-        let last_step = Duration::from_millis(shared.last_step_ms.load(Ordering::Relaxed));
-        let moving = shared.idle.load(Ordering::Relaxed) || shared.started.elapsed() < last_step + STALL_LIMIT;
+        let moving = shared.idle.load(Ordering::Relaxed) || shared.pulse.silence() < STALL_LIMIT;
         moving && *shared.lock_door() != Door::Dead
     }
 

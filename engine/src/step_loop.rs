@@ -490,7 +490,7 @@ mod tests {
             let routed = RoutedRows::new(RoutedLayout::of(&shape), 1, 16);
             let places = TokenPlaces { routed, block_size: 16 };
             let runner = Runner::new(Box::new(Broken { shape, fail }), arena, places, RoutingOptions::default());
-            let shared = Arc::new(Shared::new((summary, fingerprint), Arc::clone(runner.expert_loads()), 4));
+            let shared = Arc::new(Shared::new((summary, fingerprint), &runner, 4));
             let (commands, receiver) = sync_channel(5);
             let front = Front::new(shared.clone(), commands, std::thread::spawn(|| ()));
             let generations: Vec<_> = (0..3).map(|_| front.submit(request()).unwrap()).collect();
@@ -511,7 +511,7 @@ mod tests {
     #[test]
     fn the_word_of_a_shutdown_is_not_lost_when_taken_with_other_commands() {
         let LoadedModel { summary, fingerprint, scheduler, runner } = golden();
-        let shared = Arc::new(Shared::new((summary, fingerprint), Arc::clone(runner.expert_loads()), 4));
+        let shared = Arc::new(Shared::new((summary, fingerprint), &runner, 4));
         let (commands, receiver) = sync_channel(5);
         let front = Front::new(shared.clone(), commands, std::thread::spawn(|| ()));
         let mut step_loop = StepLoop::new(scheduler, runner, shared);

@@ -168,8 +168,9 @@ def grouped(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         return F.grouped_mm(x.to(dtype), weights.to(dtype), offs=ends)
-    parts = x.tensor_split(ends[:-1].long().cpu())
-    return torch.cat([part @ weight for part, weight in zip(parts, weights)])
+    # Split and unbound at once: the gradient of a slice is as large as what it was cut from.
+    parts = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
+    return torch.cat([part @ weight for part, weight in zip(parts, weights.unbind())])
 
 
 class Block(nn.Module):
@@ -220,6 +221,11 @@ class Model(nn.Module):
     def forward(self, ids: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of the next token `[batch, count, vocab]`; those of the one after it, one position fewer; and the mean
         loss of uneven use."""
+        state, ahead, unevenness = self.states(ids, real)
+        return self.lm_head(state), self.lm_head(ahead), unevenness
+
+    def states(self, ids: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The same before the head: `[batch, count, hidden]`."""
         table = rotary(self.shape, ids.device)
         embedded = self.embed_tokens(ids)
         x, uneven = embedded, []
@@ -231,7 +237,7 @@ class Model(nn.Module):
         ahead, balance = self.mtp.block(self.mtp.eh_proj(both), table, None if real is None else real[:, 1:])
         uneven = [part for part in (*uneven, balance) if part is not None]
         unevenness = torch.stack(uneven).mean() if uneven else x.new_zeros(())
-        return self.lm_head(normed), self.lm_head(self.mtp.norm(ahead)), unevenness
+        return normed, self.mtp.norm(ahead), unevenness
 
     def num_parameters(self) -> tuple[int, int]:
         """In all, MTP layer included, and those active for a token without the MTP layer."""

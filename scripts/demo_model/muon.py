@@ -14,7 +14,8 @@ def orthogonal(x: Tensor, steps: int = 5) -> Tensor:
     """Of `[..., rows, cols]`, each matrix's singular values brought near 1."""
     a, b, c = COEFFICIENTS
     wide = x.transpose(-1, -2) if x.shape[-2] > x.shape[-1] else x
-    wide = (wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
+    wide = wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    wide = wide.to(torch.bfloat16 if x.is_cuda else x.dtype)
     for _ in range(steps):
         square = wide @ wide.transpose(-1, -2)
         wide = a * wide + (b * square + c * square @ square) @ wide

@@ -33,6 +33,8 @@ MTP_WEIGHT = (0.3, 0.1)
 BALANCE_WEIGHT = 1e-3
 BIAS_SPEED = 2e-3
 SAVE_SECONDS = 120
+# Rows whose logits are held at a time.
+HEAD_ROWS = 512
 EVALUATE_EVERY = 50
 SAMPLE_PROMPTS = (
     "Tell me a story about a shy fox and a lantern.",
@@ -67,16 +69,45 @@ def padded(batch: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor
 
 def losses(model: Model, ids: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over tokens: of the next one, of the one after it; and the loss of uneven use, a mean."""
-    logits, ahead, uneven = model(ids, None if bool(real.all()) else real)
-    wanted = ids.masked_fill(~real, -100)
-    entropy = lambda rows, targets: F.cross_entropy(
-        rows.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
+    state, ahead, uneven = model.states(ids, None if bool(real.all()) else real)
+    wanted = ids.masked_fill(~real, -1)
+    entropy = lambda rows, targets: HeadEntropy.apply(
+        rows.flatten(0, 1).float(), model.lm_head.weight, targets.flatten()
     )
-    return entropy(logits[:, :-1], wanted[:, 1:]), entropy(ahead[:, :-1], wanted[:, 2:]), uneven
+    return entropy(state[:, :-1], wanted[:, 1:]), entropy(ahead[:, :-1], wanted[:, 2:]), uneven
+
+
+class HeadEntropy(torch.autograd.Function):
+    """Sum of the cross-entropies of a linear head, its gradients computed on the way: a part's logits are gone before they
+    leave the cache. Targets below 0 do not count."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        total = rows.new_zeros(())
+        of_rows, of_weight = torch.empty_like(rows), torch.zeros_like(weight)
+        for part, wanted, of_part in zip(*(whole.split(HEAD_ROWS) for whole in (rows, targets, of_rows))):
+            logits = F.linear(part, weight).float()
+            counts = (wanted >= 0).float()[:, None]
+            wanted = wanted.clamp(min=0)[:, None]
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            total += ((log_sum - logits.gather(1, wanted)) * counts).sum()
+            if any(ctx.needs_input_grad):
+                errors = logits.sub_(log_sum).exp_().scatter_add_(1, wanted, -torch.ones_like(log_sum)).mul_(counts)
+                of_part.copy_(errors @ weight)
+                of_weight += errors.T @ part
+        ctx.save_for_backward(of_rows, of_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, factor: Tensor):
+        of_rows, of_weight = ctx.saved_tensors
+        return of_rows * factor, of_weight * factor, None
 
 
 def autocast(device: torch.device):
-    return torch.autocast(device.type, torch.bfloat16)
+    """bf16 where the device multiplies it."""
+    enabled = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 @torch.no_grad()

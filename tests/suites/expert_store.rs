@@ -136,6 +136,28 @@ fn answers_are_the_same_under_the_least_budget_and_metrics_say_what_it_costs() {
 }
 
 #[test]
+fn a_request_is_told_what_it_found_and_had_read() {
+    let packed = Packed::of("mixtral-base");
+    let server = packed.start(&[&["--expert-memory", "50%"], &ON_DEMAND[..]].concat());
+    let mut asking = completion(&[3, 90, 200, 7], 12);
+    asking["moe"] = json!({"usage": true});
+    let mut so_far = [0.0; 3];
+    for seed in 0..3 {
+        asking["seed"] = json!(seed);
+        let answer = server.ask(PATH, &asking);
+        let told = ["hits", "misses", "bytes_moved"]
+            .map(|name| answer["usage"]["moe"]["expert_cache"][name].as_f64().unwrap_or_else(|| panic!("{answer}")));
+        let counted = ["cache_hits_total", "cache_misses_total", "read_bytes_total"].map(|name| metric(&server, name));
+        // Alone, it is charged with all that is counted.
+        assert_eq!(told, std::array::from_fn(|idx| counted[idx] - so_far[idx]), "request {seed}");
+        assert!(told.iter().all(|&number| number > 0.0), "{told:?}");
+        so_far = counted;
+    }
+    asking["moe"] = json!({"usage": false});
+    assert!(server.ask(PATH, &asking)["usage"].get("moe").is_none(), "nobody asked");
+}
+
+#[test]
 fn what_cannot_be_is_refused_at_the_start() {
     let packed = Packed::of("mixtral-base");
     let refused = |folder: &Path, args: &[&str], expected: &str| {

@@ -23,8 +23,17 @@ const NESTED_PREFIX: &str = "language_model.";
 /// Bytes read so far and in all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LoadProgress {
+    pub stage: LoadStage,
     pub done_bytes: u64,
     pub total_bytes: u64,
+}
+
+/// What is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoadStage {
+    Weights,
+    /// Those that a store has at the start.
+    Experts,
 }
 
 /// Source bytes after which their pages are given back: a mapped file that was read counts as memory of the process.
@@ -393,7 +402,8 @@ impl<'a> Loader<'a> {
             return;
         }
         state.done_bytes += entry.num_bytes as u64;
-        let progress = LoadProgress { done_bytes: state.done_bytes, total_bytes: self.total_bytes };
+        let progress =
+            LoadProgress { stage: LoadStage::Weights, done_bytes: state.done_bytes, total_bytes: self.total_bytes };
         (state.progress)(progress);
         // What is kept of a packed folder stays mapped, and in use.
         if self.packed.is_none() && state.done_bytes - state.released_bytes >= RELEASE_BYTES {

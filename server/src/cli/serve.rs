@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow, bail};
 use cache::store::MAX_DISK_CALLS;
 use cache::{Fingerprint, OutputCacheConfig};
-use engine::{EngineConfig, EngineHandle, ExpertConfig, GgufFile, LoadProgress};
+use engine::{EngineConfig, EngineHandle, ExpertConfig, GgufFile, LoadProgress, LoadStage};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
@@ -326,21 +326,37 @@ async fn upkeep(app: Arc<App>) {
 /// Loading progress: a bar on a terminal, else a log line per tenth.
 struct LoadBar {
     bar: Option<ProgressBar>,
+    stage: LoadStage,
     tenths_logged: u64,
+}
+
+fn name_of(stage: LoadStage) -> &'static str {
+    match stage {
+        LoadStage::Weights => "loading the model",
+        LoadStage::Experts => "reading experts",
+    }
 }
 
 impl LoadBar {
     fn new(model_dir: &Path) -> Self {
-        tracing::info!(path = %model_dir.display(), "loading the model");
-        let style = "loading {bar:40} {bytes}/{total_bytes} {bytes_per_sec}";
+        let stage = LoadStage::Weights;
+        tracing::info!(path = %model_dir.display(), "{}", name_of(stage));
+        let style = "{msg} {bar:40} {bytes}/{total_bytes} {bytes_per_sec}";
         let bar = std::io::stderr().is_terminal().then(|| {
             let style = ProgressStyle::with_template(style).expect("the template is constant and valid");
-            ProgressBar::new(0).with_style(style)
+            ProgressBar::new(0).with_style(style).with_message(name_of(stage))
         });
-        Self { bar, tenths_logged: 0 }
+        Self { bar, stage, tenths_logged: 0 }
     }
 
     fn show(&mut self, progress: &LoadProgress) {
+        if progress.stage != self.stage {
+            (self.stage, self.tenths_logged) = (progress.stage, 0);
+            if let Some(bar) = &self.bar {
+                bar.set_message(name_of(self.stage));
+                bar.reset();
+            }
+        }
         match &self.bar {
             Some(bar) => {
                 bar.set_length(progress.total_bytes);
@@ -350,7 +366,7 @@ impl LoadBar {
                 let tenths = progress.done_bytes.saturating_mul(10) / progress.total_bytes.max(1);
                 if tenths > self.tenths_logged {
                     self.tenths_logged = tenths;
-                    tracing::info!(percent = tenths * 10, "loading the model");
+                    tracing::info!(percent = tenths * 10, "{}", name_of(self.stage));
                 }
             }
         }

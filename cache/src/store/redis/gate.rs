@@ -167,24 +167,32 @@ impl Place for Member {
     }
 
     fn opened(&self) {
-        // A cluster's other nodes are on the same connection, which finds its way to this one again by itself.
+        // A cluster's other nodes are on the same connection.
         if self.node == Node::Only {
             self.link.reset();
         }
     }
 
     fn answers(&self) -> BoxFuture<'_, Result<(), String>> {
-        if self.node == Node::Only {
-            // A connection made for this.
-            self.link.reset();
+        async {
+            if self.node == Node::Only {
+                // A connection made for this.
+                self.link.reset();
+            }
+            let greet = async |mut connection: Connection| connection.greet(&self.node).await;
+            let answer = in_time(self.link.run(greet)).await;
+            // The client may have lost its way to a node that is there; the others are served meanwhile.
+            if answer.is_err() && self.node != Node::Only { in_time(self.link.renew(greet)).await } else { answer }
         }
-        let greeting = self.link.run(async |mut connection| connection.greet(&self.node).await);
-        timeout(CONNECT_TIMEOUT, greeting)
-            .map(|result| match result {
-                Ok(Err(failure)) if failure.judge() == Verdict::Sick => Err(failure.to_string()),
-                Ok(_) => Ok(()),
-                Err(_) => Err(NO_ANSWER.to_owned()),
-            })
-            .boxed()
+        .boxed()
+    }
+}
+
+/// Any answer to a greeting will do, but none that says that the server cannot be used.
+async fn in_time(greeting: impl Future<Output = Result<(), Failure>>) -> Result<(), String> {
+    match timeout(CONNECT_TIMEOUT, greeting).await {
+        Ok(Err(failure)) if failure.judge() == Verdict::Sick => Err(failure.to_string()),
+        Ok(_) => Ok(()),
+        Err(_) => Err(NO_ANSWER.to_owned()),
     }
 }

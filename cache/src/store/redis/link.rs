@@ -27,7 +27,7 @@ const RESPONSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Commands that wait to be written.
 const PIPELINE_BUFFER: usize = 256;
 
-/// A server, or a cluster: that one connects to its nodes again by itself.
+/// A server, or a cluster: that one connects to its nodes again by itself, as a rule.
 #[derive(Clone)]
 pub(super) enum Connection {
     Server(MultiplexedConnection),
@@ -122,6 +122,17 @@ impl Link {
             self.failed(&connecting);
         }
         result
+    }
+
+    /// Runs `work` on a connection made for it, which is everyone's from then on if that succeeds.
+    pub async fn renew<W: Future<Output = RedisResult<()>>>(
+        &self,
+        work: impl FnOnce(Connection) -> W,
+    ) -> Result<(), Failure> {
+        let connection = connect(self.target.clone()).await.map_err(Failure::Connect)?;
+        work(connection.clone()).await.map_err(Failure::Command)?;
+        *self.lock() = Some(async { Ok(connection) }.boxed().shared());
+        Ok(())
     }
 
     pub fn is_cluster(&self) -> bool {

@@ -11,7 +11,7 @@ mod reader;
 mod source;
 mod supply;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use candle_core::Tensor;
@@ -25,6 +25,8 @@ use source::{ExpertSource, Unread};
 
 use super::residency::{Admission, ExpertId, ExpertPolicy, Residency, ResidencyConfig};
 use crate::error::EngineError;
+use crate::pulse::Pulse;
+use crate::weights::loader::{LoadProgress, LoadStage};
 
 /// Experts that may be on their way at once while no step waits for one.
 const MAX_AHEAD: usize = 64;
@@ -79,7 +81,10 @@ pub struct ExpertStore {
     missed: BTreeMap<u32, u64>,
     /// Of the present step, by row.
     faults: BTreeMap<usize, Arc<ExpertFault>>,
+    /// These could not be read lately: nobody tries before a step needs them.
+    unreadable: BTreeSet<ExpertId>,
     meter: Meter,
+    pulse: Arc<Pulse>,
 }
 
 /// What the store has of an expert.
@@ -131,17 +136,26 @@ impl ExpertStore {
             num_ahead: 0,
             missed: BTreeMap::new(),
             faults: BTreeMap::new(),
+            unreadable: BTreeSet::new(),
             meter: Meter::default(),
+            pulse: Arc::default(),
         })
+    }
+
+    /// Whoever watches `pulse` sees each expert come that a step waits for.
+    pub(crate) fn with_pulse(self, pulse: Arc<Pulse>) -> Self {
+        Self { pulse, ..self }
     }
 
     /// Reads these experts, in their order, as long as there is room, and returns when they are there.
     ///
     /// # Errors
     /// One that cannot be read.
-    pub fn warm_up(&mut self, experts: impl Iterator<Item = ExpertId>) -> Result<(), EngineError> {
-        let mut fault = None;
-        for id in experts {
+    pub fn warm_up(&mut self, experts: &[ExpertId], progress: &mut dyn FnMut(LoadProgress)) -> Result<(), EngineError> {
+        let (mut fault, mut done_bytes) = (None, 0);
+        let all_bytes: u64 = experts.iter().map(|&id| self.bytes(id)).sum();
+        let total_bytes = all_bytes.min(self.capacity_bytes());
+        for &id in experts {
             if !matches!(self.place(id), Place::Absent) || self.residency.contains(id) {
                 continue;
             }
@@ -150,10 +164,12 @@ impl ExpertStore {
             self.residency.pin(id);
             *self.place_mut(id) = Place::Coming { is_ahead: false };
             self.reader.demand(id, None);
+            done_bytes += self.bytes(id);
             // As many as a step may have in flight: what waits in a queue is of no use yet.
             while self.reader.num_in_flight() >= MAX_AHEAD {
                 fault = fault.or(self.await_some());
             }
+            progress(LoadProgress { stage: LoadStage::Experts, done_bytes, total_bytes });
         }
         while self.reader.num_in_flight() > 0 {
             fault = fault.or(self.await_some());
@@ -269,7 +285,7 @@ impl ExpertStore {
     /// known of later layers.
     fn read_ahead(&mut self) {
         while let Some(&id) = self.predicted.front().or(self.announced.front()) {
-            if !self.residency.contains(id) {
+            if !self.residency.contains(id) && !self.unreadable.contains(&id) {
                 let bytes = self.ahead_bytes + self.bytes(id);
                 let is_full = self.num_ahead >= self.max_ahead
                     || bytes > self.residency.capacity_bytes() / AHEAD_SHARE && self.num_ahead > 0;
@@ -313,11 +329,15 @@ impl ExpertStore {
             self.leave_ahead(id);
             match result {
                 Ok(weights) => {
+                    self.unreadable.remove(&id);
                     *self.place_mut(id) = Place::Here(weights);
                     continue;
                 }
                 Err(Unread::GivenUp) => absent.push((id, None)),
-                Err(Unread::Fault(reason)) => absent.push((id, Some(ExpertFault { id, reason }))),
+                Err(Unread::Fault(reason)) => {
+                    self.unreadable.insert(id);
+                    absent.push((id, Some(ExpertFault { id, reason })));
+                }
             }
             *self.place_mut(id) = Place::Absent;
         }

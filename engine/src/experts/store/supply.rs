@@ -119,6 +119,7 @@ impl Supply<'_> {
     fn await_some(&mut self, pass: &mut ExpertPass<'_>) {
         let (arrivals, waited) = self.store.reader.wait();
         self.store.meter.waited += waited;
+        self.store.pulse.beat();
         for (id, fault) in self.store.settle(arrivals) {
             if id.layer == self.layer && self.coming.remove(&id.expert) {
                 self.store.residency.unpin(id);
