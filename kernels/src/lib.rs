@@ -39,7 +39,7 @@ mod weight;
 /// Which bits the ops give. To be raised with every change after which an op, or a layer or sampler made of them, may give
 /// other bits for the same input: outputs and prefixes that were computed under another number are not found again, not
 /// even by another process that shares a store with this one.
-pub const NUMERICS_VERSION: u32 = 1;
+pub const NUMERICS_VERSION: u32 = 2;
 
 pub use dispatch::{choose_isa, isa, isas};
 pub use error::{KernelError, Result};
@@ -47,6 +47,7 @@ pub use freed_memory::keep_freed_memory;
 pub use huge_pages::HugePages;
 pub use mapped_file::MappedFile;
 pub use ops::argmax::argmax;
+pub use ops::boltzmann::boltzmann;
 pub use ops::embedding::embedding;
 pub use ops::gated_delta::{DeltaSpec, DeltaWeights, gated_delta};
 pub use ops::glu::{GluActivation, glu};

@@ -4,6 +4,9 @@ what the disk and the resident model allow.
 
     expert_store.py make DIR          writes DIR/bf16 (random weights, 14 GB) and packs DIR/int8 (7 GB)
     expert_store.py measure DIR       prints a table; every configuration must give the same tokens
+    expert_store.py recall MODEL TEXT how often a layer's router, asked one layer before, names the experts that are chosen
+    expert_store.py first MODEL       the first request after a warm-up of all experts, beside the tenth
+    expert_store.py beside OLD MODEL  decode speed with all experts resident, of two programs in turns
 
 The routers are skewed: expert number r of a layer's own, seeded order gets the logit log(1 / r^s) added, so that top-k of the
 random logits draws experts with Zipf's popularity. The architecture has no router bias, so the first channel of the hidden
@@ -153,10 +156,16 @@ class Server:
     def get(self, path: str) -> dict:
         return json.load(urllib.request.urlopen(self.url + path, timeout=60))
 
+    def post(self, path: str, body: dict) -> dict:
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        return json.load(urllib.request.urlopen(request, timeout=600))
+
+    def text(self, path: str) -> str:
+        return urllib.request.urlopen(self.url + path, timeout=60).read().decode()
+
     def metrics(self) -> dict:
-        text = urllib.request.urlopen(self.url + "/metrics", timeout=60).read().decode()
         sums = {}
-        for name, value in re.findall(r"^(\w[\w:]*)(?:\{.*\})? (\S+)$", text, re.M):
+        for name, value in re.findall(r"^(\w[\w:]*)(?:\{.*\})? (\S+)$", self.text("/metrics"), re.M):
             sums[name] = sums.get(name, 0.0) + float(value)
         return sums
 
@@ -271,13 +280,61 @@ def measure(args: argparse.Namespace) -> None:
         bound = min(resident_speed, rate / max(1.0, missed / num_tokens))
         recall = after.get("moesaic_routing_accuracy", math.nan)
         print(f"{name:<16} {speed:7.2f} {hits / (hits + misses):6.3f} {read / num_tokens / 1e6:11.1f} {rate / 1e6:9.0f}"
-              f" {bound:11.2f} {speed / bound:8.2f} {recall:7.3f} {after['moesaic_expert_wait_share']:7.2f}"
-              f" | {gone['moesaic_expert_load_seconds_sum']/max(1,gone['moesaic_expert_load_seconds_count'])*1e3:.1f} ms a read, busy {gone['moesaic_expert_load_seconds_sum']/(num_tokens/speed):.2f},"
-              f" issued {count('prefetch_issued'):.0f} used {count('prefetch_used'):.0f} late {count('prefetch_late'):.0f} wasted {count('prefetch_wasted'):.0f} misses {misses:.0f}")
+              f" {bound:11.2f} {speed / bound:8.2f} {recall:7.3f} {after['moesaic_expert_wait_share']:7.2f}")
+        if args.details:
+            ends = " ".join(f"{end} {count(f'prefetch_{end}'):.0f}" for end in ("issued", "used", "late", "wasted"))
+            load = gone["moesaic_expert_load_seconds_sum"] / max(1, gone["moesaic_expert_load_seconds_count"])
+            print(f"    {load * 1e3:.1f} ms a read; read ahead: {ends}; misses {misses:.0f}")
     capacity = int(args.layers * SHAPE["num_experts"] * float(args.budget.rstrip("%")) / 100)
     trace = [use for run in uses for use in run]
     print(f"Belady's hits of the same uses: {belady(trace, capacity, len(uses[0])):.3f} with {capacity} experts;"
           f" the loads' Zipf exponent is {zipf_exponent(trace):.2f}")
+
+
+def recall(args: argparse.Namespace) -> None:
+    prompts = [text.strip() for text in args.text.read_text().split("\n\n") if len(text.strip()) > 200][: args.prompts]
+    with Server(args.moesaic, args.model, ["--threads", args.threads, "--expert-memory", args.budget]) as server:
+        for seed, prompt in enumerate(prompts):
+            server.post("/v1/completions", dict(prompt=prompt, max_tokens=args.tokens, ignore_eos=True, temperature=0.8, seed=seed))
+        # Told once a second.
+        time.sleep(1.1)
+        server.post("/v1/completions", dict(prompt=prompts[0], max_tokens=1))
+        text = server.text("/metrics")
+    print(f"{args.model.name}: {len(prompts)} prompts, {args.tokens} tokens after each")
+    shares = re.findall(r'moesaic_routing_layer_accuracy\{.*?layer="(\d+)".*?\} (\S+)', text)
+    for layer, share in sorted(shares, key=lambda pair: int(pair[0])):
+        print(f"layer {layer:>3}  {float(share):.3f}")
+    whole = re.search(r"moesaic_routing_accuracy.*next_layer.* (\S+)", text)[1]
+    print(f"all        {float(whole):.3f}")
+
+
+def first(args: argparse.Namespace) -> None:
+    flags, ratios = ["--threads", args.threads, "--expert-memory", args.budget, "--expert-warmup", "all"], []
+    for run in range(args.runs):
+        with Server(args.moesaic, args.model, flags) as server:
+            seconds = []
+            for seed in range(10):
+                start = time.perf_counter()
+                server.complete(100 * run + seed, args.tokens)
+                seconds.append(time.perf_counter() - start)
+        ratios.append(seconds[0] / seconds[9])
+        print(f"first {seconds[0]:.3f} s, tenth {seconds[9]:.3f} s, ratio {ratios[-1]:.3f}")
+    print(f"median {statistics.median(ratios):.3f} with {args.budget} of the experts in memory")
+
+
+def beside(args: argparse.Namespace) -> None:
+    ratios = []
+    for run in range(args.runs):
+        speeds = {}
+        # Whoever is first in one round is second in the next.
+        for program in (args.old, args.moesaic)[:: 1 - 2 * (run % 2)]:
+            with Server(program, args.model, ["--threads", args.threads]) as server:
+                server.complete(1, 16)
+                seconds = [server.complete(seed, args.tokens)["per_token"] for seed in (2, 3, 4)]
+                speeds[program] = 1 / statistics.median(seconds)
+        ratios.append(speeds[args.moesaic] / speeds[args.old])
+        print(f"old {speeds[args.old]:.2f} tok/s, new {speeds[args.moesaic]:.2f}, ratio {ratios[-1]:.3f}", flush=True)
+    print(f"median {statistics.median(ratios):.3f}")
 
 
 def main() -> None:
@@ -299,7 +356,27 @@ def main() -> None:
     measuring.add_argument("--warm", type=int, default=200, help="tokens before anything is counted")
     measuring.add_argument("--runs", type=int, default=3)
     measuring.add_argument("--only", help="the configurations whose names begin so, beside the resident one")
+    measuring.add_argument("--details", action="store_true", help="what became of what was read")
     measuring.set_defaults(run=measure)
+    recalling = commands.add_parser("recall")
+    recalling.add_argument("model", type=Path)
+    recalling.add_argument("text", type=Path, help="prompts, with empty lines between them")
+    recalling.add_argument("--prompts", type=int, default=20)
+    recalling.add_argument("--tokens", type=int, default=40)
+    recalling.add_argument("--budget", default="50%")
+    recalling.set_defaults(run=recall)
+    comparing = commands.add_parser("first")
+    comparing.add_argument("model", type=Path)
+    comparing.add_argument("--budget", default="90%")
+    comparing.add_argument("--tokens", type=int, default=40)
+    comparing.add_argument("--runs", type=int, default=3)
+    comparing.set_defaults(run=first)
+    pairing = commands.add_parser("beside")
+    pairing.add_argument("old", type=Path)
+    pairing.add_argument("model", type=Path)
+    pairing.add_argument("--tokens", type=int, default=100)
+    pairing.add_argument("--runs", type=int, default=7)
+    pairing.set_defaults(run=beside)
     args = parser.parse_args()
     args.run(args)
 

@@ -1,5 +1,8 @@
 //! `/v1/chat/completions`: the shape of streams, choices, stops, seeds and log-probs.
 
+use std::io::Write as _;
+use std::process::{Command, Stdio};
+
 use harness::checkpoint::Copy;
 use harness::{Event, Server};
 use serde_json::{Value, json};
@@ -233,4 +236,29 @@ fn the_template_may_be_replaced_and_must_be_there() {
     let expected = json!({"prompt": "You are terse.|What is a router?|end", "add_special_tokens": false});
     assert_eq!(ids, replaced.ask("/tokenize", &expected)["tokens"]);
     assert_eq!(replaced.ask(PATH, &body)["usage"]["prompt_tokens"], ids.as_array().unwrap().len());
+}
+
+/// What `moesaic chat` makes of these lines, and how it ends.
+fn converse(server: &Server, args: &[&str], lines: &str) -> (String, String, bool) {
+    let mut command = Command::new(SERVER);
+    command.args(["chat", "--url", &format!("http://{}", server.address)]).args(args);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut chat = command.spawn().expect("the program starts");
+    chat.stdin.take().expect("it is piped").write_all(lines.as_bytes()).expect("it reads");
+    let ended = chat.wait_with_output().expect("it ends");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (text(&ended.stdout), text(&ended.stderr), ended.status.success())
+}
+
+#[test]
+fn a_conversation_from_a_pipe_says_in_the_end_what_failed() {
+    let server = Server::start(SERVER, "mixtral-base", &[]);
+    let (said, complaints, is_success) = converse(&server, &["--max-tokens", "4"], "one\n\ntwo\n");
+    assert!(is_success && complaints.is_empty() && said.lines().count() >= 2, "{said} {complaints}");
+    let long = format!("one\n{}\n", "word ".repeat(20_000));
+    let (said, complaints, is_success) = converse(&server, &["--max-tokens", "4"], &long);
+    assert!(!is_success && !said.is_empty(), "{said}");
+    assert!(complaints.contains("1 of 2 answers failed"), "{complaints}");
+    let (_, complaints, is_success) = converse(&server, &["--temperature", "-1"], "one\n");
+    assert!(!is_success && complaints.contains("temperature"), "{complaints}");
 }

@@ -83,42 +83,60 @@ type Candidate = (u32, f64);
 
 /// What min-p, top-k and top-p leave, in an order that depends on the row alone.
 fn candidates(logits: &[f32], max: f32, params: &SamplingParams) -> Vec<Candidate> {
-    let temperature = f64::from(params.temperature);
-    // The best ones weigh 1 also where a penalty divided them up to infinity, which minus itself is not a number.
-    let weight =
-        |logit: f32| if logit == max { 1.0 } else { ((f64::from(logit) - f64::from(max)) / temperature).exp() };
-    let min_weight = f64::from(params.min_p);
-    let mut kept: Vec<Candidate> = logits
-        .iter()
-        .enumerate()
-        .map(|(idx, &logit)| (idx as u32, weight(logit)))
-        .filter(|&(_, weight)| weight > 0.0 && weight >= min_weight)
-        .collect();
+    let mut weights = kernels::boltzmann(logits, max, params.temperature);
+    if params.min_p > 0.0 {
+        weights.iter_mut().for_each(|weight| *weight = if *weight >= params.min_p { *weight } else { 0.0 });
+    }
     let by_weight = |a: &Candidate, b: &Candidate| -> Ordering { b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)) };
-    let top_k = params.top_k as usize;
-    if top_k > 0 && top_k < kept.len() {
+    let (top_k, top_p) = (params.top_k as usize, f64::from(params.top_p));
+    let is_nucleus = params.top_p < 1.0;
+    if top_k == 0 || top_k >= weights.len() {
+        let total = if is_nucleus { sum(&weights) } else { 0.0 };
+        // All tokens below this together weigh less than what the nucleus leaves out, so it needs none of them; sorting the few
+        // that remain is what makes top-p cheap on large vocabularies.
+        let negligible = if is_nucleus { (1.0 - top_p) * total / weights.len() as f64 } else { 0.0 };
+        let mut kept = positive(&weights, negligible);
+        if is_nucleus {
+            keep_nucleus(&mut kept, top_p * total, by_weight);
+        }
+        return kept;
+    }
+    let mut kept = positive(&weights, 0.0);
+    if top_k < kept.len() {
         kept.select_nth_unstable_by(top_k - 1, by_weight);
         kept.truncate(top_k);
         kept.sort_unstable_by_key(|&(token, _)| token);
     }
-    if params.top_p < 1.0 {
-        keep_nucleus(&mut kept, f64::from(params.top_p), by_weight);
+    if is_nucleus {
+        let total: f64 = kept.iter().map(|&(_, weight)| weight).sum();
+        keep_nucleus(&mut kept, top_p * total, by_weight);
     }
     kept
 }
 
-/// The fewest most likely candidates whose share reaches `top_p`.
-fn keep_nucleus(kept: &mut Vec<Candidate>, top_p: f64, order: impl Fn(&Candidate, &Candidate) -> Ordering) {
-    let total: f64 = kept.iter().map(|&(_, weight)| weight).sum();
-    // All candidates below this together weigh less than what the nucleus leaves out, so it needs none of them; sorting
-    // the few that remain is what makes top-p cheap on large vocabularies.
-    let negligible = (1.0 - top_p) * total / kept.len() as f64;
-    kept.retain(|&(_, weight)| weight >= negligible);
+/// Tokens that weigh something, and no less than `least`.
+fn positive(weights: &[f32], least: f64) -> Vec<Candidate> {
+    let all = weights.iter().enumerate().map(|(idx, &weight)| (idx as u32, f64::from(weight)));
+    all.filter(|&(_, weight)| weight > 0.0 && weight >= least).collect()
+}
+
+/// In an order that lets several additions run at once.
+fn sum(weights: &[f32]) -> f64 {
+    let (chunks, tail) = weights.as_chunks::<8>();
+    let mut sums = [0.0; 8];
+    for chunk in chunks {
+        sums.iter_mut().zip(chunk).for_each(|(sum, &weight)| *sum += f64::from(weight));
+    }
+    sums.iter().sum::<f64>() + tail.iter().map(|&weight| f64::from(weight)).sum::<f64>()
+}
+
+/// The fewest most likely candidates that weigh `wanted` together.
+fn keep_nucleus(kept: &mut Vec<Candidate>, wanted: f64, order: impl Fn(&Candidate, &Candidate) -> Ordering) {
     kept.sort_unstable_by(order);
     let mut cumulative = 0.0;
     let enough = kept.iter().position(|&(_, weight)| {
         cumulative += weight;
-        cumulative >= top_p * total
+        cumulative >= wanted
     });
     kept.truncate(enough.map_or(kept.len(), |idx| idx + 1));
 }

@@ -50,6 +50,22 @@ pub(crate) fn exp_sum<L: Lanes>(lanes: L, values: &mut [f32], max: f32) -> f32 {
     lanes.sum(sum)
 }
 
+/// Replaces each value by `e^((value - max) * factor)`.
+#[inline(always)]
+pub(crate) fn exp_scaled<L: Lanes>(lanes: L, values: &mut [f32], max: f32, factor: f32) {
+    let (max, factor) = (lanes.splat(max), lanes.splat(factor));
+    let exp_of = |v| exp(lanes, lanes.mul(lanes.sub(v, max), factor));
+    let (chunks, tail) = values.as_chunks_mut();
+    for chunk in chunks {
+        let v = exp_of(lanes.load(chunk));
+        lanes.store(v, chunk);
+    }
+    if !tail.is_empty() {
+        let v = exp_of(load_tail(lanes, tail));
+        store_tail(lanes, v, tail);
+    }
+}
+
 /// Softmax in place.
 #[inline(always)]
 pub(crate) fn softmax<L: Lanes>(lanes: L, values: &mut [f32]) {

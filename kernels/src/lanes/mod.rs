@@ -19,7 +19,7 @@ pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
 pub(crate) use dot::{dot_tile, dot_tile_streamed};
-pub(crate) use math::{exp_sum, max, silu_mul, softmax, sum_of_squares};
+pub(crate) use math::{exp_scaled, exp_sum, max, silu_mul, softmax, sum_of_squares};
 pub(crate) use portable::Portable;
 
 /// Lanes of a vector on every instruction set; what makes reduction orders equal everywhere.

@@ -2,6 +2,7 @@
 
 pub(crate) mod argmax;
 pub(crate) mod attention;
+pub(crate) mod boltzmann;
 pub(crate) mod embedding;
 pub(crate) mod gated_delta;
 pub(crate) mod glu;

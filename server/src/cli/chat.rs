@@ -33,7 +33,7 @@ struct Conversation {
 }
 
 /// # Errors
-/// A server that cannot be used, a terminal that is gone; a failed answer only where it is the only one.
+/// A server that cannot be used, a terminal that is gone; failed answers, unless somebody at a terminal saw them.
 pub fn run(args: ChatArgs) -> anyhow::Result<()> {
     let prompt = args.prompt.clone();
     let mut conversation = Conversation::new(args)?;
@@ -55,9 +55,11 @@ impl Conversation {
         Ok(Self { client, model, temperature: args.temperature, max_tokens: args.max_tokens, messages })
     }
 
-    /// Lines from stdin until it ends. A failed answer is told, and its question forgotten.
+    /// Lines from stdin until it ends. A failed answer is told, and its question forgotten; where nobody was there to read that, it is an
+    /// error in the end.
     fn hold(&mut self, out: &mut dyn Write) -> anyhow::Result<()> {
         let shows_prompt = io::stdin().is_terminal();
+        let (mut num_asked, mut num_failed) = (0, 0);
         if shows_prompt {
             writeln!(out, "{} on {}; Ctrl-D or Ctrl-C ends\n", self.model, self.client.base_url())?;
         }
@@ -68,17 +70,22 @@ impl Conversation {
                 out.flush()?;
             }
             let Some(line) = lines.next().transpose()? else { break };
-            if !line.trim().is_empty()
-                && let Err(error) = self.say(line, out)
-            {
+            if line.trim().is_empty() {
+                continue;
+            }
+            num_asked += 1;
+            if let Err(error) = self.say(line, out) {
                 if !error.is::<ClientError>() {
                     return Err(error);
                 }
+                num_failed += 1;
                 eprintln!("error: {error}");
             }
         }
         if shows_prompt {
             writeln!(out)?;
+        } else if num_failed > 0 {
+            anyhow::bail!("{num_failed} of {num_asked} answers failed");
         }
         Ok(())
     }
