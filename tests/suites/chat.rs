@@ -259,6 +259,6 @@ fn a_conversation_from_a_pipe_says_in_the_end_what_failed() {
     let (said, complaints, is_success) = converse(&server, &["--max-tokens", "4"], &long);
     assert!(!is_success && !said.is_empty(), "{said}");
     assert!(complaints.contains("1 of 2 answers failed"), "{complaints}");
-    let (_, complaints, is_success) = converse(&server, &["--temperature", "-1"], "one\n");
+    let (_, complaints, is_success) = converse(&server, &["--temperature=-1"], "one\n");
     assert!(!is_success && complaints.contains("temperature"), "{complaints}");
 }
