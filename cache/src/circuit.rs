@@ -41,7 +41,7 @@ pub(crate) trait Place: Display + Send + Sync + 'static {
     /// The circuit has opened: what still waits on the place may be let go.
     fn opened(&self) {}
 
-    /// Whether it can be used, or why not. Ends within a second or two by itself.
+    /// Whether it can be used, or why not. Ends within a few seconds by itself.
     fn answers(&self) -> BoxFuture<'_, Result<(), String>>;
 }
 

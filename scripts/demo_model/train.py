@@ -71,9 +71,9 @@ def losses(model: Model, ids: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Ten
     """Sums over tokens: of the next one, of the one after it; and the loss of uneven use, a mean."""
     state, ahead, uneven = model.states(ids, None if bool(real.all()) else real)
     wanted = ids.masked_fill(~real, -1)
-    entropy = lambda rows, targets: HeadEntropy.apply(
-        rows.flatten(0, 1).float(), model.lm_head.weight, targets.flatten()
-    )
+    # The function computes gradients where a weight may have them, whatever is made of the result.
+    head = model.lm_head.weight if torch.is_grad_enabled() else model.lm_head.weight.detach()
+    entropy = lambda rows, targets: HeadEntropy.apply(rows.flatten(0, 1).float(), head, targets.flatten())
     return entropy(state[:, :-1], wanted[:, 1:]), entropy(ahead[:, :-1], wanted[:, 2:]), uneven
 
 
@@ -105,7 +105,7 @@ class HeadEntropy(torch.autograd.Function):
 
 
 def autocast(device: torch.device):
-    """bf16 where the device multiplies it."""
+    """bf16 where the device is known to multiply it fast."""
     enabled = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 

@@ -176,7 +176,7 @@ class Server:
                     return_routed_experts=True, return_token_ids=True)
         request = urllib.request.Request(self.url + "/v1/completions", json.dumps(body).encode(),
                                          {"Content-Type": "application/json"})
-        tokens, experts, times, start = [], [], [], time.perf_counter()
+        tokens, experts, times = [], [], []
         with urllib.request.urlopen(request, timeout=600) as response:
             for line in response:
                 if not line.startswith(b"data: {"):
@@ -187,7 +187,8 @@ class Server:
                 experts += choice.get("routed_experts") or []
         if len(tokens) != num_tokens:
             sys.exit(f"{len(tokens)} tokens of {num_tokens}")
-        return dict(tokens=tokens, experts=experts, first=times[0] - start, per_token=(times[-1] - times[0]) / (num_tokens - 1))
+        per_token = (times[-1] - times[0]) / (num_tokens - 1)
+        return dict(tokens=tokens, experts=experts, began=times[0], last=times[-1], times=times, per_token=per_token)
 
 
 def belady(trace: list, capacity: int, skip: int) -> float:
@@ -216,10 +217,11 @@ def zipf_exponent(trace: list) -> float:
     return -statistics.mean(slopes)
 
 
-def disk_rate(model: Path, piece: int, seconds: float = 4.0) -> float:
-    """Bytes per second of direct reads of an expert's size by as many threads as the server has, from the model's own files."""
+def disk_rate(model: Path, piece: int, mode: str, seconds: float = 4.0) -> float:
+    """Bytes per second of reads of a matrix's size by as many threads as the server has, from the model's own files, past the
+    page cache or from it."""
     files = sorted(model.glob("*.safetensors"))
-    handles = [os.open(file, os.O_RDONLY | os.O_DIRECT) for file in files]
+    handles = [os.open(file, os.O_RDONLY | (os.O_DIRECT if mode == "direct" else 0)) for file in files]
     sizes = [file.stat().st_size for file in files]
     piece = piece // 4096 * 4096
     end = time.perf_counter() + seconds
@@ -238,9 +240,23 @@ def disk_rate(model: Path, piece: int, seconds: float = 4.0) -> float:
     return total / seconds
 
 
+def run_streams(server: Server, seed: int, args: argparse.Namespace) -> dict:
+    """As many streams as wanted at once, with the seconds that each token of all took behind the first ones."""
+    with ThreadPoolExecutor(args.streams) as pool:
+        runs = list(pool.map(lambda stream: server.complete(seed * 1000 + stream, args.tokens), range(args.streams)))
+    seconds = max(run["last"] for run in runs) - max(run["began"] for run in runs)
+    num_tokens = sum(sum(time > max(other["began"] for other in runs) for time in run["times"]) for run in runs)
+    return dict(tokens=[run["tokens"] for run in runs], experts=runs[0]["experts"], per_token=seconds / num_tokens)
+
+
 def measure(args: argparse.Namespace) -> None:
     model, tokens = args.dir / "int8", args.tokens
-    budget = ["--expert-memory", args.budget, "--expert-read", "direct"]
+    budget = ["--expert-memory", args.budget, "--expert-read", args.read]
+    if args.read == "cached":
+        for file in model.glob("*.safetensors"):
+            with file.open("rb") as reading:
+                while reading.read(1 << 24):
+                    pass
     configurations = {
         "all resident": [],
         "lfru, prefetch": [*budget],
@@ -257,7 +273,7 @@ def measure(args: argparse.Namespace) -> None:
         with Server(args.moesaic, model, ["--threads", args.threads, *flags]) as server:
             warmed = server.complete(1, args.warm)
             before = server.metrics()
-            runs = [server.complete(seed, tokens) for seed in range(2, 2 + args.runs)]
+            runs = [run_streams(server, seed, args) for seed in range(2, 2 + args.runs)]
             after, info = server.metrics(), server.get("/server_info")["model"]
         found = [run["tokens"] for run in runs]
         expected = expected or found
@@ -275,8 +291,8 @@ def measure(args: argparse.Namespace) -> None:
         count = lambda what: gone.get(f"moesaic_expert_{what}_total", 0.0)
         hits, misses = count("cache_hits"), count("cache_misses")
         read, missed = count("read_bytes"), (misses + count("prefetch_used")) * expert_bytes
-        num_tokens = args.runs * tokens
-        rate = disk_rate(model, expert_bytes // 2)
+        num_tokens = args.runs * tokens * args.streams
+        rate = disk_rate(model, expert_bytes // 2, args.read)
         bound = min(resident_speed, rate / max(1.0, missed / num_tokens))
         recall = after.get("moesaic_routing_accuracy", math.nan)
         print(f"{name:<16} {speed:7.2f} {hits / (hits + misses):6.3f} {read / num_tokens / 1e6:11.1f} {rate / 1e6:9.0f}"
@@ -285,6 +301,8 @@ def measure(args: argparse.Namespace) -> None:
             ends = " ".join(f"{end} {count(f'prefetch_{end}'):.0f}" for end in ("issued", "used", "late", "wasted"))
             load = gone["moesaic_expert_load_seconds_sum"] / max(1, gone["moesaic_expert_load_seconds_count"])
             print(f"    {load * 1e3:.1f} ms a read; read ahead: {ends}; misses {misses:.0f}")
+    if args.streams > 1:
+        return
     capacity = int(args.layers * SHAPE["num_experts"] * float(args.budget.rstrip("%")) / 100)
     trace = [use for run in uses for use in run]
     print(f"Belady's hits of the same uses: {belady(trace, capacity, len(uses[0])):.3f} with {capacity} experts;"
@@ -301,10 +319,10 @@ def recall(args: argparse.Namespace) -> None:
         server.post("/v1/completions", dict(prompt=prompts[0], max_tokens=1))
         text = server.text("/metrics")
     print(f"{args.model.name}: {len(prompts)} prompts, {args.tokens} tokens after each")
-    shares = re.findall(r'moesaic_routing_layer_accuracy\{.*?layer="(\d+)".*?\} (\S+)', text)
+    shares = re.findall(r'^moesaic_routing_layer_accuracy\{[^}]*layer="(\d+)"[^}]*\} (\S+)$', text, re.M)
     for layer, share in sorted(shares, key=lambda pair: int(pair[0])):
         print(f"layer {layer:>3}  {float(share):.3f}")
-    whole = re.search(r"moesaic_routing_accuracy.*next_layer.* (\S+)", text)[1]
+    whole = re.search(r"^moesaic_routing_accuracy\{[^}]*next_layer[^}]*\} (\S+)$", text, re.M)[1]
     print(f"all        {float(whole):.3f}")
 
 
@@ -325,15 +343,14 @@ def first(args: argparse.Namespace) -> None:
 def beside(args: argparse.Namespace) -> None:
     ratios = []
     for run in range(args.runs):
-        speeds = {}
+        speeds = [0.0, 0.0]
         # Whoever is first in one round is second in the next.
-        for program in (args.old, args.moesaic)[:: 1 - 2 * (run % 2)]:
-            with Server(program, args.model, ["--threads", args.threads]) as server:
-                server.complete(1, 16)
-                seconds = [server.complete(seed, args.tokens)["per_token"] for seed in (2, 3, 4)]
-                speeds[program] = 1 / statistics.median(seconds)
-        ratios.append(speeds[args.moesaic] / speeds[args.old])
-        print(f"old {speeds[args.old]:.2f} tok/s, new {speeds[args.moesaic]:.2f}, ratio {ratios[-1]:.3f}", flush=True)
+        for which in (run % 2, 1 - run % 2):
+            with Server((args.old, args.moesaic)[which], args.model, ["--threads", args.threads]) as server:
+                run_streams(server, 1, args)
+                speeds[which] = 1 / statistics.median(run_streams(server, seed, args)["per_token"] for seed in (2, 3, 4))
+        ratios.append(speeds[1] / speeds[0])
+        print(f"old {speeds[0]:.2f} tok/s, new {speeds[1]:.2f}, ratio {ratios[-1]:.3f}", flush=True)
     print(f"median {statistics.median(ratios):.3f}")
 
 
@@ -355,6 +372,8 @@ def main() -> None:
     measuring.add_argument("--tokens", type=int, default=200)
     measuring.add_argument("--warm", type=int, default=200, help="tokens before anything is counted")
     measuring.add_argument("--runs", type=int, default=3)
+    measuring.add_argument("--streams", type=int, default=1, help="requests at once")
+    measuring.add_argument("--read", default="direct", choices=("direct", "cached"), help="from the disk, or from the page cache")
     measuring.add_argument("--only", help="the configurations whose names begin so, beside the resident one")
     measuring.add_argument("--details", action="store_true", help="what became of what was read")
     measuring.set_defaults(run=measure)
@@ -376,6 +395,7 @@ def main() -> None:
     pairing.add_argument("model", type=Path)
     pairing.add_argument("--tokens", type=int, default=100)
     pairing.add_argument("--runs", type=int, default=7)
+    pairing.add_argument("--streams", type=int, default=1, help="requests at once")
     pairing.set_defaults(run=beside)
     args = parser.parse_args()
     args.run(args)

@@ -256,9 +256,8 @@ fn a_conversation_from_a_pipe_says_in_the_end_what_failed() {
     let (said, complaints, is_success) = converse(&server, &["--max-tokens", "4"], "one\n\ntwo\n");
     assert!(is_success && complaints.is_empty() && said.lines().count() >= 2, "{said} {complaints}");
     let long = format!("one\n{}\n", "word ".repeat(20_000));
-    let (said, complaints, is_success) = converse(&server, &["--max-tokens", "4"], &long);
-    assert!(!is_success && !said.is_empty(), "{said}");
-    assert!(complaints.contains("1 of 2 answers failed"), "{complaints}");
+    let (_, complaints, is_success) = converse(&server, &["--max-tokens", "4"], &long);
+    assert!(!is_success && complaints.contains("1 of 2 answers failed"), "{complaints}");
     let (_, complaints, is_success) = converse(&server, &["--temperature=-1"], "one\n");
-    assert!(!is_success && complaints.contains("temperature"), "{complaints}");
+    assert!(!is_success && complaints.contains("1 of 1 answers failed"), "{complaints}");
 }

@@ -307,6 +307,39 @@ fn other_bytes_fail_who_needs_the_expert_until_they_are_right_again() {
 }
 
 #[test]
+fn what_cannot_be_read_is_not_read_ahead_again() {
+    let packed = Packed::of("mixtral-base");
+    let bodies: Vec<Value> = (3..60).map(|id| completion(&[id], 1)).collect();
+    let all = packed.start(&[]);
+    let answers: Vec<Value> = bodies.iter().map(|body| all.ask(PATH, body)).collect();
+    let (layer, expert) = *taken(&answers[0]).last().expect("some expert");
+    // There is room for all others.
+    let budget = (model(&all, "expert_bytes") - 1).to_string();
+    drop(all);
+    let place = packed.expert(layer, expert);
+    let file = File::options().read(true).write(true).open(packed.shard()).expect("the shard is writable");
+    let mut right = vec![0; (place.end - place.start) as usize];
+    file.read_exact_at(&mut right, place.start).expect("the expert is there");
+    let wrong: Vec<u8> = right.iter().map(|byte| !byte).collect();
+    file.write_all_at(&wrong, place.start).expect("the shard is writable");
+
+    let server = packed.start(&["--expert-memory", &budget, "--expert-warmup", "none"]);
+    check_broken(&server, (layer, expert), [&bodies[0], &Value::Null], "holds other bytes");
+    let ask_others = || {
+        let others = bodies.iter().zip(&answers).filter(|(_, answer)| !taken(answer).contains(&(layer, expert)));
+        for (body, answer) in others {
+            assert_eq!(server.ask(PATH, body)["choices"], answer["choices"]);
+        }
+        server.wait_idle();
+        metric(&server, "load_seconds_count")
+    };
+    let before = ask_others();
+    assert_eq!(ask_others(), before, "all that can be read is there");
+    file.write_all_at(&right, place.start).expect("the shard is writable");
+    assert_eq!(server.ask(PATH, &bodies[0])["choices"], answers[0]["choices"], "who needs it has it tried");
+}
+
+#[test]
 fn a_file_that_shrinks_fails_or_is_replaced_is_survived() {
     let packed = Packed::of("mixtral-base");
     let budget = {

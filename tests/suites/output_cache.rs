@@ -417,6 +417,8 @@ fn what_says_shared_was_computed_for_another_also_where_the_queue_is_full() {
     };
     let mut first = long(1);
     first.next_chunk();
+    // None of its four choices waits any more.
+    server.wait_running(4.0);
     let mut second = long(2);
     let body = completion(json!({"prompt": [10, 11], "stop": ["no such text"]}));
     let num_refused = std::sync::atomic::AtomicUsize::new(0);

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use engine::sampling::params::SamplingParams;
 use engine::{
-    EngineConfig, EngineError, ExpertConfig, ExpertMemory, ExpertPolicy, ExpertWarmup, KvDtype, PackFormat, ReadMode,
-    SampledToken, StopCriteria, load_model,
+    EngineConfig, EngineError, ExpertConfig, ExpertMemory, ExpertPolicy, ExpertWarmup, KvDtype, LoadStage, PackFormat,
+    ReadMode, SampledToken, StopCriteria, load_model,
 };
 
 use crate::driver::{Driver, golden_dir};
@@ -100,6 +100,25 @@ fn check(folder: &str) {
             assert_eq!(outputs(&config, seed), outputs(&resident, seed), "{what}, {rows} rows a step");
         }
     }
+}
+
+#[test]
+fn a_warm_up_tells_how_far_it_is() {
+    let packed = Packed::of(&golden_dir("mixtral-base"), "store-progress", FORMATS[0]);
+    let (_, all) = limits(&packed.0);
+    // Three layers of eight: room for twelve and a bit.
+    let (expert, budget) = (all / 24, all / 2 + 1);
+    let mut told = Vec::new();
+    let experts = ExpertConfig { warmup: ExpertWarmup::All, ..within(budget) };
+    let loaded = load_model(&config(&packed.0, experts), &mut |progress| {
+        if progress.stage == LoadStage::Experts {
+            assert_eq!(progress.total_bytes, 12 * expert);
+            told.push(progress.done_bytes);
+        }
+    });
+    assert!(loaded.is_ok() && !told.is_empty());
+    assert!(told.is_sorted_by(|a, b| a < b) && told.iter().all(|bytes| bytes % expert == 0), "{told:?}");
+    assert_eq!(told.last(), Some(&(12 * expert)));
 }
 
 test_every_folder!();

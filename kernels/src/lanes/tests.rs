@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::{Element, Lanes, dot_tile, exp_sum, max, silu_mul, sum_of_squares};
+use super::{Element, Lanes, dot_tile, exp_scaled, exp_sum, max, silu_mul, sum_of_squares};
 use crate::dispatch::{Isa, Kernel};
 use crate::testing::Numbers;
 
@@ -66,6 +66,9 @@ impl Kernel for Functions<'_> {
         silu_mul(lanes, self.x, self.x, &mut silu);
         out.extend(silu);
         out.extend([max, sum, sum_of_squares(lanes, self.x)]);
+        let mut scaled = self.x.to_vec();
+        exp_scaled(lanes, &mut scaled, max, 0.7);
+        out.extend(scaled);
         out
     }
 }

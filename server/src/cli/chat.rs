@@ -33,7 +33,7 @@ struct Conversation {
 }
 
 /// # Errors
-/// A server that cannot be used, a terminal that is gone; failed answers, unless somebody at a terminal saw them.
+/// A server that cannot be used, a terminal that is gone; failed answers, unless they were to lines typed at a terminal.
 pub fn run(args: ChatArgs) -> anyhow::Result<()> {
     let prompt = args.prompt.clone();
     let mut conversation = Conversation::new(args)?;

@@ -188,6 +188,24 @@ async fn a_server_that_stops_or_dies_amid_loads_gives_prefixes_in_time() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_that_goes_as_a_whole_is_found_again() {
+    let mut cluster = RedisCluster::start();
+    let cache = KvPrefixCache::new(config(), None, vec![open(&cluster.url())], FINGERPRINT);
+    heals(&cache, 60).await;
+    for round in 0..2 {
+        cluster.nodes.iter_mut().for_each(RedisServer::kill);
+        // Until the client has lost them all.
+        let end = Instant::now() + Duration::from_secs(round);
+        while Instant::now() < end || load(&cache, 60).await > 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        cluster.nodes.iter_mut().for_each(RedisServer::restart);
+        cluster.wait_until_whole();
+        heals(&cache, 60).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_cluster_keeps_blocks_on_every_master_and_loses_one_without_harm() {
     let mut cluster = RedisCluster::with_options(&["--cluster-require-full-coverage", "no"]);
     let budget = Duration::from_millis(500);

@@ -21,6 +21,9 @@ use crate::store::Tier;
 /// Time between two questions which master serves what: calls that fail ask it.
 const LEARN_INTERVAL: Duration = Duration::from_secs(1);
 
+/// Time for a new connection to a cluster, some nodes of which may not answer, and for a greeting on it.
+const RENEWAL_TIMEOUT: Duration = Duration::from_secs(3);
+
 #[derive(Debug)]
 pub(super) struct Gate {
     link: Arc<Link>,
@@ -180,17 +183,20 @@ impl Place for Member {
                 self.link.reset();
             }
             let greet = async |mut connection: Connection| connection.greet(&self.node).await;
-            let answer = in_time(self.link.run(greet)).await;
+            let answer = in_time(CONNECT_TIMEOUT, self.link.run(greet)).await;
             // The client may have lost its way to a node that is there; the others are served meanwhile.
-            if answer.is_err() && self.node != Node::Only { in_time(self.link.renew(greet)).await } else { answer }
+            match answer {
+                Err(_) if self.node != Node::Only => in_time(RENEWAL_TIMEOUT, self.link.renew(greet)).await,
+                answer => answer,
+            }
         }
         .boxed()
     }
 }
 
 /// Any answer to a greeting will do, but none that says that the server cannot be used.
-async fn in_time(greeting: impl Future<Output = Result<(), Failure>>) -> Result<(), String> {
-    match timeout(CONNECT_TIMEOUT, greeting).await {
+async fn in_time(limit: Duration, greeting: impl Future<Output = Result<(), Failure>>) -> Result<(), String> {
+    match timeout(limit, greeting).await {
         Ok(Err(failure)) if failure.judge() == Verdict::Sick => Err(failure.to_string()),
         Ok(_) => Ok(()),
         Err(_) => Err(NO_ANSWER.to_owned()),

@@ -152,28 +152,27 @@ impl ExpertStore {
     /// # Errors
     /// One that cannot be read.
     pub fn warm_up(&mut self, experts: &[ExpertId], progress: &mut dyn FnMut(LoadProgress)) -> Result<(), EngineError> {
+        let wanted = self.that_fit(experts);
+        let total_bytes = wanted.iter().map(|&id| self.bytes(id)).sum();
         let (mut fault, mut done_bytes) = (None, 0);
-        let all_bytes: u64 = experts.iter().map(|&id| self.bytes(id)).sum();
-        let total_bytes = all_bytes.min(self.capacity_bytes());
-        for &id in experts {
-            if !matches!(self.place(id), Place::Absent) || self.residency.contains(id) {
-                continue;
+        let mut await_until = |store: &mut Self, most_in_flight: usize| {
+            while store.reader.num_in_flight() > most_in_flight {
+                let (bytes, found) = store.await_some();
+                done_bytes += bytes;
+                fault = fault.take().or(found);
+                progress(LoadProgress { stage: LoadStage::Experts, done_bytes, total_bytes });
             }
-            let Some(victims) = self.residency.admit(id, Admission::WarmUp) else { break };
-            debug_assert!(victims.is_empty(), "a warm-up takes nobody's room");
+        };
+        for id in wanted {
+            let victims = self.residency.admit(id, Admission::WarmUp);
+            debug_assert_eq!(victims, Some(Vec::new()), "there is room, and a warm-up takes nobody's");
             self.residency.pin(id);
             *self.place_mut(id) = Place::Coming { is_ahead: false };
             self.reader.demand(id, None);
-            done_bytes += self.bytes(id);
             // As many as a step may have in flight: what waits in a queue is of no use yet.
-            while self.reader.num_in_flight() >= MAX_AHEAD {
-                fault = fault.or(self.await_some());
-            }
-            progress(LoadProgress { stage: LoadStage::Experts, done_bytes, total_bytes });
+            await_until(self, MAX_AHEAD - 1);
         }
-        while self.reader.num_in_flight() > 0 {
-            fault = fault.or(self.await_some());
-        }
+        await_until(self, 0);
         self.meter.publish(self.residency.num_wasted(), self.residency.used_bytes());
         metrics::gauge!("moesaic_expert_memory_bytes").set(self.capacity_bytes() as f64);
         fault.map_or(Ok(()), |fault| Err(EngineError::Expert(fault)))
@@ -360,11 +359,27 @@ impl ExpertStore {
         }
     }
 
-    /// Waits outside of a step.
-    fn await_some(&mut self) -> Option<ExpertFault> {
+    /// Of `experts` those that are not there, once each and in their order, up to the first one for which no room is left.
+    fn that_fit(&self, experts: &[ExpertId]) -> Vec<ExpertId> {
+        let mut seen = BTreeSet::new();
+        let mut room = self.capacity_bytes() - self.residency.used_bytes();
+        let absent = experts.iter().copied().filter(|&id| !self.residency.contains(id) && seen.insert(id));
+        let fits = |&id: &ExpertId| match room.checked_sub(self.bytes(id)) {
+            Some(rest) => {
+                room = rest;
+                true
+            }
+            None => false,
+        };
+        absent.take_while(fits).collect()
+    }
+
+    /// Waits outside of a step; gives the bytes of what came or will not.
+    fn await_some(&mut self) -> (u64, Option<ExpertFault>) {
         let (arrivals, _) = self.reader.wait();
+        let bytes = arrivals.iter().map(|&(id, _)| self.bytes(id)).sum();
         let absent = self.settle(arrivals);
         absent.iter().for_each(|&(id, _)| self.residency.remove(id));
-        absent.into_iter().find_map(|(_, fault)| fault)
+        (bytes, absent.into_iter().find_map(|(_, fault)| fault))
     }
 }
