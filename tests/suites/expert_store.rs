@@ -316,14 +316,13 @@ fn what_cannot_be_read_is_not_read_ahead_again() {
     // There is room for all others.
     let budget = (model(&all, "expert_bytes") - 1).to_string();
     drop(all);
+    let server = packed.start(&["--expert-memory", &budget, "--expert-warmup", "none"]);
     let place = packed.expert(layer, expert);
     let file = File::options().read(true).write(true).open(packed.shard()).expect("the shard is writable");
     let mut right = vec![0; (place.end - place.start) as usize];
     file.read_exact_at(&mut right, place.start).expect("the expert is there");
     let wrong: Vec<u8> = right.iter().map(|byte| !byte).collect();
     file.write_all_at(&wrong, place.start).expect("the shard is writable");
-
-    let server = packed.start(&["--expert-memory", &budget, "--expert-warmup", "none"]);
     check_broken(&server, (layer, expert), [&bodies[0], &Value::Null], "holds other bytes");
     let ask_others = || {
         let others = bodies.iter().zip(&answers).filter(|(_, answer)| !taken(answer).contains(&(layer, expert)));
