@@ -53,15 +53,15 @@ pub(crate) fn exp_sum<L: Lanes>(lanes: L, values: &mut [f32], max: f32) -> f32 {
 /// Replaces each value by `e^((value - max) * factor)`.
 #[inline(always)]
 pub(crate) fn exp_scaled<L: Lanes>(lanes: L, values: &mut [f32], max: f32, factor: f32) {
+    // No closure: what is not inlined does not have the instructions of its caller.
     let (max, factor) = (lanes.splat(max), lanes.splat(factor));
-    let exp_of = |v| exp(lanes, lanes.mul(lanes.sub(v, max), factor));
     let (chunks, tail) = values.as_chunks_mut();
     for chunk in chunks {
-        let v = exp_of(lanes.load(chunk));
+        let v = exp(lanes, lanes.mul(lanes.sub(lanes.load(chunk), max), factor));
         lanes.store(v, chunk);
     }
     if !tail.is_empty() {
-        let v = exp_of(load_tail(lanes, tail));
+        let v = exp(lanes, lanes.mul(lanes.sub(load_tail(lanes, tail), max), factor));
         store_tail(lanes, v, tail);
     }
 }
