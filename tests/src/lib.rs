@@ -29,6 +29,8 @@ pub mod sse;
 
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
+
 pub use folder::Folder;
 pub use http::{Exchange, Request, Response};
 pub use server::Server;
@@ -39,6 +41,16 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Time between two looks at something that is expected to change.
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
+
+/// `body` with these fields, too, or instead of those of their names.
+///
+/// # Panics
+/// One of them is no object.
+pub fn with(mut body: Value, fields: Value) -> Value {
+    let Value::Object(fields) = fields else { panic!("fields are an object: {fields}") };
+    body.as_object_mut().expect("a body is an object").extend(fields);
+    body
+}
 
 /// Looks until `probe` yields a value.
 ///

@@ -4,7 +4,7 @@ use std::io::Write as _;
 use std::process::{Command, Stdio};
 
 use harness::checkpoint::Copy;
-use harness::{Event, Server};
+use harness::{Event, Server, with};
 use serde_json::{Value, json};
 
 const SERVER: &str = env!("CARGO_BIN_EXE_moesaic-under-test");
@@ -12,14 +12,9 @@ const PATH: &str = "/v1/chat/completions";
 
 /// A chat with `fields` on top.
 fn chat(fields: Value) -> Value {
-    let mut body = json!({
-        "messages": [{"role": "system", "content": "You are terse."}, {"role": "user", "content": "What is a router?"}],
-        "max_tokens": 48,
-        "ignore_eos": true,
-    });
-    let fields = fields.as_object().expect("fields are an object");
-    body.as_object_mut().expect("a chat is an object").extend(fields.clone());
-    body
+    let messages =
+        json!([{"role": "system", "content": "You are terse."}, {"role": "user", "content": "What is a router?"}]);
+    with(json!({"messages": messages, "max_tokens": 48, "ignore_eos": true}), fields)
 }
 
 fn content(answer: &Value, choice: usize) -> &str {

@@ -1,7 +1,7 @@
 //! `/v1/completions`: prompts in every form, echo, log-probs, choices, stops, biases.
 
 use harness::checkpoint::Copy;
-use harness::{Server, golden};
+use harness::{Server, golden, with};
 use serde_json::{Value, json};
 
 const SERVER: &str = env!("CARGO_BIN_EXE_moesaic-under-test");
@@ -9,10 +9,7 @@ const PATH: &str = "/v1/completions";
 const PROMPT: &str = "The river carried the boat.";
 
 fn completion(fields: Value) -> Value {
-    let mut body = json!({"prompt": PROMPT, "max_tokens": 24, "ignore_eos": true});
-    let fields = fields.as_object().expect("fields are an object");
-    body.as_object_mut().expect("a completion is an object").extend(fields.clone());
-    body
+    with(json!({"prompt": PROMPT, "max_tokens": 24, "ignore_eos": true}), fields)
 }
 
 fn text(answer: &Value, choice: usize) -> &str {

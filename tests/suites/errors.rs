@@ -1,6 +1,6 @@
 //! What is turned down, and how: status, `type`, `param` and `code` of each error.
 
-use harness::{Request, Response, Server};
+use harness::{Request, Response, Server, with};
 use serde_json::{Value, json};
 
 const SERVER: &str = env!("CARGO_BIN_EXE_moesaic-under-test");
@@ -37,12 +37,11 @@ fn check(response: &Response, expected: &Expected, what: &str) {
 
 fn check_fields(server: &Server, path: &str, table: &[(Value, Expected)]) {
     for (fields, expected) in table {
-        let mut body = match path {
+        let body = match path {
             CHAT => json!({"messages": [{"role": "user", "content": "x"}]}),
             _ => json!({"prompt": "x"}),
         };
-        let fields = fields.as_object().expect("fields are an object");
-        body.as_object_mut().expect("a body is an object").extend(fields.clone());
+        let body = with(body, fields.clone());
         check(&server.post(path, &body), expected, &body.to_string());
     }
 }

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use harness::{Folder, PATIENCE, Server, golden, poll};
+use harness::{Folder, PATIENCE, Server, golden, poll, with};
 use serde_json::{Value, json};
 
 const SERVER: &str = env!("CARGO_BIN_EXE_moesaic-under-test");
@@ -34,6 +34,22 @@ impl Packed {
 
     fn start(&self, args: &[&str]) -> Server {
         Server::start_folder(SERVER, &self.path(), args)
+    }
+
+    /// With room for the two experts of one token in one of Mixtral's three layers of eight, each read when it is needed.
+    fn start_on_least(&self) -> Server {
+        let budget = (model(&self.start(&[]), "expert_bytes") / 12).to_string();
+        self.start(&[&["--expert-memory", &budget], &ON_DEMAND[..]].concat())
+    }
+
+    /// Turns every bit of an expert, on the disk; a second time makes it what it was.
+    fn invert(&self, layer: u64, expert: u64) {
+        let place = self.expert(layer, expert);
+        let file = File::options().read(true).write(true).open(self.shard()).expect("the shard is writable");
+        let mut bytes = vec![0; (place.end - place.start) as usize];
+        file.read_exact_at(&mut bytes, place.start).expect("the expert is there");
+        bytes.iter_mut().for_each(|byte| *byte = !*byte);
+        file.write_all_at(&bytes, place.start).expect("the shard is writable");
     }
 
     /// The only shard.
@@ -139,8 +155,7 @@ fn answers_are_the_same_under_the_least_budget_and_metrics_say_what_it_costs() {
 fn a_request_is_told_what_it_found_and_had_read() {
     let packed = Packed::of("mixtral-base");
     let server = packed.start(&[&["--expert-memory", "50%"], &ON_DEMAND[..]].concat());
-    let mut asking = completion(&[3, 90, 200, 7], 12);
-    asking["moe"] = json!({"usage": true});
+    let mut asking = with(completion(&[3, 90, 200, 7], 12), json!({"moe": {"usage": true}}));
     let mut so_far = [0.0; 3];
     for seed in 0..3 {
         asking["seed"] = json!(seed);
@@ -280,19 +295,10 @@ fn check_broken(server: &Server, (layer, expert): (u64, u64), [with, without]: [
 #[test]
 fn other_bytes_fail_who_needs_the_expert_until_they_are_right_again() {
     let packed = Packed::of("mixtral-base");
-    let budget = {
-        let server = packed.start(&[]);
-        (model(&server, "expert_bytes") / 12).to_string()
-    };
-    let server = packed.start(&[&["--expert-memory", &budget], &ON_DEMAND[..]].concat());
+    let server = packed.start_on_least();
     let ((layer, expert), with, without) = with_and_without(&server);
     let expected = [&with, &without].map(|body| server.ask(PATH, body)["choices"].clone());
-    let place = packed.expert(layer, expert);
-    let file = File::options().read(true).write(true).open(packed.shard()).expect("the shard is writable");
-    let mut right = vec![0; (place.end - place.start) as usize];
-    file.read_exact_at(&mut right, place.start).expect("the expert is there");
-    let wrong: Vec<u8> = right.iter().map(|byte| !byte).collect();
-    file.write_all_at(&wrong, place.start).expect("the shard is writable");
+    packed.invert(layer, expert);
     let reason = "it was changed while the server runs, and holds other bytes";
     check_broken(&server, (layer, expert), [&with, &without], reason);
     // Both at once, in one step or not: one fails, the other has its answer.
@@ -300,7 +306,7 @@ fn other_bytes_fail_who_needs_the_expert_until_they_are_right_again() {
     check_broken(&server, (layer, expert), [&with, &Value::Null], reason);
     drop(stream);
     assert!(metric(&server, "faults_total") >= 2.0);
-    file.write_all_at(&right, place.start).expect("the shard is writable");
+    packed.invert(layer, expert);
     for (body, expected) in [&with, &without].into_iter().zip(&expected) {
         assert_eq!(server.ask(PATH, body)["choices"], *expected, "as before, and nothing of the failure was kept");
     }
@@ -317,12 +323,7 @@ fn what_cannot_be_read_is_not_read_ahead_again() {
     let budget = (model(&all, "expert_bytes") - 1).to_string();
     drop(all);
     let server = packed.start(&["--expert-memory", &budget, "--expert-warmup", "none"]);
-    let place = packed.expert(layer, expert);
-    let file = File::options().read(true).write(true).open(packed.shard()).expect("the shard is writable");
-    let mut right = vec![0; (place.end - place.start) as usize];
-    file.read_exact_at(&mut right, place.start).expect("the expert is there");
-    let wrong: Vec<u8> = right.iter().map(|byte| !byte).collect();
-    file.write_all_at(&wrong, place.start).expect("the shard is writable");
+    packed.invert(layer, expert);
     check_broken(&server, (layer, expert), [&bodies[0], &Value::Null], "holds other bytes");
     let ask_others = || {
         let others = bodies.iter().zip(&answers).filter(|(_, answer)| !taken(answer).contains(&(layer, expert)));
@@ -334,18 +335,14 @@ fn what_cannot_be_read_is_not_read_ahead_again() {
     };
     let before = ask_others();
     assert_eq!(ask_others(), before, "all that can be read is there");
-    file.write_all_at(&right, place.start).expect("the shard is writable");
+    packed.invert(layer, expert);
     assert_eq!(server.ask(PATH, &bodies[0])["choices"], answers[0]["choices"], "who needs it has it tried");
 }
 
 #[test]
 fn a_file_that_shrinks_fails_or_is_replaced_is_survived() {
     let packed = Packed::of("mixtral-base");
-    let budget = {
-        let server = packed.start(&[]);
-        (model(&server, "expert_bytes") / 12).to_string()
-    };
-    let server = packed.start(&[&["--expert-memory", &budget], &ON_DEMAND[..]].concat());
+    let server = packed.start_on_least();
     let (broken, with, without) = with_and_without(&server);
     let expected = server.ask(PATH, &with)["choices"].clone();
     let (shard, bytes) = (packed.shard(), std::fs::read(packed.shard()).expect("the shard is there"));

@@ -5,7 +5,7 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-use harness::{PATIENCE, Request, Response, Server, poll};
+use harness::{PATIENCE, Request, Response, Server, poll, with};
 use serde_json::{Value, json};
 
 const SERVER: &str = env!("CARGO_BIN_EXE_moesaic-under-test");
@@ -27,13 +27,6 @@ fn chat(fields: Value) -> Value {
     let messages = json!([{"role": "user", "content": "tell me of the river"}]);
     let body = json!({"messages": messages, "max_tokens": 10, "temperature": 0, "logprobs": true, "top_logprobs": 2});
     with(body, fields)
-}
-
-/// `body` with these fields, too.
-fn with(mut body: Value, fields: Value) -> Value {
-    let Value::Object(fields) = fields else { panic!("fields are an object") };
-    body.as_object_mut().expect("a body is an object").extend(fields);
-    body
 }
 
 fn origin(response: &Response) -> Option<&str> {

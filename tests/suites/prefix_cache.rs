@@ -2,7 +2,7 @@
 
 use std::thread;
 
-use harness::{Request, Server};
+use harness::{Request, Server, with};
 use serde_json::{Value, json};
 
 const SERVER: &str = env!("CARGO_BIN_EXE_moesaic-under-test");
@@ -16,10 +16,8 @@ fn prompt(len: usize) -> Vec<u32> {
 }
 
 fn completion(len: usize, fields: Value) -> Value {
-    let mut body = json!({"prompt": prompt(len), "max_tokens": 5, "ignore_eos": true, "temperature": 0, "logprobs": 2});
-    let fields = fields.as_object().expect("fields are an object");
-    body.as_object_mut().expect("a completion is an object").extend(fields.clone());
-    body
+    let body = json!({"prompt": prompt(len), "max_tokens": 5, "ignore_eos": true, "temperature": 0, "logprobs": 2});
+    with(body, fields)
 }
 
 fn cached(answer: &Value) -> u64 {

@@ -2,17 +2,11 @@
 
 use std::thread;
 
-use harness::{Server, golden};
+use harness::{Server, golden, with};
 use serde_json::{Value, json};
 
 const SERVER: &str = env!("CARGO_BIN_EXE_moesaic-under-test");
 const PATH: &str = "/v1/completions";
-
-fn with(mut body: Value, fields: Value) -> Value {
-    let fields = fields.as_object().expect("fields are an object").clone();
-    body.as_object_mut().expect("a request is an object").extend(fields);
-    body
-}
 
 /// A greedy completion of ids that asks for experts.
 fn completion(prompt: &Value, fields: Value) -> Value {

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::thread;
 
-use harness::{Response, Server};
+use harness::{Response, Server, with};
 use serde_json::{Value, json};
 
 const SERVER: &str = env!("CARGO_BIN_EXE_moesaic-under-test");
@@ -14,12 +14,6 @@ const MODEL: &str = "mixtral-base";
 
 fn server(args: &[&str]) -> Server {
     Server::start(SERVER, MODEL, &[&["--output-cache", "memory"], args].concat())
-}
-
-fn with(mut body: Value, fields: Value) -> Value {
-    let fields = fields.as_object().expect("fields are an object").clone();
-    body.as_object_mut().expect("a body is an object").extend(fields);
-    body
 }
 
 /// A greedy completion of 40 ids: seeds tell noise apart, and nothing else.

@@ -11,7 +11,7 @@ use harness::checkpoint::Copy;
 use harness::faulty_proxy::{Faults, FaultyProxy};
 use harness::redis::{RedisServer, Reply};
 use harness::replica::{CHAT, MODEL, NUM_VALUES, PATIENT, Question, Replica, SLACK, heal};
-use harness::{EventStream, Folder, PATIENCE, Request, golden, poll};
+use harness::{EventStream, Folder, PATIENCE, Request, golden, poll, with};
 use serde_json::json;
 
 const SERVER: &str = env!("CARGO_BIN_EXE_moesaic-under-test");
@@ -467,9 +467,7 @@ fn a_request_with_many_prompts_waits_once() {
     replica.ask(&Question::of(0));
     let body = json!({"prompt": ["one", "two", "three", "four"], "max_tokens": 2, "temperature": 0, "logprobs": 1});
     let ask = |fields: serde_json::Value| {
-        let mut body = body.clone();
-        body.as_object_mut().expect("a request is an object").extend(fields.as_object().expect("fields").clone());
-        replica.server.ask("/v1/completions", &body)["choices"].clone()
+        replica.server.ask("/v1/completions", &with(body.clone(), fields))["choices"].clone()
     };
     let computed = ask(json!({"cache": {"read": false, "write": false}}));
     redis.signal("STOP");

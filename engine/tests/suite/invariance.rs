@@ -309,21 +309,26 @@ fn with_few_window_blocks(case: &Case) {
     }
 }
 
+/// The columns of the table that need no room of their own.
+fn whatever_happens(case: &Case) {
+    among_others(case);
+    at_every_chunk_size(case);
+    preempted_at_any_step(case);
+    preempted_at_any_step(&case.uncached());
+    under_scarcity(case);
+    from_cached_prefixes(case);
+    after_its_own_output(case);
+    from_blocks_outside(case);
+    beside_itself(case);
+    without_a_cache(case);
+}
+
 fn check(folder: &str) {
     let plain = [WeightDtype::F32, WeightDtype::Bf16].map(|dtype| Case::new(folder, dtype));
     let quantized =
         [WeightQuant::Int8, WeightQuant::Int4].map(|quant| Case::new(folder, WeightDtype::Auto).quantized(quant));
     for case in plain.into_iter().chain(quantized) {
-        among_others(&case);
-        at_every_chunk_size(&case);
-        preempted_at_any_step(&case);
-        preempted_at_any_step(&case.uncached());
-        under_scarcity(&case);
-        from_cached_prefixes(&case);
-        after_its_own_output(&case);
-        from_blocks_outside(&case);
-        beside_itself(&case);
-        without_a_cache(&case);
+        whatever_happens(&case);
         with_few_kept_states(&case);
         with_few_window_blocks(&case);
     }
@@ -339,16 +344,7 @@ fn requests_of_unlike_expert_options_do_not_touch_each_other() {
         let experts = |id| case.alone(id).into_iter().flat_map(|sampled| sampled.routed_experts).collect::<Vec<u16>>();
         assert!((0..5).any(|id| experts(id).contains(&NO_EXPERT)), "{folder}: some are left out");
         assert!(!experts(0).contains(&NO_EXPERT), "{folder}: and none without options");
-        among_others(&case);
-        at_every_chunk_size(&case);
-        preempted_at_any_step(&case);
-        preempted_at_any_step(&case.uncached());
-        under_scarcity(&case);
-        from_cached_prefixes(&case);
-        after_its_own_output(&case);
-        from_blocks_outside(&case);
-        beside_itself(&case);
-        without_a_cache(&case);
+        whatever_happens(&case);
     }
 }
 

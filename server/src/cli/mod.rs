@@ -9,6 +9,7 @@ pub mod inspect;
 mod line_file;
 pub mod profile;
 pub mod quantize;
+mod reading;
 pub mod serve;
 pub mod upcycle;
 

@@ -6,13 +6,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, anyhow, bail, ensure};
-use engine::{EngineConfig, ExpertProfile, LoadedModel, load_model};
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use engine::{ExpertProfile, KvDtype, LoadedModel};
+use indicatif::MultiProgress;
 use serde::Deserialize as _;
 use serde_json::{Value, json};
 
 use super::line_file::{BYTE_ORDER_MARK, lines, open};
-use super::serve::{available_memory, load_text, model_name};
+use super::reading::{Reading, bar, start_token};
+use super::serve::{load_text, model_name};
 use crate::config::{QuantType, WeightType};
 use crate::conversation::Conversation;
 use crate::hub::{self, HubOptions};
@@ -67,7 +68,8 @@ pub fn run(args: &ProfileArgs) -> anyhow::Result<()> {
     }
     let model_dir = hub::resolve(&args.model, &HubOptions::from_env(args.revision.clone()), &MultiProgress::new())?;
     let (tokenizer, template) = load_text(&model_dir, None)?;
-    let mut model = load(&model_dir, args)?;
+    let &ProfileArgs { dtype, quant, context, threads, .. } = args;
+    let mut model = Reading { dtype, quant, kv_dtype: KvDtype::Auto, context, threads }.load(&model_dir)?;
     let has_experts = !model.runner.expert_loads().layers().is_empty();
     ensure!(has_experts, "{} has no experts, of which there could be a profile", model_dir.display());
     let mut reader = Reader {
@@ -78,7 +80,7 @@ pub fn run(args: &ProfileArgs) -> anyhow::Result<()> {
         model: &mut model,
     };
     let num_bytes = std::fs::metadata(&args.file).ok().filter(Metadata::is_file).map(|metadata| metadata.len());
-    let bar = progress_bar("reading", num_bytes);
+    let bar = bar("reading", "{bytes}/{total_bytes} {eta}", num_bytes.unwrap_or(0));
     let is_list = args.file.extension().is_some_and(|extension| extension == "jsonl" || extension == "ndjson");
     let mut piece = String::new();
     for (line, number) in lines(file).zip(1u64..) {
@@ -123,41 +125,6 @@ fn check_place(path: &Path) -> anyhow::Result<()> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     ensure!(folder.is_dir(), "--out {}: there is no folder {}", path.display(), folder.display());
     Ok(())
-}
-
-fn load(model_dir: &Path, args: &ProfileArgs) -> anyhow::Result<LoadedModel> {
-    let config = EngineConfig {
-        dtype: args.dtype.into(),
-        quant: args.quant.into(),
-        available_memory: available_memory()?,
-        max_model_len: Some(args.context as usize),
-        max_num_seqs: 1,
-        // A piece is computed in one pass, whose rows all have a block.
-        max_num_batched_tokens: args.context as usize,
-        enable_prefix_caching: false,
-        threads: args.threads.map(usize::from),
-        ..EngineConfig::new(model_dir)
-    };
-    let bar = progress_bar("loading", None);
-    let model = load_model(&config, &mut |progress| {
-        bar.set_length(progress.total_bytes);
-        bar.set_position(progress.done_bytes);
-    })?;
-    bar.finish_and_clear();
-    Ok(model)
-}
-
-/// Hidden where stderr is no terminal.
-fn progress_bar(what: &str, num_bytes: Option<u64>) -> ProgressBar {
-    let style = ProgressStyle::with_template(&format!("{what} {{bar:40}} {{bytes}}/{{total_bytes}} {{eta}}"));
-    ProgressBar::new(num_bytes.unwrap_or(0)).with_style(style.expect("the template is constant and valid"))
-}
-
-/// What the model's texts begin with, where there is such a token.
-fn start_token(tokenizer: &Tokenizer) -> anyhow::Result<Option<u32>> {
-    let frame = tokenizer.encode("", EncodeOptions { add_special_tokens: true })?;
-    let bos = tokenizer.bos_token().and_then(|token| tokenizer.token_to_id(token));
-    Ok(frame.first().copied().filter(|id| Some(*id) == bos))
 }
 
 /// Text to tokens.

@@ -7,12 +7,12 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
-use engine::{EngineConfig, GgufFile, KvDtype, LoadedModel, load_model, weights::read_bounded};
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use engine::{GgufFile, KvDtype, LoadedModel, weights::read_bounded};
+use indicatif::MultiProgress;
 use serde::Serialize;
 
 use self::score::{Divergence, Score};
-use super::serve::available_memory;
+use super::reading::{Reading, bar, start_token};
 use crate::config::{QuantType, WeightType};
 use crate::hub::{self, HubOptions};
 use crate::text::{EncodeOptions, Tokenizer, TokenizerFiles};
@@ -143,9 +143,7 @@ fn chunks(model_dir: &Path, text: &str, args: &EvalArgs) -> anyhow::Result<Vec<V
         Some(file) => Tokenizer::from_gguf(&TokenizerFiles::from_gguf(&GgufFile::open(&file)?)?)?,
         None => Tokenizer::load(model_dir)?,
     };
-    let frame = tokenizer.encode("", EncodeOptions { add_special_tokens: true })?;
-    let bos = tokenizer.bos_token().and_then(|token| tokenizer.token_to_id(token));
-    let start = frame.first().copied().filter(|id| Some(*id) == bos);
+    let start = start_token(&tokenizer)?;
     let mut tokens = tokenizer.encode(text, EncodeOptions::default())?;
     tokens.truncate(args.max_tokens);
     let num_start = usize::from(start.is_some());
@@ -162,26 +160,9 @@ fn chunks(model_dir: &Path, text: &str, args: &EvalArgs) -> anyhow::Result<Vec<V
 }
 
 fn load(model_dir: &Path, (dtype, quant): (WeightType, QuantType), args: &EvalArgs) -> anyhow::Result<LoadedModel> {
-    let config = EngineConfig {
-        dtype: dtype.into(),
-        quant: quant.into(),
-        // What is compared are weights: a cache that rounds would move near ties of routers on its own.
-        kv_dtype: KvDtype::F32,
-        available_memory: available_memory()?,
-        max_model_len: Some(args.context as usize),
-        max_num_seqs: 1,
-        // A chunk is computed in one pass, whose rows all have a block.
-        max_num_batched_tokens: args.context as usize,
-        enable_prefix_caching: false,
-        threads: args.threads.map(usize::from),
-        ..EngineConfig::new(model_dir)
-    };
-    let bar = bar("loading", "{bytes}/{total_bytes}");
-    let model = load_model(&config, &mut |progress| {
-        bar.set_length(progress.total_bytes);
-        bar.set_position(progress.done_bytes);
-    })?;
-    bar.finish_and_clear();
+    let &EvalArgs { context, threads, .. } = args;
+    // What is compared are weights: a cache that rounds would move near ties of routers on its own.
+    let model = Reading { dtype, quant, kv_dtype: KvDtype::F32, context, threads }.load(model_dir)?;
     ensure!(
         !model.summary.has_encoder,
         "{} reads its text with an encoder; measured are models that continue a text",
@@ -197,19 +178,13 @@ fn load(model_dir: &Path, (dtype, quant): (WeightType, QuantType), args: &EvalAr
     Ok(model)
 }
 
-/// Hidden where stderr is no terminal.
-fn bar(what: &str, counts: &str) -> ProgressBar {
-    let style = ProgressStyle::with_template(&format!("{what} {{bar:40}} {counts}"));
-    ProgressBar::new(0).with_style(style.expect("the templates are constant and valid"))
-}
-
 fn measure(
     model: &mut LoadedModel,
     mut reference: Option<&mut LoadedModel>,
     chunks: &[Vec<u32>],
 ) -> anyhow::Result<Score> {
-    let bar = bar("measuring", "{pos}/{len} tokens {eta}");
-    bar.set_length(chunks.iter().map(|chunk| chunk.len() as u64).sum());
+    let num_tokens = chunks.iter().map(|chunk| chunk.len() as u64).sum();
+    let bar = bar("measuring", "{pos}/{len} tokens {eta}", num_tokens);
     let mut score = Score::default();
     for chunk in chunks {
         let logits = model.runner.logits_of(chunk)?;
