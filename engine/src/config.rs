@@ -71,10 +71,10 @@ impl ExpertMemory {
     }
 }
 
-/// Which experts are read at the start.
+/// Which experts are read at the start. Where all are kept, [`Self::None`] says that mapped weights are read at their first use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ExpertWarmup {
-    /// As many as there is room for.
+    /// As many as there is room for, those that the profile saw in use before the others.
     #[default]
     All,
     /// Those that the profile saw in use, the hottest first.
@@ -89,7 +89,7 @@ pub struct ExpertConfig {
     pub memory: Option<ExpertMemory>,
     /// Which of them stay.
     pub policy: ExpertPolicy,
-    /// File of an [`crate::ExpertProfile`], for [`ExpertPolicy::Pinned`] and [`ExpertWarmup::Hot`].
+    /// File of an [`crate::ExpertProfile`], for [`ExpertPolicy::Pinned`] and the order of [`Self::warmup`].
     pub profile: Option<PathBuf>,
     /// Whether they are read ahead of their use.
     pub prefetch: bool,

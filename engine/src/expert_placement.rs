@@ -31,14 +31,14 @@ pub fn open_store(
         return Ok(None);
     }
     let profile = config.experts.profile.as_deref().map(|path| read_profile(path, host)).transpose()?;
-    let hottest = |capacity| profile.as_ref().map_or(Vec::new(), |profile| profile.hottest(&catalog.bytes(), capacity));
-    let kept = if config.experts.policy == ExpertPolicy::Pinned { hottest(capacity_bytes) } else { Vec::new() };
+    let hottest = profile.map_or(Vec::new(), |profile| profile.hottest(&catalog.bytes(), capacity_bytes));
     let first = match config.experts.warmup {
-        ExpertWarmup::Hot => hottest(capacity_bytes),
-        // What is kept must not find its room taken.
-        ExpertWarmup::All => kept.iter().copied().chain(catalog.ids()).collect(),
+        ExpertWarmup::Hot => hottest.clone(),
+        // What is hot, and what is kept, must not find its room taken.
+        ExpertWarmup::All => hottest.iter().copied().chain(catalog.ids()).collect(),
         ExpertWarmup::None => Vec::new(),
     };
+    let kept = if config.experts.policy == ExpertPolicy::Pinned { hottest } else { Vec::new() };
     // What the page cache can hold is read from the disk once; what it cannot would only push other things out of it.
     let free = config.available_memory.saturating_sub(host.weight_bytes).saturating_sub(capacity_bytes);
     let cached = (free >= all).then_some(kernels::ReadMode::Cached);

@@ -6,7 +6,7 @@ use std::sync::mpsc::sync_channel;
 use kernels::KvFormat;
 use scheduler::{Scheduler, SchedulerConfig};
 
-use crate::config::{EngineConfig, ExpertMemory, KvDtype, WeightDtype, WeightQuant, WeightStorage};
+use crate::config::{EngineConfig, ExpertMemory, ExpertWarmup, KvDtype, WeightDtype, WeightQuant, WeightStorage};
 use crate::error::EngineError;
 use crate::expert_placement::{Host, open_store};
 use crate::experts::{ExpertStore, RoutedLayout, RoutedRows};
@@ -19,7 +19,7 @@ use crate::runner::{Runner, TokenPlaces};
 use crate::shared::{Front, Shared};
 use crate::step_loop::StepLoop;
 use crate::weights::inspect::{Inspection, inspect_files};
-use crate::weights::loader::{LoadProgress, Loader};
+use crate::weights::loader::{LoadProgress, LoadStage, Loader};
 use crate::weights::model_config::ModelConfig;
 use crate::weights::model_files::ModelFiles;
 use crate::weights::quantization::Quantization;
@@ -301,7 +301,7 @@ fn load_parts(
     let model = (architecture.load)(&source)?;
     let (mut weight_bytes, weight_formats) = (loader.weight_bytes(), loader.formats());
     let (expert_bytes, catalog) = (loader.expert_bytes(), loader.take_catalog());
-    let huge_pages = loader.take_huge_pages();
+    let (huge_pages, mapped) = (loader.take_huge_pages(), loader.take_mapped());
     loader.finish(|name| {
         let is_loaded = num_mtp_layers > 0 && architecture.mtp.holds(model_config, name);
         models::is_ignored_everywhere(model_config, name) || (architecture.ignored)(model_config, name) && !is_loaded
@@ -309,6 +309,14 @@ fn load_parts(
     checkpoint.release_pages();
     let num_bytes = huge_pages.gather();
     tracing::debug!(num_bytes, of = weight_bytes, "weights gathered into huge pages");
+    // More than there is memory would only push itself out again.
+    if place == Experts::InMemory
+        && config.experts.warmup != ExpertWarmup::None
+        && weight_bytes <= config.available_memory
+    {
+        let total_bytes = mapped.num_bytes();
+        mapped.read_in(|done_bytes| progress(LoadProgress { stage: LoadStage::Mapped, done_bytes, total_bytes }));
+    }
     let weights = packed.map_or_else(|| Weights::Files(checkpoint.files()), |packed| Weights::Digest(packed.digest));
     let host = Host { shape: model.shape(), weights: weights.sample(), weight_bytes };
     let experts = match (catalog, config.experts.memory) {

@@ -45,7 +45,7 @@ pub use dispatch::{choose_isa, isa, isas};
 pub use error::{KernelError, Result};
 pub use freed_memory::keep_freed_memory;
 pub use huge_pages::HugePages;
-pub use mapped_file::MappedFile;
+pub use mapped_file::{MappedFile, MappedParts};
 pub use ops::argmax::argmax;
 pub use ops::boltzmann::boltzmann;
 pub use ops::embedding::embedding;

@@ -2,10 +2,19 @@
 
 use std::fs::File;
 use std::io;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use memmap2::Mmap;
+
+use crate::pool;
+use crate::weight::PackedWeight;
+
+/// Bytes that a thread has read at a time: enough for a disk to work on while the pages of the last ones are mapped.
+const PIECE_BYTES: usize = 8 << 20;
+/// Pieces between two reports.
+const REPORT_PIECES: usize = 16;
 
 /// A whole file mapped read-only. It is trusted not to shrink or change while mapped.
 #[derive(Debug)]
@@ -42,6 +51,49 @@ impl MappedFile {
             drop(advised);
         }
     }
+
+    /// Reads the pages of a range and maps them. A system that does not want the advice does so at their first use.
+    fn read_pages(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        drop(self.map.advise_range(memmap2::Advice::WillNeed, range.start, range.len()));
+        #[cfg(target_os = "linux")]
+        drop(self.map.advise_range(memmap2::Advice::PopulateRead, range.start, range.len()));
+        #[cfg(not(unix))]
+        let _ = range;
+    }
+}
+
+/// Parts of mapped files that will be read as long as the process lives.
+#[derive(Debug, Default)]
+pub struct MappedParts {
+    parts: Vec<(Arc<MappedFile>, Range<usize>)>,
+}
+
+impl MappedParts {
+    /// Notes a weight. One that has memory of its own is there already.
+    pub fn add(&mut self, weight: &PackedWeight) {
+        self.parts.extend(weight.mapped_part());
+    }
+
+    pub fn num_bytes(&self) -> u64 {
+        self.parts.iter().map(|(_, range)| range.len() as u64).sum()
+    }
+
+    /// Reads all of them, on the compute threads, so that their first use waits neither for the disk nor for its pages.
+    /// `progress` gets the bytes that are there.
+    pub fn read_in(self, mut progress: impl FnMut(u64)) {
+        let pieces = |(file, range): &(Arc<MappedFile>, Range<usize>)| {
+            let (file, end) = (file.clone(), range.end);
+            range.clone().step_by(PIECE_BYTES).map(move |start| (file.clone(), start..end.min(start + PIECE_BYTES)))
+        };
+        let pieces: Vec<_> = self.parts.iter().flat_map(pieces).collect();
+        let mut num_done = 0;
+        for pieces in pieces.chunks(REPORT_PIECES) {
+            pool::parallel_for(pieces.len(), |idx| pieces[idx].0.read_pages(pieces[idx].1.clone()));
+            num_done += pieces.iter().map(|(_, range)| range.len() as u64).sum::<u64>();
+            progress(num_done);
+        }
+    }
 }
 
 impl Deref for MappedFile {
@@ -49,5 +101,53 @@ impl Deref for MappedFile {
 
     fn deref(&self) -> &[u8] {
         &self.map
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+    use crate::weight::WeightFormat;
+
+    const ROWS: usize = 4096;
+    const COLS: usize = 1024;
+
+    /// Pages that were not mapped when this thread wanted them.
+    fn num_faults() -> i64 {
+        let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+        // SAFETY: the call fills the struct it is given; zeros are one too.
+        let usage = unsafe {
+            libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr());
+            usage.assume_init()
+        };
+        usage.ru_minflt + usage.ru_majflt
+    }
+
+    fn faults_of_a_pass(bytes: &[u8]) -> i64 {
+        let before = num_faults();
+        assert_eq!(bytes.iter().step_by(512).map(|&byte| u64::from(byte)).sum::<u64>(), 0);
+        num_faults() - before
+    }
+
+    #[test]
+    fn what_was_read_in_is_there() {
+        let path = std::env::temp_dir().join(format!("moesaic-read-in-{}", std::process::id()));
+        let format = WeightFormat::Bf16;
+        let len = format.bytes_for(ROWS, COLS);
+        std::fs::write(&path, vec![0; 2 * len]).unwrap();
+        let file = Arc::new(MappedFile::open(&path).unwrap());
+        std::fs::remove_file(&path).unwrap();
+        let weight = PackedWeight::mapped(file.clone(), len, format, ROWS, COLS).unwrap();
+        let at_first_use = faults_of_a_pass(weight.as_bytes());
+        file.release_pages();
+        let mut parts = MappedParts::default();
+        parts.add(&weight);
+        parts.add(&PackedWeight::from_f32(format, 1, 1, &[1.0]).unwrap());
+        assert_eq!(parts.num_bytes(), len as u64);
+        let mut told = Vec::new();
+        parts.read_in(|bytes| told.push(bytes));
+        assert_eq!(told.last(), Some(&(len as u64)));
+        let after = faults_of_a_pass(weight.as_bytes());
+        assert!(at_first_use > 50 && after < 5, "{after} faults, {at_first_use} before");
     }
 }

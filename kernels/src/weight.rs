@@ -1,6 +1,7 @@
 //! Weights of hot ops: a format, a shape, and bytes that are owned or lie in a mapped file.
 
 use std::fmt;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -154,6 +155,14 @@ impl PackedWeight {
     pub fn place(&self) -> Option<(&Path, u64)> {
         match &self.bytes {
             Bytes::Mapped { file, offset } => Some((file.path(), *offset as u64)),
+            Bytes::Owned(_) | Bytes::Read(_) => None,
+        }
+    }
+
+    /// The file of [`Self::place`], and the bytes of it.
+    pub(crate) fn mapped_part(&self) -> Option<(Arc<MappedFile>, Range<usize>)> {
+        match &self.bytes {
+            Bytes::Mapped { file, offset } => Some((file.clone(), *offset..*offset + self.num_bytes())),
             Bytes::Owned(_) | Bytes::Read(_) => None,
         }
     }

@@ -328,7 +328,11 @@ def recall(args: argparse.Namespace) -> None:
 
 def first(args: argparse.Namespace) -> None:
     flags, ratios = ["--threads", args.threads, "--expert-memory", args.budget, "--expert-warmup", "all"], []
+    flags += ["--expert-profile", args.profile] if args.profile else []
     for run in range(args.runs):
+        for path in args.model.iterdir() if args.cold else ():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         with Server(args.moesaic, args.model, flags) as server:
             seconds = []
             for seed in range(10):
@@ -341,17 +345,20 @@ def first(args: argparse.Namespace) -> None:
 
 
 def beside(args: argparse.Namespace) -> None:
-    ratios = []
-    for run in range(args.runs):
-        speeds = [0.0, 0.0]
-        # Whoever is first in one round is second in the next.
-        for which in (run % 2, 1 - run % 2):
-            with Server((args.old, args.moesaic)[which], args.model, ["--threads", args.threads]) as server:
-                run_streams(server, 1, args)
-                speeds[which] = 1 / statistics.median(run_streams(server, seed, args)["per_token"] for seed in (2, 3, 4))
-        ratios.append(speeds[1] / speeds[0])
-        print(f"old {speeds[0]:.2f} tok/s, new {speeds[1]:.2f}, ratio {ratios[-1]:.3f}", flush=True)
-    print(f"median {statistics.median(ratios):.3f}")
+    """Both run at once and answer in turns, so that whatever else the machine does meets both alike."""
+    flags = ["--threads", args.threads]
+    with Server(args.old, args.model, flags) as old, Server(args.moesaic, args.model, flags) as new:
+        ratios = []
+        for run in range(args.runs + 1):
+            # Whoever is first in one round is second in the next.
+            pair = [(old, new), (new, old)][run % 2]
+            seconds = {server: run_streams(server, run, args)["per_token"] for server in pair}
+            # The first round warms both.
+            if run:
+                ratios.append(seconds[old] / seconds[new])
+                print(f"old {1 / seconds[old]:.2f} tok/s, new {1 / seconds[new]:.2f}, ratio {ratios[-1]:.3f}", flush=True)
+    quarters = statistics.quantiles(ratios, n=4)
+    print(f"median {statistics.median(ratios):.3f}, half of them between {quarters[0]:.3f} and {quarters[2]:.3f}")
 
 
 def main() -> None:
@@ -387,6 +394,8 @@ def main() -> None:
     comparing = commands.add_parser("first")
     comparing.add_argument("model", type=Path)
     comparing.add_argument("--budget", default="90%")
+    comparing.add_argument("--profile", type=Path, help="which experts are hot, from `moesaic profile`")
+    comparing.add_argument("--cold", action="store_true", help="with nothing of the model in the page cache")
     comparing.add_argument("--tokens", type=int, default=40)
     comparing.add_argument("--runs", type=int, default=3)
     comparing.set_defaults(run=first)
@@ -394,7 +403,7 @@ def main() -> None:
     pairing.add_argument("old", type=Path)
     pairing.add_argument("model", type=Path)
     pairing.add_argument("--tokens", type=int, default=100)
-    pairing.add_argument("--runs", type=int, default=7)
+    pairing.add_argument("--runs", type=int, default=15)
     pairing.add_argument("--streams", type=int, default=1, help="requests at once")
     pairing.set_defaults(run=beside)
     args = parser.parse_args()

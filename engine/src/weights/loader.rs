@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::{Device, Tensor};
 use kernels::block_format::BlockFormat;
-use kernels::{Expert, HugePages, KernelError, PackedWeight, WeightFormat};
+use kernels::{Expert, HugePages, KernelError, MappedParts, PackedWeight, WeightFormat};
 use safetensors::Dtype;
 
 use super::checkpoint::{Checkpoint, StoredDtype, TensorEntry};
@@ -32,6 +32,8 @@ pub struct LoadProgress {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LoadStage {
     Weights,
+    /// Those that stay in mapped files, before their first use.
+    Mapped,
     /// Those that a store has at the start.
     Experts,
 }
@@ -64,6 +66,7 @@ struct LoadState<'a> {
     weight_bytes: u64,
     expert_bytes: u64,
     huge_pages: HugePages,
+    mapped: MappedParts,
     /// Bytes of kept matrices by format, see [`Loader::formats`].
     format_bytes: BTreeMap<&'static str, u64>,
     progress: &'a mut dyn FnMut(LoadProgress),
@@ -87,6 +90,7 @@ impl<'a> Loader<'a> {
             weight_bytes: 0,
             expert_bytes: 0,
             huge_pages: HugePages::default(),
+            mapped: MappedParts::default(),
             format_bytes: BTreeMap::new(),
             progress,
             sink: None,
@@ -338,6 +342,11 @@ impl<'a> Loader<'a> {
         std::mem::take(&mut self.state.borrow_mut().huge_pages)
     }
 
+    /// Of the matrices, what stays in mapped files.
+    pub(crate) fn take_mapped(&self) -> MappedParts {
+        std::mem::take(&mut self.state.borrow_mut().mapped)
+    }
+
     /// Every tensor was used, or is one that `ignored` knows to be of no use here.
     pub fn finish(self, ignored: impl Fn(&str) -> bool) -> Result<(), EngineError> {
         let taken = self.state.into_inner().taken;
@@ -450,6 +459,7 @@ impl<'a> Loader<'a> {
             state.weight_bytes += bytes;
         }
         state.huge_pages.add(weight);
+        state.mapped.add(weight);
         if weight.rows() > 1 {
             *state.format_bytes.entry(weight.format().name()).or_default() += bytes;
         }

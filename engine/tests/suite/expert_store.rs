@@ -121,4 +121,22 @@ fn a_warm_up_tells_how_far_it_is() {
     assert_eq!(told.last(), Some(&(12 * expert)));
 }
 
+#[test]
+fn mapped_weights_are_read_before_the_first_request() {
+    let packed = Packed::of(&golden_dir("mixtral-base"), "store-mapped", FORMATS[0]);
+    let mut read = |warmup| {
+        let mut told = Vec::new();
+        let experts = ExpertConfig { warmup, ..ExpertConfig::default() };
+        let loaded = load_model(&config(&packed.0, experts), &mut |progress| {
+            told.extend((progress.stage == LoadStage::Mapped).then_some(progress));
+        });
+        let summary = loaded.unwrap().summary;
+        (told.last().map(|progress| (progress.done_bytes, progress.total_bytes)), summary.expert_bytes)
+    };
+    let (told, expert_bytes) = read(ExpertWarmup::All);
+    let (done, total) = told.unwrap();
+    assert!(done == total && total > expert_bytes && expert_bytes > 0, "{done} of {total}, experts {expert_bytes}");
+    assert_eq!(read(ExpertWarmup::None).0, None);
+}
+
 test_every_folder!();

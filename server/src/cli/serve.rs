@@ -333,6 +333,7 @@ struct LoadBar {
 fn name_of(stage: LoadStage) -> &'static str {
     match stage {
         LoadStage::Weights => "loading the model",
+        LoadStage::Mapped => "reading mapped weights",
         LoadStage::Experts => "reading experts",
     }
 }

@@ -115,7 +115,7 @@ settings! {
         /// Which experts stay in memory when others come, under --expert-memory
         #[arg(long, env = "MOESAIC_EXPERT_POLICY")]
         expert_policy: PolicyType = PolicyType::Lfru;
-        /// Which experts are read at the start, under --expert-memory
+        /// Which experts are read at the start; without --expert-memory all weights that stay in mapped files, or none
         #[arg(long, env = "MOESAIC_EXPERT_WARMUP")]
         expert_warmup: WarmupType = WarmupType::All;
         /// Read experts before they are needed, under --expert-memory; =false reads each when a step needs it

@@ -113,7 +113,7 @@ impl From<PolicyType> for ExpertPolicy {
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum WarmupType {
-    /// As many as there is room for
+    /// As many as there is room for, those that --expert-profile saw in use before the others
     All,
     /// Those that --expert-profile saw in use, the hottest first
     Hot,
