@@ -28,6 +28,7 @@ pub fn open_store(
     let all = catalog.num_bytes();
     let capacity_bytes = memory.bytes(all);
     if capacity_bytes >= all {
+        tracing::info!(expert_bytes = all, "all experts have room: they stay in memory as without --expert-memory");
         return Ok(None);
     }
     let profile = config.experts.profile.as_deref().map(|path| read_profile(path, host)).transpose()?;

@@ -18,6 +18,7 @@ mod amx;
 pub mod bench;
 pub mod block_format;
 mod check;
+mod cuda;
 mod dispatch;
 mod error;
 mod freed_memory;

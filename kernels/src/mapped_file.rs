@@ -115,11 +115,10 @@ mod tests {
     /// Pages that were not mapped when this thread wanted them.
     fn num_faults() -> i64 {
         let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
-        // SAFETY: the call fills the struct it is given; zeros are one too.
-        let usage = unsafe {
-            libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr());
-            usage.assume_init()
-        };
+        // SAFETY: the call fills the structure that it is given.
+        unsafe { libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr()) };
+        // SAFETY: all of its fields are numbers, and zeros where nothing was filled in.
+        let usage = unsafe { usage.assume_init() };
         usage.ru_minflt + usage.ru_majflt
     }
 

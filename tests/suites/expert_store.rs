@@ -313,6 +313,27 @@ fn other_bytes_fail_who_needs_the_expert_until_they_are_right_again() {
 }
 
 #[test]
+fn bytes_that_went_wrong_before_the_start_are_found_when_they_are_read() {
+    let packed = Packed::of("mixtral-base");
+    let server = packed.start_on_least();
+    let ((layer, expert), with, without) = with_and_without(&server);
+    let expected = server.ask(PATH, &without)["choices"].clone();
+    drop(server);
+    packed.invert(layer, expert);
+    let server = packed.start_on_least();
+    let reason = "it holds other bytes than moesaic.json says";
+    check_broken(&server, (layer, expert), [&with, &without], reason);
+    assert_eq!(server.ask(PATH, &without)["choices"], expected);
+    drop(server);
+    // A warm-up reads it before anybody asks.
+    let (status, output) = Server::fail(SERVER, &packed.path(), &["--expert-memory", "99%"]);
+    assert!(
+        !status.success() && output.contains(reason) && output.contains(&format!("expert {expert} of")),
+        "{output}"
+    );
+}
+
+#[test]
 fn what_cannot_be_read_is_not_read_ahead_again() {
     let packed = Packed::of("mixtral-base");
     let bodies: Vec<Value> = (3..60).map(|id| completion(&[id], 1)).collect();

@@ -124,7 +124,7 @@ fn a_warm_up_tells_how_far_it_is() {
 #[test]
 fn mapped_weights_are_read_before_the_first_request() {
     let packed = Packed::of(&golden_dir("mixtral-base"), "store-mapped", FORMATS[0]);
-    let mut read = |warmup| {
+    let read = |warmup| {
         let mut told = Vec::new();
         let experts = ExpertConfig { warmup, ..ExpertConfig::default() };
         let loaded = load_model(&config(&packed.0, experts), &mut |progress| {

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 
 use kernels::{Expert, ExpertActivation, ExpertBiases, ExpertSlots, ExpertWeights, PackedWeight, WeightFormat};
 
@@ -50,6 +51,8 @@ pub(super) struct MatrixPlace {
     pub(super) shape: [usize; 2],
     /// BLAKE3 of its bytes in hex, where the folder's index has it.
     pub(super) sum: Option<String>,
+    /// Whether bytes that were read summed up to it.
+    pub(super) is_checked: AtomicBool,
 }
 
 impl ExpertCatalog {
@@ -91,6 +94,7 @@ impl ExpertCatalog {
             format: weight.format(),
             shape: [weight.rows(), weight.cols()],
             sum: self.sums.get(&(path.to_owned(), offset)).cloned(),
+            is_checked: AtomicBool::new(false),
         })
     }
 

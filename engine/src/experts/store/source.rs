@@ -3,6 +3,7 @@
 use std::io::ErrorKind;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use kernels::{ExpertWeights, FileStamp, PackedWeight, RangeBytes, RangeFile, ReadMode};
@@ -129,7 +130,7 @@ impl ExpertSource {
 }
 
 impl SourceFile {
-    /// The bytes of a file that is as it was at the start, or that sum up to what they must.
+    /// The bytes of a file that is as it was when they last summed up to what they must, or that do so now.
     fn read(
         &self,
         open: &RangeFile,
@@ -142,14 +143,22 @@ impl SourceFile {
             _ => self.fault(&error.to_string()),
         })?;
         // Asked after the bytes were read: a change in between is seen.
-        if open.stamp().is_ok_and(|stamp| stamp == self.stamp) {
+        let is_same = open.stamp().is_ok_and(|stamp| stamp == self.stamp);
+        if is_same && place.is_checked.load(Ordering::Relaxed) {
             return Ok(bytes);
         }
-        match &place.sum {
-            Some(sum) if blake3::hash(bytes.as_slice()).to_hex().as_str() == sum => Ok(bytes),
-            Some(_) => Err(self.fault("it was changed while the server runs, and holds other bytes")),
-            None => Err(self.fault("it was changed while the server runs, and moesaic.json has no checksums of it")),
+        let Some(sum) = &place.sum else {
+            let reason = "it was changed while the server runs, and moesaic.json has no checksums of it";
+            return if is_same { Ok(bytes) } else { Err(self.fault(reason)) };
+        };
+        if blake3::hash(bytes.as_slice()).to_hex().as_str() == sum {
+            place.is_checked.fetch_or(is_same, Ordering::Relaxed);
+            return Ok(bytes);
         }
+        Err(self.fault(match is_same {
+            true => "it holds other bytes than moesaic.json says",
+            false => "it was changed while the server runs, and holds other bytes",
+        }))
     }
 
     /// Clients read it: no folders.

@@ -1,0 +1,105 @@
+// What device code needs of CUDA, on a CPU: each thread of a block is a coroutine that gives way at barriers.
+//
+// Included before every .cu file. Blocks run one after the other, threads in an order that the launch chooses, so that code
+// which misses a barrier gives other results in another order. A barrier that not all threads reach ends the launch
+// with an error. Nothing here says how fast anything is, nor what a GPU's own approximations give.
+
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(bytes) alignas(bytes)
+#define __restrict__ __restrict
+// Blocks of one launch, and launches of one thread, follow each other.
+#define __shared__ static thread_local
+
+namespace emulate {
+
+struct Index {
+    unsigned x, y, z;
+};
+
+struct Place {
+    Index thread, block, block_size, grid;
+};
+
+constexpr int WARP = 32;
+
+const Place& place();
+// Waits for all threads of the block.
+void block_barrier();
+// Waits for all threads of the warp.
+void warp_barrier();
+// Of this thread's warp: 8 bytes for each lane, one of two sets in turn.
+unsigned char (*exchange())[8];
+unsigned lane();
+void* dynamic_shared();
+
+void add(const char* name, void (*call)(void**));
+
+template <auto Function>
+struct Kernel;
+
+// Calls a kernel with arguments at these addresses.
+template <class... Arguments, void (*Function)(Arguments...)>
+struct Kernel<Function> {
+    static void call(void** at) { spread(at, std::index_sequence_for<Arguments...>{}); }
+
+    template <std::size_t... Number>
+    static void spread(void** at, std::index_sequence<Number...>) {
+        Function(*static_cast<Arguments*>(at[Number])...);
+    }
+};
+
+struct Registration {
+    Registration(const char* name, void (*call)(void**)) { add(name, call); }
+};
+
+template <class T>
+T shuffle(T value, unsigned source) {
+    static_assert(sizeof(T) <= 8);
+    auto* slots = exchange();
+    std::memcpy(slots[lane()], &value, sizeof value);
+    warp_barrier();
+    T found;
+    std::memcpy(&found, slots[source % WARP], sizeof found);
+    return found;
+}
+
+}  // namespace emulate
+
+#define threadIdx (emulate::place().thread)
+#define blockIdx (emulate::place().block)
+#define blockDim (emulate::place().block_size)
+#define gridDim (emulate::place().grid)
+
+#define EXPORT_KERNEL(name) static const emulate::Registration registered_##name(#name, &emulate::Kernel<name>::call);
+#define DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(emulate::dynamic_shared())
+
+static inline void __syncthreads() { emulate::block_barrier(); }
+
+template <class T>
+static inline T __shfl_xor_sync(unsigned, T value, int lanes) {
+    return emulate::shuffle(value, emulate::lane() ^ static_cast<unsigned>(lanes));
+}
+
+static inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+static inline float __uint_as_float(unsigned bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+static inline unsigned __float_as_uint(float value) {
+    unsigned bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}

@@ -1,0 +1,37 @@
+// Kernels with faults that the emulator is to show, for its own tests.
+
+#include "device.cuh"
+
+// out[i] = 1 + the number of the block's thread before, around.
+extern "C" __global__ void check_neighbours(unsigned* out) {
+    __shared__ unsigned numbers[64];
+    numbers[threadIdx.x] = threadIdx.x + 1;
+    __syncthreads();
+    out[blockIdx.x * blockDim.x + threadIdx.x] = numbers[(threadIdx.x + blockDim.x - 1) % blockDim.x];
+}
+EXPORT_KERNEL(check_neighbours)
+
+// The same without the barrier.
+extern "C" __global__ void check_missed_barrier(unsigned* out) {
+    __shared__ unsigned numbers[64];
+    numbers[threadIdx.x] = threadIdx.x + 1;
+    out[blockIdx.x * blockDim.x + threadIdx.x] = numbers[(threadIdx.x + blockDim.x - 1) % blockDim.x];
+}
+EXPORT_KERNEL(check_missed_barrier)
+
+extern "C" __global__ void check_half_a_barrier(unsigned* out) {
+    if (threadIdx.x % 2 == 0) __syncthreads();
+    out[threadIdx.x] = 0;
+}
+EXPORT_KERNEL(check_half_a_barrier)
+
+// out[i] = the sum of the numbers of the lanes of thread i's warp, by way of dynamic memory.
+extern "C" __global__ void check_warp_sums(unsigned* out) {
+    DYNAMIC_SHARED(unsigned, numbers);
+    unsigned sum = threadIdx.x;
+    for (int lanes = WARP_SIZE / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, lanes);
+    numbers[threadIdx.x] = sum;
+    __syncthreads();
+    out[threadIdx.x] = numbers[threadIdx.x];
+}
+EXPORT_KERNEL(check_warp_sums)

@@ -1,0 +1,93 @@
+//! Device code of `kernels` on a CPU, for tests: what it computes, in any order of its threads, without a GPU.
+//!
+//! `include/emulate.h` says what of CUDA there is. Device memory is the process's own.
+
+use std::ffi::{CStr, CString, c_char, c_void};
+
+/// Shape of a launch, as CUDA has it.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch {
+    pub grid: [u32; 3],
+    /// At most 1024 threads.
+    pub block: [u32; 3],
+    pub shared_bytes: usize,
+    /// In which order the threads of a block run; 0 is that of their numbers.
+    pub seed: u32,
+}
+
+unsafe extern "C" {
+    fn moesaic_emulate(
+        name: *const c_char,
+        grid: *const u32,
+        block: *const u32,
+        shared_bytes: usize,
+        seed: u32,
+        params: *mut *mut c_void,
+    ) -> *const c_char;
+}
+
+/// What is copied to a kernel as it lies in memory: a pointer, a number, a `#[repr(C)]` structure of such.
+pub trait Argument {}
+
+impl<T: Copy> Argument for T {}
+
+/// Runs a kernel to its end.
+///
+/// # Errors
+/// No kernel of this name, a block of an impossible size, a barrier that not all threads reach.
+///
+/// # Safety
+/// `arguments` are the kernel's, in their order and of their types; what they point to is as the kernel wants it.
+pub unsafe fn launch(kernel: &str, launch: Launch, arguments: &[&dyn Argument]) -> Result<(), String> {
+    let address = |&argument: &&dyn Argument| std::ptr::from_ref(argument).cast::<c_void>().cast_mut();
+    let mut params: Vec<*mut c_void> = arguments.iter().map(address).collect();
+    let name = CString::new(kernel).map_err(|error| error.to_string())?;
+    let Launch { grid, block, shared_bytes, seed } = launch;
+    // SAFETY: the arrays have three numbers each; the arguments are the caller's to answer for.
+    let fault = unsafe {
+        moesaic_emulate(name.as_ptr(), grid.as_ptr(), block.as_ptr(), shared_bytes, seed, params.as_mut_ptr())
+    };
+    if fault.is_null() {
+        return Ok(());
+    }
+    // SAFETY: a fault is a string constant.
+    let fault = unsafe { CStr::from_ptr(fault) };
+    Err(format!("{kernel}: {}", fault.to_string_lossy()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(kernel: &str, blocks: u32, threads: u32, seed: u32) -> Result<Vec<u32>, String> {
+        let mut out = vec![0u32; (blocks * threads) as usize];
+        let pointer = out.as_mut_ptr();
+        let shape = Launch { grid: [blocks, 1, 1], block: [threads, 1, 1], shared_bytes: 4 * threads as usize, seed };
+        // SAFETY: the kernels of these tests take a place for a number of each thread.
+        unsafe { launch(kernel, shape, &[&pointer]) }.map(|()| out)
+    }
+
+    #[test]
+    fn threads_wait_for_each_other_in_every_order() {
+        let of_block: Vec<u32> = (0..64).map(|idx| (idx + 63) % 64 + 1).collect();
+        for seed in 0..5 {
+            assert_eq!(run("check_neighbours", 3, 64, seed).unwrap(), of_block.repeat(3));
+            let sums = [(0..32).sum::<u32>(), (32..64).sum()].map(|sum| vec![sum; 32]).concat();
+            assert_eq!(run("check_warp_sums", 1, 64, seed).unwrap(), sums);
+        }
+    }
+
+    #[test]
+    fn a_missed_barrier_shows_in_another_order() {
+        let results: Vec<_> = (0..5).map(|seed| run("check_missed_barrier", 1, 64, seed).unwrap()).collect();
+        assert!(results.iter().any(|result| result != &results[0]));
+    }
+
+    #[test]
+    fn faults_are_told() {
+        let fault = run("check_half_a_barrier", 1, 64, 0).unwrap_err();
+        assert_eq!(fault, "check_half_a_barrier: threads wait at a barrier that others do not reach");
+        assert!(run("check_nothing", 1, 1, 0).unwrap_err().contains("no such kernel"));
+        assert!(run("check_neighbours", 1, 1025, 0).unwrap_err().contains("1 to 1024"));
+    }
+}
