@@ -315,7 +315,9 @@ fn load_parts(
         && weight_bytes <= config.available_memory
     {
         let total_bytes = mapped.num_bytes();
-        mapped.read_in(|done_bytes| progress(LoadProgress { stage: LoadStage::Mapped, done_bytes, total_bytes }));
+        mapped
+            .read_in(|done_bytes| progress(LoadProgress { stage: LoadStage::Mapped, done_bytes, total_bytes }))
+            .map_err(|(path, source)| EngineError::Read { path, source })?;
     }
     let weights = packed.map_or_else(|| Weights::Files(checkpoint.files()), |packed| Weights::Digest(packed.digest));
     let host = Host { shape: model.shape(), weights: weights.sample(), weight_bytes };

@@ -132,7 +132,7 @@ impl RangeFile {
             let piece = buffer.len().min(filled + PIECE);
             match self.file.read_at(&mut buffer[filled..piece], range.start + filled as u64) {
                 Ok(0) => {
-                    let end = self.file.metadata()?.len();
+                    let end = self.file.metadata()?.len().min(range.start + filled as u64);
                     let reason = format!("it ends at byte {end}, expected are {}", range.end);
                     return Err(io::Error::new(ErrorKind::UnexpectedEof, reason));
                 }

@@ -330,7 +330,7 @@ def first(args: argparse.Namespace) -> None:
     flags, ratios = ["--threads", args.threads, "--expert-memory", args.budget, "--expert-warmup", "all"], []
     flags += ["--expert-profile", args.profile] if args.profile else []
     for run in range(args.runs):
-        for path in args.model.iterdir() if args.cold else ():
+        for path in args.model.glob("*.*") if args.cold else ():
             with path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         with Server(args.moesaic, args.model, flags) as server:
@@ -357,7 +357,7 @@ def beside(args: argparse.Namespace) -> None:
             if run:
                 ratios.append(seconds[old] / seconds[new])
                 print(f"old {1 / seconds[old]:.2f} tok/s, new {1 / seconds[new]:.2f}, ratio {ratios[-1]:.3f}", flush=True)
-    quarters = statistics.quantiles(ratios, n=4)
+    quarters = statistics.quantiles(ratios * 2, n=4)
     print(f"median {statistics.median(ratios):.3f}, half of them between {quarters[0]:.3f} and {quarters[2]:.3f}")
 
 

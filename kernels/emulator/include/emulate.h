@@ -1,8 +1,10 @@
 // What device code needs of CUDA, on a CPU: each thread of a block is a coroutine that gives way at barriers.
 //
-// Included before every .cu file. Blocks run one after the other, threads in an order that the launch chooses, so that code
-// which misses a barrier gives other results in another order. A barrier that not all threads reach ends the launch
-// with an error. Nothing here says how fast anything is, nor what a GPU's own approximations give.
+// Included before every .cu file. Blocks run one after the other. Each warp runs to its next barrier before another one does, in
+// an order that the launch chooses, and shared memory is NaN until it is written: code that misses a barrier gives
+// other results in one order than in another. A barrier that not all threads reach, and a write behind shared
+// memory, end the launch with an error. Barriers at two places of the code are not told apart, the lanes of a shuffle
+// are not looked at, and nothing here says how fast anything is or what a GPU's own approximations give.
 
 #pragma once
 
@@ -14,13 +16,9 @@
 
 #define __global__
 #define __device__
-#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __align__(bytes) alignas(bytes)
 #define __restrict__ __restrict
-// Blocks of one launch, and launches of one thread, follow each other.
-#define __shared__ static thread_local
 
 namespace emulate {
 
@@ -29,7 +27,7 @@ struct Index {
 };
 
 struct Place {
-    Index thread, block, block_size, grid;
+    Index thread, block, block_size;
 };
 
 constexpr int WARP = 32;
@@ -43,6 +41,8 @@ void warp_barrier();
 unsigned char (*exchange())[8];
 unsigned lane();
 void* dynamic_shared();
+// Shared memory of this block for whoever has this key.
+void* static_shared(const void* key, std::size_t bytes, std::size_t alignment);
 
 void add(const char* name, void (*call)(void**));
 
@@ -80,9 +80,11 @@ T shuffle(T value, unsigned source) {
 #define threadIdx (emulate::place().thread)
 #define blockIdx (emulate::place().block)
 #define blockDim (emulate::place().block_size)
-#define gridDim (emulate::place().grid)
 
 #define EXPORT_KERNEL(name) static const emulate::Registration registered_##name(#name, &emulate::Kernel<name>::call);
+#define SHARED(type, name, count)     \
+    static const char key_##name = 0; \
+    type(&name)[count] = *static_cast<type(*)[count]>(emulate::static_shared(&key_##name, sizeof(type[count]), alignof(type)))
 #define DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(emulate::dynamic_shared())
 
 static inline void __syncthreads() { emulate::block_barrier(); }

@@ -5,6 +5,8 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <map>
 #include <memory>
 #include <string>
@@ -14,6 +16,10 @@ namespace emulate {
 namespace {
 
 constexpr std::size_t STACK_BYTES = 64 << 10;
+// What a block may have of static shared memory.
+constexpr std::size_t SHARED_BYTES = 48 << 10;
+// Bytes behind dynamic shared memory, and behind each static array, that nobody may write.
+constexpr std::size_t GUARD_BYTES = 64;
 // What shared memory holds before anyone wrote it: a NaN in every format.
 constexpr int POISON = 0xff;
 
@@ -38,7 +44,13 @@ struct Block {
     jmp_buf scheduler;
     std::vector<Thread> threads;
     std::vector<Warp> warps;
-    std::vector<unsigned char> shared;
+    std::vector<unsigned char> dynamic;
+    std::vector<unsigned char> fixed;
+    // By their keys, where in `fixed` they are.
+    std::map<const void*, std::size_t> places;
+    std::size_t num_placed;
+    // Where each guard begins.
+    std::vector<std::size_t> guards;
     void (*call)(void**);
     void** params;
     Thread* running;
@@ -100,24 +112,41 @@ std::vector<std::size_t> order_of(std::size_t count, unsigned seed) {
     return order;
 }
 
-const char* run(Block& block, unsigned seed) {
-    const std::size_t count = block.threads.size();
+// Runs a warp until all of its threads wait for the block or are done; gives whether any of them went on.
+bool run_warp(Block& block, std::size_t first, unsigned seed) {
+    const std::size_t end = std::min(block.threads.size(), first + WARP);
+    bool ran = false;
     for (unsigned round = 0;; round++) {
-        bool ran = false, all_done = true;
-        for (std::size_t i : order_of(count, seed == 0 ? 0 : seed + round)) {
-            Thread& thread = block.threads[i];
+        for (std::size_t i : order_of(end - first, seed == 0 ? 0 : seed + round)) {
+            Thread& thread = block.threads[first + i];
             if (thread.state == State::Ready) {
                 go_on(block, thread);
                 ran = true;
             }
-            all_done &= thread.state == State::Done;
         }
-        if (all_done) return nullptr;
-        for (std::size_t first = 0; first < count; first += WARP)
-            ran |= release(block, first, std::min(count, first + WARP), State::AtWarp);
-        ran |= release(block, 0, count, State::AtBlock);
-        if (!ran) return "threads wait at a barrier that others do not reach";
+        if (!release(block, first, end, State::AtWarp)) return ran;
     }
+}
+
+bool is_poison(const std::vector<unsigned char>& bytes, std::size_t first) {
+    const auto begin = bytes.begin() + static_cast<std::ptrdiff_t>(first);
+    return std::all_of(begin, begin + GUARD_BYTES, [](unsigned char byte) { return byte == POISON; });
+}
+
+const char* run(Block& block, unsigned seed) {
+    const std::size_t count = block.threads.size();
+    for (unsigned round = 1;; round++) {
+        bool ran = false;
+        // Another order of warps between any two barriers.
+        const unsigned mixed = seed * 0x9e3779b9u + round * (seed != 0);
+        for (std::size_t warp : order_of(block.warps.size(), mixed)) ran |= run_warp(block, warp * WARP, mixed);
+        const auto is_done = [](const Thread& thread) { return thread.state == State::Done; };
+        if (std::all_of(block.threads.begin(), block.threads.end(), is_done)) break;
+        if (!release(block, 0, count, State::AtBlock) && !ran) return "threads wait at a barrier that others do not reach";
+    }
+    bool is_whole = is_poison(block.dynamic, block.dynamic.size() - GUARD_BYTES);
+    for (std::size_t guard : block.guards) is_whole &= is_poison(block.fixed, guard);
+    return is_whole ? nullptr : "a thread wrote behind the block's shared memory";
 }
 
 std::map<std::string, void (*)(void**)>& kernels() {
@@ -129,7 +158,19 @@ std::map<std::string, void (*)(void**)>& kernels() {
 
 const Place& place() { return current->running->place; }
 unsigned lane() { return current->running->lane; }
-void* dynamic_shared() { return current->shared.data(); }
+void* dynamic_shared() { return current->dynamic.data(); }
+void* static_shared(const void* key, std::size_t bytes, std::size_t alignment) {
+    Block& block = *current;
+    const auto known = block.places.find(key);
+    if (known != block.places.end()) return &block.fixed[known->second];
+    const std::size_t place = (block.num_placed + alignment - 1) / alignment * alignment;
+    // More than there is fails at once, as a launch would.
+    if (place + bytes + GUARD_BYTES > block.fixed.size()) std::abort();
+    block.places[key] = place;
+    block.guards.push_back(place + bytes);
+    block.num_placed = place + bytes + GUARD_BYTES;
+    return &block.fixed[place];
+}
 void block_barrier() { give_way(State::AtBlock); }
 void warp_barrier() { give_way(State::AtWarp); }
 
@@ -151,6 +192,7 @@ extern "C" const char* moesaic_emulate(const char* name, const unsigned* grid, c
     if (found == kernels().end()) return "there is no such kernel";
     const std::size_t count = static_cast<std::size_t>(block_size[0]) * block_size[1] * block_size[2];
     if (count == 0 || count > 1024) return "a block has 1 to 1024 threads";
+    if (grid[0] == 0 || grid[1] == 0 || grid[2] == 0) return "a grid has a block at least";
     Block block{};
     block.call = found->second;
     block.params = params;
@@ -161,14 +203,17 @@ extern "C" const char* moesaic_emulate(const char* name, const unsigned* grid, c
     for (unsigned z = 0; z < grid[2]; z++)
         for (unsigned y = 0; y < grid[1]; y++)
             for (unsigned x = 0; x < grid[0] && fault == nullptr; x++) {
-                block.shared.assign(shared_bytes, POISON);
+                block.dynamic.assign(shared_bytes + GUARD_BYTES, POISON);
+                block.fixed.assign(SHARED_BYTES, POISON);
+                block.places.clear();
+                block.guards.clear();
+                block.num_placed = 0;
                 for (unsigned i = 0; i < count; i++) {
                     const unsigned width = block_size[0], height = block_size[1];
                     begin(block.threads[i], i,
                           {{i % width, i / width % height, i / width / height},
                            {x, y, z},
-                           {block_size[0], block_size[1], block_size[2]},
-                           {grid[0], grid[1], grid[2]}});
+                           {block_size[0], block_size[1], block_size[2]}});
                 }
                 fault = run(block, seed);
             }

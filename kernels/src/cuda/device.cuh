@@ -8,6 +8,7 @@
 #ifdef __CUDACC__
 // The emulator finds kernels by their registration, the driver by their symbol.
 #define EXPORT_KERNEL(name)
+#define SHARED(type, name, count) __shared__ type name[count]
 #define DYNAMIC_SHARED(type, name)                                   \
     extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
     type* name = reinterpret_cast<type*>(dynamic_shared)

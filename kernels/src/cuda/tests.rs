@@ -171,6 +171,7 @@ fn check_rms_norm<T: Number>() {
         let expected = rms_norm(&cpu(&x), &tensor(&weight, &[width]), eps).unwrap();
         let out = device_rms_norm(&x, &weight, eps);
         assert_close(&widened(&out), &values(&expected), tolerance::<T>(1e-6));
+        assert_rounded(&out, &device_rms_norm(&widened(&x), &weight, eps));
 
         let [norm, sum] = outputs(len, |seed, [norm, sum]: [*mut T; 2]| {
             let (kernel, width) = (format!("rms_norm_residual_{}", T::NAME), width as i32);
@@ -189,6 +190,12 @@ fn check_rms_norm<T: Number>() {
         // The norm is that of the sum as it is stored, to the bit.
         assert_eq!(bits(&norm), bits(&device_rms_norm(&sum, &weight, eps)));
     }
+}
+
+/// A kernel computes in f32 whatever it reads and writes.
+#[track_caller]
+fn assert_rounded<T: Number>(found: &[T], exact: &[f32]) {
+    assert_eq!(bits(found), bits(&stored::<T>(exact)));
 }
 
 fn bits<T: Number>(values: &[T]) -> Vec<u32> {
@@ -210,6 +217,15 @@ fn a_row_does_not_depend_on_its_batch() {
     }
 }
 
+fn device_layer_norm<T: Number>(x: &[T], weight: &[f32], bias: &[f32], eps: f32) -> Vec<T> {
+    let [out] = outputs(x.len(), |seed, [out]: [*mut T; 1]| {
+        let (kernel, rows, width) = (format!("layer_norm_{}", T::NAME), x.len() / weight.len(), weight.len() as i32);
+        // SAFETY: the arguments of the kernel, with rows of `width`.
+        unsafe { launch(&kernel, rows, seed, &[&x.as_ptr(), &weight.as_ptr(), &bias.as_ptr(), &out, &width, &eps]) };
+    });
+    out
+}
+
 fn check_layer_norm<T: Number>() {
     let mut numbers = Numbers::new(3);
     for (rows, width) in [(1, 1), (3, 17), (4, 64), (2, 1000)] {
@@ -218,14 +234,9 @@ fn check_layer_norm<T: Number>() {
         let vector = |values: &[f32]| tensor(values, &[width]);
         let expected =
             layer_norm(&tensor(&widened(&x), &[rows, width]), &vector(&weight), &vector(&bias), eps).unwrap();
-        let [out] = outputs(x.len(), |seed, [out]: [*mut T; 1]| {
-            let (kernel, width) = (format!("layer_norm_{}", T::NAME), width as i32);
-            // SAFETY: the arguments of the kernel, with rows of `width`.
-            unsafe {
-                launch(&kernel, rows, seed, &[&x.as_ptr(), &weight.as_ptr(), &bias.as_ptr(), &out, &width, &eps])
-            };
-        });
+        let out = device_layer_norm(&x, &weight, &bias, eps);
         assert_close(&widened(&out), &values(&expected), tolerance::<T>(1e-6));
+        assert_rounded(&out, &device_layer_norm(&widened(&x), &weight, &bias, eps));
     }
 }
 
@@ -234,28 +245,47 @@ fn layer_norm_is_that_of_the_cpu() {
     for_activations!(check_layer_norm);
 }
 
+/// What a rotation needs beside its input.
+struct Rotation {
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    positions: Vec<u32>,
+    /// Heads, elements of a head, and of these how many turn.
+    sizes: [usize; 3],
+    style: RopeStyle,
+}
+
+fn device_rope<T: Number>(x: &[T], rotation: &Rotation) -> Vec<T> {
+    let Rotation { cos, sin, positions, sizes, style } = rotation;
+    let [out] = outputs(x.len(), |seed, [out]: [*mut T; 1]| {
+        let ([num_heads, head_dim, rotary_dim], in_pairs) =
+            (sizes.map(|size| size as i32), i32::from(*style == RopeStyle::Pairs));
+        let tensors: [&dyn Argument; 5] = [&x.as_ptr(), &cos.as_ptr(), &sin.as_ptr(), &positions.as_ptr(), &out];
+        let sizes: [&dyn Argument; 4] = [&num_heads, &head_dim, &rotary_dim, &in_pairs];
+        let arguments = [&tensors[..], &sizes].concat();
+        // SAFETY: the arguments of the kernel; all positions are in the table.
+        unsafe { launch(&format!("rope_{}", T::NAME), positions.len(), seed, &arguments) };
+    });
+    out
+}
+
 fn check_rope<T: Number>() {
     let mut numbers = Numbers::new(4);
-    for (num_heads, head_dim, rotary_dim) in [(1, 2, 2), (3, 64, 64), (5, 24, 16), (16, 128, 64)] {
-        let (num_tokens, half, max_positions) = (4, rotary_dim / 2, 9);
-        let positions: Vec<u32> = (0..num_tokens).map(|_| numbers.below(max_positions) as u32).collect();
-        let (cos, sin) = (numbers.normal(max_positions * half), numbers.normal(max_positions * half));
+    for sizes in [[1, 2, 2], [3, 64, 64], [5, 24, 16], [16, 128, 64]] {
+        let [num_heads, head_dim, rotary_dim] = sizes;
+        let (num_tokens, max_positions) = (4, 9);
+        let len = max_positions * rotary_dim / 2;
         let x = stored::<T>(&numbers.normal(num_tokens * num_heads * head_dim));
-        let table = RopeTable::new(cos.clone(), sin.clone(), rotary_dim).unwrap();
         for style in [RopeStyle::Halves, RopeStyle::Pairs] {
+            let positions = (0..num_tokens).map(|_| numbers.below(max_positions) as u32).collect();
+            let (cos, sin) = (numbers.normal(len), numbers.normal(len));
+            let rotation = Rotation { cos, sin, positions, sizes, style };
+            let table = RopeTable::new(rotation.cos.clone(), rotation.sin.clone(), rotary_dim).unwrap();
             let x_tensor = tensor(&widened(&x), &[num_tokens, num_heads, head_dim]);
-            let expected = rope(&x_tensor, &table, &positions, style).unwrap();
-            let [out] = outputs(x.len(), |seed, [out]: [*mut T; 1]| {
-                let [num_heads, head_dim, rotary_dim] = [num_heads, head_dim, rotary_dim].map(|size| size as i32);
-                let in_pairs = i32::from(style == RopeStyle::Pairs);
-                let tensors: [&dyn Argument; 5] =
-                    [&x.as_ptr(), &cos.as_ptr(), &sin.as_ptr(), &positions.as_ptr(), &out];
-                let sizes: [&dyn Argument; 4] = [&num_heads, &head_dim, &rotary_dim, &in_pairs];
-                let arguments = [&tensors[..], &sizes].concat();
-                // SAFETY: the arguments of the kernel; all positions are in the table.
-                unsafe { launch(&format!("rope_{}", T::NAME), num_tokens, seed, &arguments) };
-            });
+            let expected = rope(&x_tensor, &table, &rotation.positions, style).unwrap();
+            let out = device_rope(&x, &rotation);
             assert_close(&widened(&out), &values(&expected), tolerance::<T>(1e-6));
+            assert_rounded(&out, &device_rope(&widened(&x), &rotation));
         }
     }
 }
@@ -274,6 +304,18 @@ fn code_of(activation: GluActivation) -> (u32, f32, f32) {
     }
 }
 
+fn device_glu<T: Number>(gate_up: &[T], width: usize, activation: GluActivation) -> Vec<T> {
+    let len = gate_up.len() / 2;
+    let [out] = outputs(len, |seed, [out]: [*mut T; 1]| {
+        let (function, alpha, limit) = code_of(activation);
+        let (kernel, num_tokens, width) = (format!("glu_{}", T::NAME), (len / width) as i32, width as i32);
+        let arguments: [&dyn Argument; 7] = [&gate_up.as_ptr(), &out, &num_tokens, &width, &function, &alpha, &limit];
+        // SAFETY: the arguments of the kernel, a thread for each number.
+        unsafe { launch(&kernel, len.div_ceil(ROW_THREADS), seed, &arguments) };
+    });
+    out
+}
+
 fn check_glu<T: Number>() {
     let mut numbers = Numbers::new(5);
     let clamped = GluActivation::ClampedSwish { alpha: 1.702, limit: 1.5 };
@@ -281,22 +323,12 @@ fn check_glu<T: Number>() {
         for (num_tokens, width) in [(1, 1), (3, 17), (5, 515)] {
             let x = stored::<T>(&numbers.normal(num_tokens * 2 * width));
             let expected = glu(&tensor(&widened(&x), &[num_tokens, 2 * width]), activation).unwrap();
-            let len = num_tokens * width;
-            let [out] = outputs(len, |seed, [out]: [*mut T; 1]| {
-                let (function, alpha, limit) = code_of(activation);
-                let (kernel, num_tokens, width) = (format!("glu_{}", T::NAME), num_tokens as i32, width as i32);
-                // SAFETY: the arguments of the kernel, a thread for each number.
-                unsafe {
-                    launch(
-                        &kernel,
-                        len.div_ceil(ROW_THREADS),
-                        seed,
-                        &[&x.as_ptr(), &out, &num_tokens, &width, &function, &alpha, &limit],
-                    )
-                };
-            });
+            let out = device_glu(&x, width, activation);
             assert_close(&widened(&out), &values(&expected), tolerance::<T>(1e-6));
+            assert_rounded(&out, &device_glu(&widened(&x), width, activation));
         }
+        let spoilt = [f32::NAN, 1.0, 1.0, f32::NAN].map(T::from_f32);
+        assert!(device_glu(&spoilt, 2, activation).iter().all(|value| value.to_f32().is_nan()), "{activation:?}");
     }
 }
 
@@ -305,25 +337,29 @@ fn glu_is_that_of_the_cpu() {
     for_activations!(check_glu);
 }
 
+fn device_pointwise<T: Number>(x: &[T], function: Pointwise) -> Vec<T> {
+    let [out] = outputs(x.len(), |seed, [out]: [*mut T; 1]| {
+        let (kernel, len, code) = (format!("pointwise_{}", T::NAME), x.len() as u64, function as u32);
+        // SAFETY: the arguments of the kernel, a thread for each number.
+        unsafe { launch(&kernel, x.len().div_ceil(ROW_THREADS), seed, &[&x.as_ptr(), &out, &len, &code]) };
+    });
+    out
+}
+
 #[test]
 fn functions_are_accurate_far_from_zero_and_keep_a_nan() {
     let mut x: Vec<f32> = (-400..=400).map(|idx| idx as f32 * 0.05).collect();
     x.extend([f32::NAN, f32::INFINITY, 1e-30, -1e-30]);
     for function in FUNCTIONS {
-        let [out] = outputs(x.len(), |seed, [out]: [*mut f32; 1]| {
-            let (len, code) = (x.len() as u64, function as u32);
-            // SAFETY: the arguments of the kernel, a thread for each number.
-            unsafe {
-                launch("pointwise_float", x.len().div_ceil(ROW_THREADS), seed, &[&x.as_ptr(), &out, &len, &code])
-            };
-        });
-        for (&x, &found) in x.iter().zip(&out) {
+        for (&x, &found) in x.iter().zip(&device_pointwise(&x, function)) {
             let expected = function.apply(x);
             // Relative, but for what is lost in any tail.
             let is_close = (found - expected).abs() <= 4e-6 * expected.abs() + 1e-9;
             let is_same = found == expected || found.is_nan() && expected.is_nan();
             assert!(is_close || is_same, "{function:?} of {x}: {found}, expected {expected}");
         }
+        let rounded = stored::<bf16>(&x);
+        assert_rounded(&device_pointwise(&rounded, function), &device_pointwise(&widened(&rounded), function));
     }
 }
 

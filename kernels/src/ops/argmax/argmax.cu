@@ -4,7 +4,7 @@
 
 // values: [rows, width]; out: [rows], NONE where nothing is above minus infinity. A NaN counts for nothing.
 extern "C" __global__ void __launch_bounds__(ROW_THREADS) argmax_float(const float* values, unsigned* out, int width) {
-    __shared__ Best scratch[ROW_WARPS];
+    SHARED(Best, scratch, ROW_WARPS);
     const float* row = values + static_cast<size_t>(blockIdx.x) * width;
     Best best = {0, NONE};
     for (int i = threadIdx.x; i < width; i += ROW_THREADS)

@@ -24,7 +24,7 @@ fn act(activation: GluActivation, gate: f32, up: f32) -> f32 {
         GluActivation::Pointwise(Pointwise::Relu) => g.max(0.0) * u,
         GluActivation::Pointwise(other) => panic!("no oracle for {other:?}"),
         GluActivation::ClampedSwish { alpha, limit } => {
-            let (g, u) = (f64::from(gate.min(limit)), f64::from(up.clamp(-limit, limit)));
+            let (g, u) = (f64::from(if gate > limit { limit } else { gate }), f64::from(up.clamp(-limit, limit)));
             g / (1.0 + (-f64::from(alpha) * g).exp()) * (u + 1.0)
         }
     };

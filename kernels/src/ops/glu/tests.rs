@@ -49,6 +49,7 @@ fn a_nan_gate_stays_one() {
         GluActivation::Pointwise(Pointwise::Gelu),
         GluActivation::Pointwise(Pointwise::GeluTanh),
         GluActivation::Pointwise(Pointwise::Relu),
+        GluActivation::ClampedSwish { alpha: 1.702, limit: 7.0 },
     ] {
         let y = values(&glu(&tensor(&[f32::NAN, 1.0, 1.0, 1.0], &[1, 4]), activation).unwrap());
         assert!(y[0].is_nan() && !y[1].is_nan(), "{activation:?}");

@@ -5,7 +5,7 @@
 // x, out: [rows, width]
 template <class T>
 static __device__ void layer_norm(const T* x, const float* weight, const float* bias, T* out, int width, float eps) {
-    __shared__ float scratch[ROW_WARPS];
+    SHARED(float, scratch, ROW_WARPS);
     const size_t start = static_cast<size_t>(blockIdx.x) * width;
     float sum = 0;
     for (int i = threadIdx.x; i < width; i += ROW_THREADS) sum += to_float(x[start + i]);

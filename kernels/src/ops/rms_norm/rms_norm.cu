@@ -2,10 +2,10 @@
 
 #include "device.cuh"
 
-// Scales a row by its root mean square. `x` may be `out`.
+// Scales a row by its root mean square.
 template <class T>
 static __device__ void normalize(const T* x, const float* weight, T* out, int width, float eps) {
-    __shared__ float scratch[ROW_WARPS];
+    SHARED(float, scratch, ROW_WARPS);
     float squares = 0;
     for (int i = threadIdx.x; i < width; i += ROW_THREADS) {
         const float value = to_float(x[i]);

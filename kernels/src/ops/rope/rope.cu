@@ -3,7 +3,7 @@
 #include "device.cuh"
 
 // x, out: [num_tokens, num_heads, head_dim]; cos, sin: [max_positions, rotary_dim / 2]; positions: [num_tokens], all in the
-// table. The elements of a pair lie next to each other, or half of rotary_dim apart. `x` may be `out`.
+// table. The elements of a pair lie next to each other, or half of rotary_dim apart.
 template <class T>
 static __device__ void rope(const T* x, const float* cos, const float* sin, const unsigned* positions, T* out, int num_heads,
                             int head_dim, int rotary_dim, int in_pairs) {

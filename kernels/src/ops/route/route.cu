@@ -82,8 +82,9 @@ static __device__ void mask_groups(float* choice, const Router& router, float (&
 extern "C" __global__ void __launch_bounds__(ROW_THREADS)
     route(const float* logits, const float* bias, unsigned* experts, float* weights, Router router) {
     DYNAMIC_SHARED(float, scores);
-    __shared__ float scratch[ROW_WARPS], worth[ROW_THREADS];
-    __shared__ Best best[ROW_WARPS];
+    SHARED(float, scratch, ROW_WARPS);
+    SHARED(float, worth, ROW_THREADS);
+    SHARED(Best, best, ROW_WARPS);
     float* choice = scores + router.num_experts;
     unsigned char* taken = reinterpret_cast<unsigned char*>(choice + router.num_experts);
     const float* row = logits + static_cast<size_t>(blockIdx.x) * router.num_experts;
