@@ -330,7 +330,7 @@ def first(args: argparse.Namespace) -> None:
     flags, ratios = ["--threads", args.threads, "--expert-memory", args.budget, "--expert-warmup", "all"], []
     flags += ["--expert-profile", args.profile] if args.profile else []
     for run in range(args.runs):
-        for path in args.model.glob("*.*") if args.cold else ():
+        for path in args.model.glob("*.safetensors") if args.cold else ():
             with path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         with Server(args.moesaic, args.model, flags) as server:
@@ -357,7 +357,7 @@ def beside(args: argparse.Namespace) -> None:
             if run:
                 ratios.append(seconds[old] / seconds[new])
                 print(f"old {1 / seconds[old]:.2f} tok/s, new {1 / seconds[new]:.2f}, ratio {ratios[-1]:.3f}", flush=True)
-    quarters = statistics.quantiles(ratios * 2, n=4)
+    quarters = statistics.quantiles(ratios, n=4)
     print(f"median {statistics.median(ratios):.3f}, half of them between {quarters[0]:.3f} and {quarters[2]:.3f}")
 
 
@@ -403,7 +403,7 @@ def main() -> None:
     pairing.add_argument("old", type=Path)
     pairing.add_argument("model", type=Path)
     pairing.add_argument("--tokens", type=int, default=100)
-    pairing.add_argument("--runs", type=int, default=15)
+    pairing.add_argument("--runs", type=int, default=15, help="rounds, two at least")
     pairing.add_argument("--streams", type=int, default=1, help="requests at once")
     pairing.set_defaults(run=beside)
     args = parser.parse_args()

@@ -53,7 +53,7 @@ fn crates() -> impl Iterator<Item = &'static str> {
     CRATES.iter().copied().filter(|name| root().join(name).join("Cargo.toml").exists())
 }
 
-/// The Rust files of a crate, with paths relative to the repository.
+/// The Rust files of a crate, without those of crates in it, with paths relative to the repository.
 fn sources(name: &str) -> Vec<(String, String)> {
     let mut files = Vec::new();
     let mut folders = vec![root().join(name)];
@@ -61,7 +61,7 @@ fn sources(name: &str) -> Vec<(String, String)> {
         for entry in std::fs::read_dir(&folder).expect("the folder can be listed") {
             let path = entry.expect("the folder can be listed").path();
             if path.is_dir() {
-                folders.push(path);
+                folders.extend((!path.join("Cargo.toml").exists()).then_some(path));
             } else if path.extension().is_some_and(|extension| extension == "rs") {
                 let text = std::fs::read_to_string(&path).expect("a source file is UTF-8");
                 let name = path.strip_prefix(root()).expect("it is in the repository").display().to_string();

@@ -1,4 +1,4 @@
-// What the device code of all ops shares: numbers, and sums over the threads of a block.
+// What the device code of all ops shares: numbers, and what the threads of a block make of theirs together.
 //
 // Ops compute in f32 whatever their tensors are stored as, and each result by one chain of operations that depends on its
 // row alone: never on how many rows there are, nor on which block has it.
@@ -71,24 +71,33 @@ static __device__ __forceinline__ Best better(Best a, Best b) {
     return b.index != NONE && (a.index == NONE || b.value > a.value || (b.value == a.value && b.index < a.index)) ? b : a;
 }
 
-// The best over ROW_THREADS threads, in all of them.
-static __device__ __forceinline__ Best row_best(Best best, Best (&scratch)[ROW_WARPS]) {
-    for (int lanes = WARP_SIZE / 2; lanes > 0; lanes /= 2)
-        best = better(best, {__shfl_xor_sync(ALL_LANES, best.value, lanes), __shfl_xor_sync(ALL_LANES, best.index, lanes)});
-    if (threadIdx.x % WARP_SIZE == 0) scratch[threadIdx.x / WARP_SIZE] = best;
-    __syncthreads();
-    for (int warp = 0; warp < ROW_WARPS; warp++) best = better(best, scratch[warp]);
-    __syncthreads();
-    return best;
+static __device__ __forceinline__ float across(float value, int lanes) { return __shfl_xor_sync(ALL_LANES, value, lanes); }
+
+static __device__ __forceinline__ Best across(Best best, int lanes) {
+    return {__shfl_xor_sync(ALL_LANES, best.value, lanes), __shfl_xor_sync(ALL_LANES, best.index, lanes)};
 }
 
-// The sum over ROW_THREADS threads, in all of them. `scratch` may be used again at once.
-static __device__ __forceinline__ float row_sum(float value, float (&scratch)[ROW_WARPS]) {
-    for (int lanes = WARP_SIZE / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(ALL_LANES, value, lanes);
+// What ROW_THREADS threads have, merged in one order, in all of them. `scratch` may be used again at once.
+template <class T, class Merge>
+static __device__ __forceinline__ T row_merge(T value, T (&scratch)[ROW_WARPS], Merge merge) {
+    for (int lanes = WARP_SIZE / 2; lanes > 0; lanes /= 2) value = merge(value, across(value, lanes));
     if (threadIdx.x % WARP_SIZE == 0) scratch[threadIdx.x / WARP_SIZE] = value;
     __syncthreads();
-    float sum = 0;
-    for (int warp = 0; warp < ROW_WARPS; warp++) sum += scratch[warp];
+    value = scratch[0];
+    for (int warp = 1; warp < ROW_WARPS; warp++) value = merge(value, scratch[warp]);
     __syncthreads();
-    return sum;
+    return value;
+}
+
+static __device__ __forceinline__ float row_sum(float value, float (&scratch)[ROW_WARPS]) {
+    return row_merge(value, scratch, [](float a, float b) { return a + b; });
+}
+
+// A NaN counts for nothing.
+static __device__ __forceinline__ float row_max(float value, float (&scratch)[ROW_WARPS]) {
+    return row_merge(value, scratch, [](float a, float b) { return fmaxf(a, b); });
+}
+
+static __device__ __forceinline__ Best row_best(Best best, Best (&scratch)[ROW_WARPS]) {
+    return row_merge(best, scratch, [](Best a, Best b) { return better(a, b); });
 }

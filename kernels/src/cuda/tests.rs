@@ -1,7 +1,5 @@
 //! Parity of the device code with the ops on the CPU, in several orders of its threads, with guarded and poisoned outputs.
 
-use std::fmt::Debug;
-
 use emulator::{Argument, Launch};
 use half::{bf16, f16};
 
@@ -40,19 +38,47 @@ const FUNCTIONS: [Pointwise; 14] = [
     Pointwise::Identity,
 ];
 
-/// A type of device tensors.
-trait Number: Copy + Debug {
-    const NAME: &str;
+/// What a kernel may write.
+trait Output: Copy {
     const POISON: Self;
+
+    fn bits(self) -> u32;
+}
+
+/// A type of activations.
+trait Number: Output {
+    const NAME: &str;
 
     fn from_f32(value: f32) -> Self;
     fn to_f32(self) -> f32;
-    fn bits(self) -> u32;
+}
+
+impl Output for f32 {
+    const POISON: Self = Self::NAN;
+
+    fn bits(self) -> u32 {
+        self.to_bits()
+    }
+}
+
+impl Output for bf16 {
+    const POISON: Self = Self::NAN;
+
+    fn bits(self) -> u32 {
+        self.to_bits().into()
+    }
+}
+
+impl Output for u32 {
+    const POISON: Self = 0xdead_beef;
+
+    fn bits(self) -> u32 {
+        self
+    }
 }
 
 impl Number for f32 {
     const NAME: &str = "float";
-    const POISON: Self = Self::NAN;
 
     fn from_f32(value: f32) -> Self {
         value
@@ -61,15 +87,10 @@ impl Number for f32 {
     fn to_f32(self) -> f32 {
         self
     }
-
-    fn bits(self) -> u32 {
-        self.to_bits()
-    }
 }
 
 impl Number for bf16 {
     const NAME: &str = "bf16";
-    const POISON: Self = Self::NAN;
 
     fn from_f32(value: f32) -> Self {
         Self::from_f32(value)
@@ -78,32 +99,11 @@ impl Number for bf16 {
     fn to_f32(self) -> f32 {
         Self::to_f32(self)
     }
-
-    fn bits(self) -> u32 {
-        self.to_bits().into()
-    }
-}
-
-impl Number for u32 {
-    const NAME: &str = "unsigned";
-    const POISON: Self = 0xdead_beef;
-
-    fn from_f32(value: f32) -> Self {
-        value as Self
-    }
-
-    fn to_f32(self) -> f32 {
-        self as f32
-    }
-
-    fn bits(self) -> u32 {
-        self
-    }
 }
 
 /// What a kernel writes into `N` outputs of `len` numbers, the same in every order of its threads. `call` passes the seed and
 /// where the outputs begin.
-fn outputs<T: Number, const N: usize>(len: usize, call: impl Fn(u32, [*mut T; N])) -> [Vec<T>; N] {
+fn outputs<T: Output, const N: usize>(len: usize, call: impl Fn(u32, [*mut T; N])) -> [Vec<T>; N] {
     let run = |seed| {
         let mut buffers: [Vec<T>; N] = std::array::from_fn(|_| vec![T::POISON; len + 2 * GUARD]);
         call(seed, buffers.each_mut().map(|buffer| buffer[GUARD..].as_mut_ptr()));
@@ -198,7 +198,7 @@ fn assert_rounded<T: Number>(found: &[T], exact: &[f32]) {
     assert_eq!(bits(found), bits(&stored::<T>(exact)));
 }
 
-fn bits<T: Number>(values: &[T]) -> Vec<u32> {
+fn bits<T: Output>(values: &[T]) -> Vec<u32> {
     values.iter().map(|value| value.bits()).collect()
 }
 

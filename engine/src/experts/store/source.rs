@@ -130,7 +130,8 @@ impl ExpertSource {
 }
 
 impl SourceFile {
-    /// The bytes of a file that is as it was when they last summed up to what they must, or that do so now.
+    /// The bytes of a place. They sum up to what they must, if that is known: now, or when they were read before and the file is
+    /// as it was. Of a file that has changed it must be known.
     fn read(
         &self,
         open: &RangeFile,

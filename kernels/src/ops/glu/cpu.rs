@@ -33,6 +33,7 @@ pub(crate) fn activate(activation: GluActivation, (gate, up): (&[f32], &[f32]), 
         GluActivation::Pointwise(function) => map(gate, up, out, |gate, up| function.apply(gate) * up),
         GluActivation::ClampedSwish { alpha, limit } => {
             map(gate, up, out, |gate, up| {
+                // Not `min`, which would swallow a NaN.
                 let (gate, up) = (if gate > limit { limit } else { gate }, up.clamp(-limit, limit));
                 gate / (1.0 + (-alpha * gate).exp()) * (up + 1.0)
             });

@@ -32,16 +32,6 @@ static __device__ unsigned best_left(const float* choice, const unsigned char* t
     return row_best(best, scratch).index;
 }
 
-// The largest over all threads; a NaN counts for nothing.
-static __device__ float row_max(float value, float (&scratch)[ROW_WARPS]) {
-    for (int lanes = WARP_SIZE / 2; lanes > 0; lanes /= 2) value = fmaxf(value, __shfl_xor_sync(ALL_LANES, value, lanes));
-    if (threadIdx.x % WARP_SIZE == 0) scratch[threadIdx.x / WARP_SIZE] = value;
-    __syncthreads();
-    for (int warp = 0; warp < ROW_WARPS; warp++) value = fmaxf(value, scratch[warp]);
-    __syncthreads();
-    return value;
-}
-
 // What a group of neighbouring experts is worth.
 static __device__ float group_score(const float* choice, unsigned size, unsigned kind) {
     Best first = {0, NONE}, second = {0, NONE};
