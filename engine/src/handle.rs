@@ -164,6 +164,8 @@ pub struct ModelSummary {
     /// Of all routed experts, and what of that may be in memory at once.
     pub expert_bytes: u64,
     pub expert_memory_bytes: u64,
+    /// How the others are read; `None` where there are no others.
+    pub expert_read: Option<&'static str>,
     /// Formats of the matrices in memory, most bytes first.
     pub weight_formats: Vec<&'static str>,
     /// Of layers with a window only while the token is in it.

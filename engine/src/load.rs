@@ -127,6 +127,7 @@ fn load_files(
     let routed_rows = RoutedRows::new(routed.clone(), num_blocks, config.block_size);
     let routing_bytes_per_token = demand.routing_bytes_per_token;
     let expert_memory_bytes = experts.as_ref().map_or(expert_bytes, ExpertStore::capacity_bytes);
+    let expert_read = experts.as_ref().map(|store| store.read_mode().name());
     let places = TokenPlaces { routed: routed_rows, block_size: config.block_size };
     let runner = Runner::new(model, arena, places, config.routing).with_experts(experts);
     let shape = runner.shape();
@@ -143,6 +144,7 @@ fn load_files(
         weight_bytes,
         expert_bytes,
         expert_memory_bytes,
+        expert_read,
         weight_formats,
         kv_bytes_per_token: kv.bytes_per_token + kv.window_bytes_per_token,
         block_bytes: runner.block_len(BlockCoding::Exact),
@@ -309,11 +311,12 @@ fn load_parts(
     checkpoint.release_pages();
     let num_bytes = huge_pages.gather();
     tracing::debug!(num_bytes, of = weight_bytes, "weights gathered into huge pages");
-    // More than there is memory would only push itself out again.
-    if place == Experts::InMemory
-        && config.experts.warmup != ExpertWarmup::None
-        && weight_bytes <= config.available_memory
-    {
+    let is_read_in = place == Experts::InMemory && config.experts.warmup != ExpertWarmup::None;
+    if is_read_in && weight_bytes > config.available_memory {
+        // They would only push each other out again.
+        let available = config.available_memory;
+        tracing::info!(weight_bytes, available, "weights are left in their files: they are more than the free memory");
+    } else if is_read_in {
         let total_bytes = mapped.num_bytes();
         mapped
             .read_in(|done_bytes| progress(LoadProgress { stage: LoadStage::Mapped, done_bytes, total_bytes }))

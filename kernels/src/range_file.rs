@@ -26,6 +26,16 @@ pub enum ReadMode {
     Direct,
 }
 
+impl ReadMode {
+    /// The name used in configuration and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cached => "cached",
+            Self::Direct => "direct",
+        }
+    }
+}
+
 /// What tells a file from one that was changed since.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileStamp {

@@ -16,7 +16,7 @@ TASK_SYSTEM = "You write for small children. You write only what you are asked f
 STORY_HINT = " Use simple words and at most 80 words. Tell only one thing that happens, and how it ends."
 QUESTION_HINT = " Answer in one short sentence with simple words."
 # What a short answer is, the writer sees best in examples; stories only get worse by them. Which ones it sees is drawn,
-# so that none of them shapes all that is written.
+# so that none of them shapes all that is written, but for many documents at once: what they share is computed once.
 FACT_EXAMPLES = (
     ("What is a mill?", "A mill is a house with a big wheel. It grinds corn into flour, and from flour we bake bread."),
     ("Where does a camel live?", "A camel lives in the hot, dry desert. It can go for many days without water."),
@@ -346,6 +346,9 @@ def task(draw: random.Random) -> Turn:
     return Turn(draw.choice(TASKS).format(**words), "", 90)
 
 
+# Consecutive documents whose short answers are asked for with the same examples.
+SAME_EXAMPLES = 128
+
 SHORT_KINDS = {
     "fact": (FACT_SYSTEM, FACT_EXAMPLES, fact),
     "talk": (TALK_SYSTEM, TALK_EXAMPLES, talk),
@@ -359,7 +362,8 @@ def plan(seed: int, id: int) -> Plan:
     kind = draw.choices(list(MIX), list(MIX.values()))[0]
     if kind in SHORT_KINDS:
         system, examples, turn = SHORT_KINDS[kind]
-        return Plan(id, kind, "", system, tuple(draw.sample(examples, 3)), (turn(draw),))
+        shown = random.Random(f"{seed} {kind} {id // SAME_EXAMPLES}").sample(examples, 3)
+        return Plan(id, kind, "", system, tuple(shown), (turn(draw),))
     theme = draw.choice(list(THEMES))
     first, words = story(draw, theme)
     more = questions(draw, words) if kind == "story_questions" else []

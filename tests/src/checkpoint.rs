@@ -1,6 +1,7 @@
 //! Copies of golden checkpoints with something wrong, in folders that are removed when dropped.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use serde_json::Value;
 
@@ -80,4 +81,15 @@ impl AsRef<Path> for Copy {
     fn as_ref(&self) -> &Path {
         &self.folder
     }
+}
+
+/// Writes a golden checkpoint as a folder of packed weights.
+///
+/// # Panics
+/// `program quantize` fails.
+pub fn pack(program: &str, name: &str, to: &str, out: &Path) {
+    let mut command = Command::new(program);
+    command.arg("quantize").arg(golden::folder(name)).args(["--to", to]).arg("--out").arg(out);
+    let ended = command.output().expect("the program starts");
+    assert!(ended.status.success(), "{name}: {}", String::from_utf8_lossy(&ended.stderr));
 }

@@ -67,6 +67,10 @@ fn fields_of_the_wrong_type_are_named() {
                     json!({"stream": true, "stream_options": {"include_usage": 1}}),
                     bad("stream_options.include_usage", "invalid_type"),
                 ),
+                // Not by position.
+                (json!({"stream": true, "stream_options": [true]}), bad("stream_options", "invalid_type")),
+                (json!({"cache": [true, false]}), bad("cache", "invalid_type")),
+                (json!({"moe": [0.5, 1, true]}), bad("moe", "invalid_type")),
                 (json!({"seed": "x"}), bad("seed", "invalid_type")),
                 (json!({"model": 5}), bad("model", "invalid_type")),
             ],

@@ -178,7 +178,7 @@ fn what_cannot_be_read_or_written_is_said_with_its_place() {
         refused(&list, &[], &["list.jsonl:2", expected]);
     }
     std::fs::write(&list, "\n\n").expect("the folder is writable");
-    refused(&list, &[], &["has no token to read", "hint"]);
+    refused(&list, &[], &["has no token to read"]);
     std::fs::write(&list, b"\"a\"\n\"\xff\"\n").expect("the folder is writable");
     refused(&list, &[], &["list.jsonl:2", "not UTF-8"]);
 }

@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use harness::checkpoint::pack;
 use harness::{Folder, PATIENCE, Server, golden, poll, with};
 use serde_json::{Value, json};
 
@@ -21,10 +22,7 @@ struct Packed(Folder);
 impl Packed {
     fn of(model: &str) -> Self {
         let folder = Folder::new("packed");
-        let args = ["--to", "f32", "--out", &folder.file("model")];
-        let ended = Command::new(SERVER).arg("quantize").arg(golden::folder(model)).args(args).output();
-        let ended = ended.expect("the program starts");
-        assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
+        pack(SERVER, model, "f32", &folder.join("model"));
         Self(folder)
     }
 
@@ -108,6 +106,8 @@ fn answers_are_the_same_under_the_least_budget_and_metrics_say_what_it_costs() {
     let packed = Packed::of("mixtral-base");
     let all = packed.start(&[]);
     assert_eq!(model(&all, "expert_memory_bytes"), model(&all, "expert_bytes"));
+    let read = |server: &Server| server.get("/server_info").json()["model"]["expert_read"].clone();
+    assert_eq!(read(&all), Value::Null);
     // Two of eight experts of one of three layers.
     let least = model(&all, "expert_bytes") / 12;
     let bodies: Vec<Value> = (0..4).map(|seed| completion(&[3 + seed, 90, 200 + seed, 7], 12)).collect();
@@ -123,6 +123,7 @@ fn answers_are_the_same_under_the_least_budget_and_metrics_say_what_it_costs() {
         let budget = num_leasts * least;
         let server = packed.start(&[&["--expert-memory", &budget.to_string()], args].concat());
         assert_eq!((model(&server, "expert_memory_bytes"), model(&server, "expert_bytes")), (budget, 12 * least));
+        assert_eq!(read(&server), "cached", "the machine has room for what is so small");
         for (body, expected) in bodies.iter().zip(&expected) {
             assert_eq!(server.ask(PATH, body)["choices"], *expected, "{args:?}");
         }
@@ -183,6 +184,7 @@ fn what_cannot_be_is_refused_at_the_start() {
     refused(&folder, &["--expert-memory", "100B"], "--expert-memory is 100 bytes; the experts that one token chooses");
     refused(&folder, &["--expert-memory", "140%"], "not a percentage from 0% to 100%");
     refused(&folder, &["--expert-memory", "half"], "is not a number of bytes");
+    refused(&folder, &["--expert-memory", "0.5"], "nor a percentage such as 50%");
     refused(&golden::folder("mixtral-base"), &["--expert-memory", "50%"], "hint: make one with `moesaic quantize`");
     for (args, setting) in
         [(["--expert-policy", "pinned"], "expert_policy"), (["--expert-warmup", "hot"], "expert_warmup")]
@@ -196,6 +198,29 @@ fn what_cannot_be_is_refused_at_the_start() {
     for folder in [folder, golden::folder("mixtral-base")] {
         let server = Server::start_folder(SERVER, &folder, &["--expert-memory", "100%"]);
         assert_eq!(model(&server, "expert_memory_bytes"), model(&server, "expert_bytes"));
+    }
+}
+
+#[test]
+fn a_text_uses_the_same_experts_under_a_budget() {
+    let packed = Packed::of("mixtral-base");
+    let text = packed.0.file("text.txt");
+    std::fs::write(&text, "a river runs to the sea").expect("the folder is writable");
+    let profile = |args: &[&str]| {
+        let ended = Command::new(SERVER).arg("profile").arg(packed.path()).arg(&text).args(args).output();
+        ended.expect("the program starts")
+    };
+    let [all, part] = [&[][..], &["--expert-memory", "50%"]].map(profile);
+    assert!(all.status.success() && !all.stdout.is_empty(), "{}", String::from_utf8_lossy(&all.stderr));
+    assert_eq!(part.stdout, all.stdout, "{}", String::from_utf8_lossy(&part.stderr));
+    for (args, expected) in [
+        (["--expert-memory", "100B"], "the experts that one token chooses"),
+        (["--max-tokens", "0"], "0 is not in 1.."),
+        (["--context", "60000"], "--context is 60000, allowed are at most"),
+    ] {
+        let refused = profile(&args);
+        let reason = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(!refused.status.success() && reason.contains(expected), "{reason}");
     }
 }
 

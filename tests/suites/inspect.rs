@@ -1,24 +1,30 @@
 //! `moesaic inspect` through its command line: sizes of every golden checkpoint.
 
+use std::path::Path;
 use std::process::{Command, Output};
 
-use harness::golden;
+use harness::checkpoint::pack;
+use harness::{Folder, golden};
 use serde_json::Value;
 
 const SERVER: &str = env!("CARGO_BIN_EXE_moesaic-under-test");
 
-fn run(name: &str, args: &[&str]) -> Output {
-    Command::new(SERVER).arg("inspect").arg(golden::folder(name)).args(args).output().expect("it runs")
+fn run(folder: &Path, args: &[&str]) -> Output {
+    Command::new(SERVER).arg("inspect").arg(folder).args(args).output().expect("it runs")
 }
 
 fn inspect(name: &str) -> Value {
-    let output = run(name, &["--json"]);
-    assert!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
+    inspect_folder(&golden::folder(name))
+}
+
+fn inspect_folder(folder: &Path) -> Value {
+    let output = run(folder, &["--json"]);
+    assert!(output.status.success(), "{}: {}", folder.display(), String::from_utf8_lossy(&output.stderr));
     serde_json::from_slice(&output.stdout).expect("JSON")
 }
 
 fn text(name: &str) -> String {
-    String::from_utf8(run(name, &[]).stdout).expect("UTF-8")
+    String::from_utf8(run(&golden::folder(name), &[]).stdout).expect("UTF-8")
 }
 
 /// Parameters in all and per token, added up from the shapes in the files: without heads that are tied, without
@@ -179,6 +185,36 @@ fn memory_after_expansion_is_stated() {
 }
 
 /// A full disk or a closed pipe is an error, not a panic.
+#[test]
+fn packed_folders_have_sizes_of_their_own() {
+    let bytes = |found: &Value, key: &str| found[key].as_u64().expect("a count");
+    for (name, to) in [("mixtral-base", "int8"), ("granitemoe-base", "int4"), ("glm4_moe-mtp", "int8")] {
+        let folder = Folder::new("packed");
+        pack(SERVER, name, to, &folder.join("model"));
+        let (source, packed) = (inspect(name), inspect_folder(&folder.join("model")));
+        let classes = |found: &Value| {
+            let classes = found["classes"].as_array().expect("a list").iter();
+            classes.map(|size| (size["class"].clone(), size.clone())).collect::<Vec<_>>()
+        };
+        let (source_classes, classes) = (classes(&source), classes(&packed));
+        let sum = |key: &str| classes.iter().map(|(_, size)| bytes(size, key)).sum::<u64>();
+        assert_eq!(sum("num_bytes"), bytes(&packed, "weight_bytes"), "{name}");
+        assert_eq!(sum("memory_bytes"), bytes(&packed, "memory_bytes"), "{name}");
+        let with_mtp = bytes(&packed, "memory_bytes") + bytes(&packed, "mtp_memory_bytes");
+        assert_eq!(with_mtp, bytes(&packed, "weight_bytes"), "{name}");
+        assert_eq!(bytes(&packed, "mtp_memory_bytes") > 0, name.ends_with("mtp"), "{name}");
+        // What a matrix was joined or taken apart for makes its parameters no others.
+        for (class, size) in &source_classes {
+            let same = classes.iter().find(|(packed, _)| packed == class);
+            let (_, packed) = same.unwrap_or_else(|| panic!("{name}: no {class}"));
+            assert_eq!(bytes(packed, "num_parameters"), bytes(size, "num_parameters"), "{name}: {class}");
+            let is_smaller = bytes(packed, "num_bytes") < bytes(size, "num_bytes");
+            // Experts of 8 columns are filled up to 64.
+            assert!(is_smaller || class != "experts" || name == "glm4_moe-mtp", "{name}: {size} came to {packed}");
+        }
+    }
+}
+
 #[test]
 fn output_that_cannot_be_written_is_an_error() {
     let full = std::fs::OpenOptions::new().write(true).open("/dev/full").expect("Linux has it");

@@ -14,6 +14,7 @@ use serde_json::json;
 use super::checkpoint::{MAX_INDEX_BYTES, read_json};
 use super::inspect::Inspection;
 use super::model_config::ModelConfig;
+use super::tally::{ClassSize, TensorClass, classify};
 use crate::config::{EngineConfig, WeightDtype, WeightQuant};
 use crate::error::EngineError;
 
@@ -105,6 +106,22 @@ impl PackedIndex {
         parse_format(&tensor.format)
             .ok_or_else(|| format!("has the unknown format `{}` in {INDEX_FILE}", tensor.format))
     }
+}
+
+/// Sizes of packed tensors by what they are for. Those that `is_extra` are ignored unless serving is told to load them.
+pub(super) fn class_sizes(tensors: &BTreeMap<String, PackedTensor>, is_extra: impl Fn(&str) -> bool) -> Vec<ClassSize> {
+    let mut classes = BTreeMap::new();
+    for (key, PackedTensor { format, shape: [rows, cols], .. }) in tensors {
+        let class = if is_extra(key) { TensorClass::Ignored } else { classify(key) };
+        let num_bytes = parse_format(format).map_or(0, |format| format.bytes_for(*rows, *cols) as u64);
+        let size: &mut ClassSize = classes.entry(class).or_insert_with(|| ClassSize::empty(class));
+        size.num_tensors += 1;
+        size.num_parameters += (rows * cols) as u64;
+        size.num_bytes += num_bytes;
+        // They are used as they lie in the files.
+        size.memory_bytes += if class == TensorClass::Ignored { 0 } else { num_bytes };
+    }
+    classes.into_values().collect()
 }
 
 /// What config.json says under `quantization_config`.

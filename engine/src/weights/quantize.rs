@@ -10,7 +10,7 @@ use super::inspect::{Inspection, inspect_files};
 use super::loader::{LoadProgress, Loader};
 use super::model_files::ModelFiles;
 use super::pack_writer::PackWriter;
-use super::packed_folder::{INDEX_FILE, PackedIndex, VERSION, config_section};
+use super::packed_folder::{INDEX_FILE, PackedIndex, VERSION, class_sizes, config_section};
 use super::quantization::Quantization;
 use super::upcycle::{partial_path, write_json};
 use crate::config::{WeightDtype, WeightQuant, WeightStorage};
@@ -135,9 +135,13 @@ fn write_folder(
     })?;
     blank.remove()?;
     let written = writer.finish()?;
+    let classes = class_sizes(&written.tensors, |key| architecture.mtp.holds(&config, key));
+    let memory_bytes = classes.iter().map(|size| size.memory_bytes).sum();
     let inspection = Inspection {
         weight_bytes: written.num_bytes,
-        memory_bytes: written.num_bytes,
+        memory_bytes,
+        mtp_memory_bytes: written.num_bytes - memory_bytes,
+        classes,
         dtypes: formats.into_iter().map(str::to_owned).collect(),
         ..inspect_files(files)?
     };

@@ -24,6 +24,12 @@ pub struct ClassSize {
     pub memory_bytes: u64,
 }
 
+impl ClassSize {
+    pub fn empty(class: TensorClass) -> Self {
+        Self { class, num_tensors: 0, num_parameters: 0, num_bytes: 0, memory_bytes: 0 }
+    }
+}
+
 /// What a tensor is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -86,8 +92,7 @@ impl Tally {
 
     fn add(&mut self, (name, entry): (&str, &TensorEntry), class: TensorClass, tensor: TensorSize) {
         let num_bytes = entry.num_bytes as u64;
-        let empty = ClassSize { class, num_tensors: 0, num_parameters: 0, num_bytes: 0, memory_bytes: 0 };
-        let size = self.classes.entry(class).or_insert(empty);
+        let size = self.classes.entry(class).or_insert_with(|| ClassSize::empty(class));
         size.num_tensors += 1;
         size.num_bytes += num_bytes;
         size.num_parameters += tensor.num_parameters;
@@ -269,7 +274,7 @@ fn transposed_shape(quantization: Quantization, entry: &TensorEntry) -> Option<[
 }
 
 /// Sorts a tensor by its name, in the spellings of every supported architecture.
-fn classify(name: &str) -> TensorClass {
+pub fn classify(name: &str) -> TensorClass {
     let has = |part: &str| name.contains(part);
     match () {
         () if name == "shared.weight" || has("embed_tokens.") || has("word_embeddings.") => TensorClass::Embedding,

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use super::line_file::{BYTE_ORDER_MARK, lines, open};
 use super::reading::{Reading, bar, start_token};
 use super::serve::{load_text, model_name};
-use crate::config::{QuantType, WeightType};
+use crate::config::{ExpertShare, QuantType, WeightType};
 use crate::conversation::Conversation;
 use crate::hub::{self, HubOptions};
 use crate::openai::chat::ChatOptions;
@@ -45,8 +45,11 @@ pub struct ProfileArgs {
     /// What the weights are quantized to while loading
     #[arg(long, value_enum, default_value_t = QuantType::None)]
     pub quant: QuantType,
-    /// Tokens to read, at most; all where not given
+    /// Memory of the experts of a packed folder (8GiB, or 50% of their bytes); the others are read when they are needed. All where not given
     #[arg(long)]
+    pub expert_memory: Option<ExpertShare>,
+    /// Tokens to read, at most; all where not given
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     pub max_tokens: Option<u64>,
     /// Tokens that are read at once, 2 to 65536
     #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(2..=65_536))]
@@ -68,8 +71,9 @@ pub fn run(args: &ProfileArgs) -> anyhow::Result<()> {
     }
     let model_dir = hub::resolve(&args.model, &HubOptions::from_env(args.revision.clone()), &MultiProgress::new())?;
     let (tokenizer, template) = load_text(&model_dir, None)?;
-    let &ProfileArgs { dtype, quant, context, threads, .. } = args;
-    let mut model = Reading { dtype, quant, kv_dtype: KvDtype::Auto, context, threads }.load(&model_dir)?;
+    let &ProfileArgs { dtype, quant, context, threads, expert_memory, .. } = args;
+    let mut model =
+        Reading { dtype, quant, kv_dtype: KvDtype::Auto, context, threads, expert_memory }.load(&model_dir)?;
     let has_experts = !model.runner.expert_loads().layers().is_empty();
     ensure!(has_experts, "{} has no experts, of which there could be a profile", model_dir.display());
     let mut reader = Reader {
@@ -106,11 +110,7 @@ pub fn run(args: &ProfileArgs) -> anyhow::Result<()> {
     let sums = model.runner.expert_loads().since_start();
     let weights = model.fingerprint.sampled_weights();
     let profile = ExpertProfile::new((&model_name(&args.model), weights), &sums);
-    ensure!(
-        profile.num_tokens > 0,
-        "{} has no token to read; hint: each line of a .jsonl is a prompt",
-        args.file.display()
-    );
+    ensure!(profile.num_tokens > 0, "{} has no token to read: there is nothing in it", args.file.display());
     match &args.out {
         Some(path) => profile.write(path)?,
         None => std::io::stdout().write_all(profile.to_json().as_bytes()).context("cannot write to stdout")?,

@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
-use engine::{EngineConfig, KvDtype, LoadedModel, load_model};
+use engine::{EngineConfig, EngineError, ExpertConfig, KvDtype, LoadedModel, load_model};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::serve::available_memory;
-use crate::config::{QuantType, WeightType};
+use crate::config::{ExpertShare, QuantType, WeightType};
 use crate::text::{EncodeOptions, Tokenizer};
 
 /// How it is loaded.
@@ -18,6 +18,8 @@ pub struct Reading {
     /// Tokens that are read at once.
     pub context: u32,
     pub threads: Option<u16>,
+    /// What experts may take in memory; all where there is no limit.
+    pub expert_memory: Option<ExpertShare>,
 }
 
 impl Reading {
@@ -37,12 +39,19 @@ impl Reading {
             max_num_batched_tokens: self.context as usize,
             enable_prefix_caching: false,
             threads: self.threads.map(usize::from),
+            experts: ExpertConfig { memory: self.expert_memory.map(Into::into), ..ExpertConfig::default() },
             ..EngineConfig::new(model_dir)
         };
         let bar = bar("loading", "{bytes}/{total_bytes}", 0);
-        let model = load_model(&config, &mut |progress| {
+        let loaded = load_model(&config, &mut |progress| {
             bar.set_length(progress.total_bytes);
             bar.set_position(progress.done_bytes);
+        });
+        let model = loaded.map_err(|error| match error {
+            EngineError::Limit { what: "max_model_len", value, allowed } => {
+                EngineError::Limit { what: "--context", value, allowed }
+            }
+            error => error,
         })?;
         bar.finish_and_clear();
         Ok(model)

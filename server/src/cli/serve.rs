@@ -111,6 +111,7 @@ fn start_loading(app: Arc<App>, tiers: Tiers) -> anyhow::Result<oneshot::Receive
                 weight_bytes = summary.weight_bytes,
                 expert_memory = (summary.expert_memory_bytes < summary.expert_bytes)
                     .then(|| format!("{} of {}", summary.expert_memory_bytes, summary.expert_bytes)),
+                expert_read = summary.expert_read,
                 max_model_len = summary.max_model_len,
                 kv_cache_tokens = summary.num_blocks * summary.block_size,
                 states = (summary.num_state_slots > 0).then_some(summary.num_state_slots),

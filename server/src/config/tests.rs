@@ -98,7 +98,7 @@ fn byte_sizes_are_read_and_written() {
         let size: ByteSize = text.parse().unwrap();
         assert_eq!((size.0, size.to_string().as_str()), (bytes, shown), "{text}");
     }
-    for text in ["", "x", "-1", "1XB", "99999999999TiB", "inf"] {
+    for text in ["", "x", "-1", "1XB", "99999999999TiB", "inf", "0.5", "1.5B"] {
         assert!(text.parse::<ByteSize>().is_err(), "{text}");
     }
 }

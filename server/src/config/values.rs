@@ -267,7 +267,8 @@ impl FromStr for ByteSize {
             return whole.checked_mul(unit).map(Self).ok_or_else(|| format!("`{text}` is more than 2^64 bytes"));
         }
         match number.parse::<f64>() {
-            Ok(value) if value.is_finite() && value >= 0.0 && value * (unit as f64) < u64::MAX as f64 => {
+            // Of bytes there are no parts.
+            Ok(value) if unit > 1 && value.is_finite() && value >= 0.0 && value * (unit as f64) < u64::MAX as f64 => {
                 Ok(Self((value * unit as f64) as u64))
             }
             _ => Err(format!("`{text}` is not a number of bytes such as 8388608, 8MiB or 2GiB")),
@@ -305,7 +306,10 @@ impl FromStr for ExpertShare {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let Some(number) = text.trim().strip_suffix('%') else { return text.parse().map(Self::Bytes) };
+        let Some(number) = text.trim().strip_suffix('%') else {
+            let or_share = |error| format!("{error}, nor a percentage such as 50%");
+            return text.parse().map(Self::Bytes).map_err(or_share);
+        };
         match number.trim().parse::<f64>() {
             Ok(percent) if (0.0..=100.0).contains(&percent) => Ok(Self::Percent(percent)),
             _ => Err(format!("`{text}` is not a percentage from 0% to 100%")),

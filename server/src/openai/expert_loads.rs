@@ -1,6 +1,7 @@
 //! The load of every expert. Neither OpenAI nor vLLM has this.
 
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 /// Query of `GET /v1/moe/experts`.
@@ -10,6 +11,7 @@ use utoipa::{IntoParams, ToSchema};
 pub struct ExpertLoadQuery {
     /// Seconds to look back on, 1 to 600; since the start where absent.
     #[param(minimum = 1, maximum = 600)]
+    #[serde(deserialize_with = "whole_seconds")]
     pub window: Option<u32>,
     /// `json` or `csv`; else CSV where `Accept` names `text/csv` first.
     pub format: Option<LoadFormat>,
@@ -22,7 +24,14 @@ pub struct ExpertLoadQuery {
 pub struct ProfileQuery {
     /// Seconds to look back on, 1 to 600; since the start where absent.
     #[param(minimum = 1, maximum = 600)]
+    #[serde(deserialize_with = "whole_seconds")]
     pub window: Option<u32>,
+}
+
+/// A query is text: what is wrong with it is said in words of its own.
+fn whole_seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    text.parse().map(Some).map_err(|_| D::Error::custom(format!("`{text}` is not a whole number of seconds")))
 }
 
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, ToSchema)]

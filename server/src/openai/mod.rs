@@ -12,7 +12,12 @@ pub mod sampling;
 pub mod tokenize;
 pub mod usage;
 
-use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::marker::PhantomData;
+
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
 /// One value or a list of them.
@@ -49,6 +54,34 @@ pub enum StopReason {
     Token(u32),
 }
 
+/// An object among a request's fields, and what one looks like.
+trait Options {
+    const EXAMPLE: &'static str;
+}
+
+/// An object or null. A derived structure alone would take a list too, field after field in an order that is not the client's to know.
+fn object<'de, D: Deserializer<'de>, T: Options + Deserialize<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
+    struct Object<T>(PhantomData<T>);
+
+    impl<'de, T: Options + Deserialize<'de>> Visitor<'de> for Object<T> {
+        type Value = Option<T>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "an object like {}", T::EXAMPLE)
+        }
+
+        fn visit_unit<E>(self) -> Result<Self::Value, E> {
+            Ok(None)
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, fields: A) -> Result<Self::Value, A::Error> {
+            T::deserialize(MapAccessDeserializer::new(fields)).map(Some)
+        }
+    }
+
+    deserializer.deserialize_any(Object(PhantomData))
+}
+
 /// `stream_options`.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, ToSchema)]
 #[serde(default)]
@@ -59,9 +92,13 @@ pub struct StreamOptions {
     pub continuous_usage_stats: Option<bool>,
 }
 
+impl Options for StreamOptions {
+    const EXAMPLE: &'static str = r#"{"include_usage": true}"#;
+}
+
 /// `cache`: both are true where absent. Only requests with temperature 0 or a seed use the output cache.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, ToSchema)]
-#[serde(default, deny_unknown_fields, expecting = "an object like {\"read\": false, \"write\": false}")]
+#[serde(default, deny_unknown_fields)]
 pub struct CacheOptions {
     /// It may be answered by what was computed before, or is being computed for another request.
     pub read: Option<bool>,
@@ -69,14 +106,14 @@ pub struct CacheOptions {
     pub write: Option<bool>,
 }
 
+impl Options for CacheOptions {
+    const EXAMPLE: &'static str = r#"{"read": false, "write": false}"#;
+}
+
 /// `moe`: fewer experts than the model's routers choose, for a compute budget, and what they cost. Answers under other options
 /// than the model's own are not kept in the output cache, and name them in `usage.moe`.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, ToSchema)]
-#[serde(
-    default,
-    deny_unknown_fields,
-    expecting = "an object like {\"top_p\": 0.8, \"max_experts\": 2, \"usage\": true}"
-)]
+#[serde(default, deny_unknown_fields)]
 pub struct MoeOptions {
     /// Of a token's experts keep the first whose weights reach this share of all their weights. Range 0.001 to 1; the server's
     /// --expert-top-p where absent.
@@ -85,4 +122,8 @@ pub struct MoeOptions {
     pub max_experts: Option<u32>,
     /// Say in `usage.moe` what the experts cost. Such an answer does not come from the output cache, nor go there.
     pub usage: Option<bool>,
+}
+
+impl Options for MoeOptions {
+    const EXAMPLE: &'static str = r#"{"top_p": 0.8, "max_experts": 2, "usage": true}"#;
 }

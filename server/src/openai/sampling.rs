@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use serde::Deserialize;
 use utoipa::ToSchema;
 
-use super::{CacheOptions, MoeOptions, OneOrMany, StreamOptions};
+use super::{CacheOptions, MoeOptions, OneOrMany, StreamOptions, object};
 
 /// How tokens are drawn, when a choice ends and what is reported about it.
 #[derive(Clone, Debug, Default, Deserialize, ToSchema)]
@@ -64,9 +64,12 @@ pub struct SamplingOptions {
     pub cache_salt: Option<String>,
     /// Answer with server-sent events.
     pub stream: Option<bool>,
+    #[serde(deserialize_with = "object")]
     pub stream_options: Option<StreamOptions>,
     /// What the request may do with the output cache.
+    #[serde(deserialize_with = "object")]
     pub cache: Option<CacheOptions>,
     /// Fewer experts, and what they cost.
+    #[serde(deserialize_with = "object")]
     pub moe: Option<MoeOptions>,
 }

@@ -11,6 +11,7 @@ use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse as _, Response};
 use engine::{EngineHandle, ExpertProfile, LayerLoads, LoadSums, MAX_LOAD_WINDOW};
 
+use super::bad_query;
 use crate::app::App;
 use crate::error::ApiError;
 use crate::openai::error::ErrorResponse;
@@ -34,7 +35,7 @@ pub async fn loads(
     query: Result<Query<ExpertLoadQuery>, QueryRejection>,
 ) -> Result<Response, ApiError> {
     let engine = app.model()?.engine.clone();
-    let Query(query) = query.map_err(bad_query)?;
+    let Query(query) = query.map_err(|rejection| bad_query(&rejection))?;
     let window = window(query.window)?;
     let wants_csv = match query.format {
         Some(format) => format == LoadFormat::Csv,
@@ -68,7 +69,7 @@ pub async fn profile(
     query: Result<Query<ProfileQuery>, QueryRejection>,
 ) -> Result<Response, ApiError> {
     let engine = app.model()?.engine.clone();
-    let Query(query) = query.map_err(bad_query)?;
+    let Query(query) = query.map_err(|rejection| bad_query(&rejection))?;
     let window = window(query.window)?;
     let model = app.model_names[0].clone();
     let job = move || {
@@ -80,10 +81,6 @@ pub async fn profile(
     };
     let json = app.limits.run_text(job).await?;
     Ok(([(header::CONTENT_TYPE, "application/json")], json).into_response())
-}
-
-fn bad_query(rejection: QueryRejection) -> ApiError {
-    ApiError::WrongType { param: None, reason: rejection.body_text() }
 }
 
 fn window(seconds: Option<u32>) -> Result<Option<Duration>, ApiError> {

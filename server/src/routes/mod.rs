@@ -17,6 +17,7 @@ mod tokenize;
 use std::sync::Arc;
 
 use axum::Router;
+use axum::extract::rejection::QueryRejection;
 use axum::http::HeaderValue;
 use axum::response::Response;
 use axum::routing::get;
@@ -25,7 +26,19 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::app::App;
+use crate::error::ApiError;
 use crate::output_cache::{ORIGIN_HEADER, Origin};
+
+/// What is wrong with a query, by the name of the parameter where that is known.
+fn bad_query(rejection: &QueryRejection) -> ApiError {
+    let text = rejection.body_text();
+    let reason = text.strip_prefix("Failed to deserialize query string: ").unwrap_or(&text);
+    let is_name = |name: &str| name.chars().all(|char| char.is_ascii_lowercase() || char == '_');
+    match reason.split_once(": ").filter(|(name, _)| is_name(name)) {
+        Some((param, reason)) => ApiError::WrongType { param: Some(param.to_owned()), reason: reason.to_owned() },
+        None => ApiError::WrongType { param: None, reason: reason.to_owned() },
+    }
+}
 
 /// What the document says beside the routes.
 #[derive(OpenApi)]

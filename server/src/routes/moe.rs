@@ -10,7 +10,7 @@ use cache::{Profile, RoutedLayer};
 use tokio::time::{Duration, Instant};
 
 use super::body::{JsonBody, parse};
-use super::prompt_ids;
+use super::{bad_query, prompt_ids};
 use crate::app::{App, Model};
 use crate::cache_salt::{Salt, Tenant};
 use crate::error::ApiError;
@@ -40,7 +40,7 @@ pub async fn of_text(
     Extension(tenant): Extension<Tenant>,
     query: Result<Query<RoutingQuery>, QueryRejection>,
 ) -> Result<Json<RoutingProfile>, ApiError> {
-    let Query(query) = query.map_err(|rejection| ApiError::invalid("prompt", rejection.body_text()))?;
+    let Query(query) = query.map_err(|rejection| bad_query(&rejection))?;
     let (model, salt) = scope(&app, tenant, (query.model.as_deref(), query.cache_salt.as_deref()))?;
     let prompt = query.prompt.ok_or_else(|| ApiError::invalid("prompt", "is missing"))?;
     let tokens = prompt_ids::of_text(&app, model, prompt, query.add_special_tokens).await?;

@@ -40,6 +40,8 @@ pub struct ModelInfo {
     expert_bytes: u64,
     /// What of that is in memory at most; less with --expert-memory.
     expert_memory_bytes: u64,
+    /// How the others are read: `cached` or `direct`; null where all are in memory.
+    expert_read: Option<&'static str>,
     /// Formats of the matrices in memory, most bytes first.
     weight_formats: Vec<&'static str>,
     kv_bytes_per_token: u64,
@@ -91,6 +93,7 @@ fn describe(app: &App, model: &Model) -> ModelInfo {
         weight_bytes: summary.weight_bytes,
         expert_bytes: summary.expert_bytes,
         expert_memory_bytes: summary.expert_memory_bytes,
+        expert_read: summary.expert_read,
         weight_formats: summary.weight_formats.clone(),
         kv_bytes_per_token: summary.kv_bytes_per_token,
         routing_bytes_per_token: summary.routing_bytes_per_token,

@@ -182,6 +182,11 @@ impl ExpertStore {
         self.residency.capacity_bytes()
     }
 
+    /// What [`StoreConfig::read_mode`] came to.
+    pub fn read_mode(&self) -> ReadMode {
+        self.reader.mode()
+    }
+
     pub fn begin_step(&mut self) {
         self.residency.next_step();
         self.meter.begin_step();

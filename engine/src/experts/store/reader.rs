@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use kernels::{ExpertWeights, PackedWeight};
+use kernels::{ExpertWeights, PackedWeight, ReadMode};
 
 use super::source::{ExpertSource, Part, Unread};
 use crate::error::EngineError;
@@ -99,6 +99,10 @@ impl ExpertReader {
             reader.threads.push(thread.spawn(move || shared.work()).map_err(EngineError::Thread)?);
         }
         Ok(reader)
+    }
+
+    pub(super) fn mode(&self) -> ReadMode {
+        self.shared.source.mode()
     }
 
     /// Asked for and not yet taken.

@@ -65,7 +65,6 @@ impl ExpertSource {
         let is_direct = |path: &&Path| read_byte(path).is_ok();
         let possible = || if paths.iter().all(is_direct) { ReadMode::Direct } else { ReadMode::Cached };
         let mode = mode.unwrap_or_else(possible);
-        tracing::debug!(?mode, "experts are read");
         let open = |path: &Path| {
             let file = RangeFile::open(path, mode)?;
             Ok(SourceFile { path: path.to_owned(), stamp: file.stamp()?, open: RwLock::new(Arc::new(file)) })
@@ -73,6 +72,10 @@ impl ExpertSource {
         let named = |path: &Path| open(path).map_err(|source| EngineError::Read { path: path.to_owned(), source });
         let files = paths.iter().copied().map(named).collect::<Result<_, _>>()?;
         Ok(Self { files, layers, mode })
+    }
+
+    pub(super) fn mode(&self) -> ReadMode {
+        self.mode
     }
 
     /// A matrix of an expert, in the memory of `reuse` where that fits; `between` is for others that go first, or for giving up.

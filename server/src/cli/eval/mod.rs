@@ -162,7 +162,8 @@ fn chunks(model_dir: &Path, text: &str, args: &EvalArgs) -> anyhow::Result<Vec<V
 fn load(model_dir: &Path, (dtype, quant): (WeightType, QuantType), args: &EvalArgs) -> anyhow::Result<LoadedModel> {
     let &EvalArgs { context, threads, .. } = args;
     // What is compared are weights: a cache that rounds would move near ties of routers on its own.
-    let model = Reading { dtype, quant, kv_dtype: KvDtype::F32, context, threads }.load(model_dir)?;
+    let model =
+        Reading { dtype, quant, kv_dtype: KvDtype::F32, context, threads, expert_memory: None }.load(model_dir)?;
     ensure!(
         !model.summary.has_encoder,
         "{} reads its text with an encoder; measured are models that continue a text",
