@@ -80,6 +80,7 @@ T shuffle(T value, unsigned source) {
 #define blockIdx (emulate::place().block)
 #define blockDim (emulate::place().block_size)
 
+#define UNROLL
 #define EXPORT_KERNEL(name) static const emulate::Registration registered_##name(#name, &emulate::Kernel<name>::call);
 #define SHARED(type, name, count)     \
     static const char key_##name = 0; \
