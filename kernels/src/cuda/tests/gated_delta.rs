@@ -19,7 +19,7 @@ const COLUMNS: usize = 32;
 /// The first and the last are nobody's.
 const NUM_SLOTS: usize = 5;
 /// Rows of each sequence.
-const LENS: [usize; 3] = [1, 37, 9];
+const LENS: [usize; 3] = [1, 35, 9];
 
 /// `struct Delta`.
 #[derive(Clone, Copy)]
@@ -208,7 +208,7 @@ fn check_parity<T: Number>() {
         expected_states.states_mut().fill(3.0);
         let (mut states, mut exact_states) = (world.states(), world.states());
         // A step that begins sequences, and one that goes on with one of them beside one without rows.
-        for chunks in [&[(0, 0, 1), (1, 0, 22)][..], &[(1, 22, 37), (0, 1, 1), (2, 0, 9)]] {
+        for chunks in [&[(0, 0, 1), (1, 0, 22)][..], &[(1, 22, 35), (0, 1, 1), (2, 0, 9)]] {
             let expected = world.expected(&mut expected_states, chunks);
             let out = world.run(&mut states, chunks, &seeds);
             assert_close(&widened(&out), &expected, tolerance::<T>(5e-6));
@@ -255,7 +255,7 @@ fn check_cuts<T: Number>(spec: DeltaSpec, chunk_lens: &[usize]) {
 #[test]
 fn rows_of_gated_delta_do_not_depend_on_cuts_or_company() {
     for spec in small_specs() {
-        check_cuts::<f32>(spec, &[1, 2, 5]);
+        check_cuts::<f32>(spec, &[1, 5]);
     }
-    check_cuts::<bf16>(real_spec(), &[1, 11]);
+    check_cuts::<bf16>(real_spec(), &[11]);
 }

@@ -4,6 +4,7 @@ mod activations;
 mod gated_delta;
 mod norms;
 mod route;
+mod sampling;
 mod tables;
 
 use emulator::{Argument, Launch};
