@@ -80,8 +80,8 @@ impl Number for bf16 {
     }
 }
 
-/// What a kernel writes into `N` outputs of `len` numbers, the same in every order of its threads. `call` passes the seed and
-/// where the outputs begin.
+/// What a kernel writes into `N` outputs of `len` numbers, the same in every order of its threads. `call` passes the seed
+/// and where the outputs begin.
 fn outputs<T: Output, const N: usize>(len: usize, call: impl Fn(u32, [*mut T; N])) -> [Vec<T>; N] {
     outputs_in(&[0, 1, 2, 3], len, call)
 }
