@@ -39,6 +39,8 @@ void warp_barrier();
 // Of this thread's warp: 8 bytes for each lane, one of two sets in turn.
 unsigned char (*exchange())[8];
 unsigned lane();
+// Threads of this thread's warp.
+unsigned warp_size();
 void* dynamic_shared();
 // Shared memory of this block for whoever has this key.
 void* static_shared(const void* key, std::size_t bytes, std::size_t alignment);
@@ -80,6 +82,7 @@ T shuffle(T value, unsigned source) {
 #define blockIdx (emulate::place().block)
 #define blockDim (emulate::place().block_size)
 
+#define UNROLL
 #define EXPORT_KERNEL(name) static const emulate::Registration registered_##name(#name, &emulate::Kernel<name>::call);
 #define SHARED(type, name, count)     \
     static const char key_##name = 0; \
@@ -87,12 +90,26 @@ T shuffle(T value, unsigned source) {
 #define DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(emulate::dynamic_shared())
 
 static inline void __syncthreads() { emulate::block_barrier(); }
+static inline void __syncwarp() { emulate::warp_barrier(); }
 
 template <class T>
 static inline T __shfl_xor_sync(unsigned, T value, int lanes) {
     return emulate::shuffle(value, emulate::lane() ^ static_cast<unsigned>(lanes));
 }
 
+// A lane whose thread does not exist holds nothing.
+static inline unsigned __ballot_sync(unsigned, bool holds) {
+    auto* slots = emulate::exchange();
+    slots[emulate::lane()][0] = holds;
+    emulate::warp_barrier();
+    unsigned ballot = 0;
+    for (unsigned lane = 0; lane < emulate::warp_size(); lane++)
+        if (slots[lane][0]) ballot |= 1u << lane;
+    return ballot;
+}
+
+static inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 static inline float __uint_as_float(unsigned bits) {
     float value;

@@ -55,3 +55,9 @@ extern "C" __global__ void check_warp_sums(unsigned* out) {
     out[threadIdx.x] = numbers[threadIdx.x];
 }
 EXPORT_KERNEL(check_warp_sums)
+
+// out[i] = the lanes of thread i's warp whose threads have a number that 3 divides.
+extern "C" __global__ void check_ballots(unsigned* out) {
+    out[threadIdx.x] = __ballot_sync(ALL_LANES, threadIdx.x % 3 == 0);
+}
+EXPORT_KERNEL(check_ballots)

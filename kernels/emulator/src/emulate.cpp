@@ -158,6 +158,10 @@ std::map<std::string, void (*)(void**)>& kernels() {
 
 const Place& place() { return current->running->place; }
 unsigned lane() { return current->running->lane; }
+unsigned warp_size() {
+    const std::size_t first = static_cast<std::size_t>(current->running->warp) * WARP;
+    return static_cast<unsigned>(std::min<std::size_t>(WARP, current->threads.size() - first));
+}
 void* dynamic_shared() { return current->dynamic.data(); }
 void* static_shared(const void* key, std::size_t bytes, std::size_t alignment) {
     Block& block = *current;

@@ -74,6 +74,9 @@ mod tests {
             assert_eq!(run("check_neighbours", 3, 64, seed).unwrap(), of_block.repeat(3));
             let sums = [(0..32).sum::<u32>(), (32..64).sum()].map(|sum| vec![sum; 32]).concat();
             assert_eq!(run("check_warp_sums", 1, 64, seed).unwrap(), sums);
+            // The second warp has 8 threads.
+            let ballots = [[0x4924_9249; 32].as_slice(), &[0x92; 8]].concat();
+            assert_eq!(run("check_ballots", 1, 40, seed).unwrap(), ballots);
         }
     }
 

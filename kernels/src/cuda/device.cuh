@@ -8,6 +8,8 @@
 #ifdef __CUDACC__
 // The emulator finds kernels by their registration, the driver by their symbol.
 #define EXPORT_KERNEL(name)
+// Before a loop over an array that is to stay in registers.
+#define UNROLL _Pragma("unroll")
 #define SHARED(type, name, count) __shared__ type name[count]
 #define DYNAMIC_SHARED(type, name)                                   \
     extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
@@ -71,33 +73,51 @@ static __device__ __forceinline__ Best better(Best a, Best b) {
     return b.index != NONE && (a.index == NONE || b.value > a.value || (b.value == a.value && b.index < a.index)) ? b : a;
 }
 
-static __device__ __forceinline__ float across(float value, int lanes) { return __shfl_xor_sync(ALL_LANES, value, lanes); }
+template <class T>
+static __device__ __forceinline__ T across(T value, int lanes) {
+    return __shfl_xor_sync(ALL_LANES, value, lanes);
+}
 
 static __device__ __forceinline__ Best across(Best best, int lanes) {
     return {__shfl_xor_sync(ALL_LANES, best.value, lanes), __shfl_xor_sync(ALL_LANES, best.index, lanes)};
 }
 
-// What ROW_THREADS threads have, merged in one order, in all of them. `scratch` may be used again at once.
+// What the lanes of a warp have, merged in one order, in all of them.
 template <class T, class Merge>
-static __device__ __forceinline__ T row_merge(T value, T (&scratch)[ROW_WARPS], Merge merge) {
+static __device__ __forceinline__ T warp_merge(T value, Merge merge) {
     for (int lanes = WARP_SIZE / 2; lanes > 0; lanes /= 2) value = merge(value, across(value, lanes));
+    return value;
+}
+
+// What the threads of a block of WARPS have, merged in one order, in all of them. `scratch` may be used again at once.
+template <class T, int WARPS, class Merge>
+static __device__ __forceinline__ T row_merge(T value, T (&scratch)[WARPS], Merge merge) {
+    value = warp_merge(value, merge);
     if (threadIdx.x % WARP_SIZE == 0) scratch[threadIdx.x / WARP_SIZE] = value;
     __syncthreads();
     value = scratch[0];
-    for (int warp = 1; warp < ROW_WARPS; warp++) value = merge(value, scratch[warp]);
+    for (int warp = 1; warp < WARPS; warp++) value = merge(value, scratch[warp]);
     __syncthreads();
     return value;
 }
 
-static __device__ __forceinline__ float row_sum(float value, float (&scratch)[ROW_WARPS]) {
-    return row_merge(value, scratch, [](float a, float b) { return a + b; });
+template <class T>
+static __device__ __forceinline__ T warp_sum(T value) {
+    return warp_merge(value, [](T a, T b) { return a + b; });
+}
+
+template <class T, int WARPS>
+static __device__ __forceinline__ T row_sum(T value, T (&scratch)[WARPS]) {
+    return row_merge(value, scratch, [](T a, T b) { return a + b; });
 }
 
 // A NaN counts for nothing.
-static __device__ __forceinline__ float row_max(float value, float (&scratch)[ROW_WARPS]) {
+template <int WARPS>
+static __device__ __forceinline__ float row_max(float value, float (&scratch)[WARPS]) {
     return row_merge(value, scratch, [](float a, float b) { return fmaxf(a, b); });
 }
 
-static __device__ __forceinline__ Best row_best(Best best, Best (&scratch)[ROW_WARPS]) {
+template <int WARPS>
+static __device__ __forceinline__ Best row_best(Best best, Best (&scratch)[WARPS]) {
     return row_merge(best, scratch, [](Best a, Best b) { return better(a, b); });
 }
