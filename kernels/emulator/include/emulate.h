@@ -93,7 +93,10 @@ static inline T __shfl_xor_sync(unsigned, T value, int lanes) {
     return emulate::shuffle(value, emulate::lane() ^ static_cast<unsigned>(lanes));
 }
 
+static inline void __syncwarp() { emulate::warp_barrier(); }
+
 static inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline float __uint_as_float(unsigned bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);

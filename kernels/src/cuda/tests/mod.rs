@@ -1,6 +1,8 @@
 //! Parity of the device code with the ops on the CPU, in several orders of its threads, with guarded and poisoned outputs.
 
 mod activations;
+mod attention;
+mod cache;
 mod norms;
 mod route;
 mod tables;
