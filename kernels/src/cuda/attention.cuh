@@ -118,6 +118,7 @@ struct Span {
     unsigned start, end;
 
     __device__ __forceinline__ bool is_empty() const { return start >= end; }
+    __device__ __forceinline__ bool is(Span other) const { return start == other.start && end == other.end; }
     __device__ __forceinline__ bool holds(unsigned position) const { return start <= position && position < end; }
     __device__ __forceinline__ Span within(unsigned first, unsigned len) const {
         return {start > first ? start : first, end < first + len ? end : first + len};
@@ -162,12 +163,18 @@ static __device__ __forceinline__ Pair pair_of(const Attention<T, Cache>& op, co
             visible(op.reach, position, op.batch.source_lens[task.seq_idx])};
 }
 
-// Positions from the first to the last that so many pairs of a task see: both ends rise with the row.
+// What some pairs see, from the first to the last position of any, and what all of them see.
+struct Seen {
+    Span by_some, by_all;
+};
+
+// Of so many pairs of a task: both ends rise with the row.
 template <class T, class Cache>
-static __device__ __forceinline__ Span seen(const Attention<T, Cache>& op, const Task& task, unsigned num_pairs) {
+static __device__ __forceinline__ Seen seen(const Attention<T, Cache>& op, const Task& task, unsigned num_pairs) {
     const unsigned all = (op.batch.cu_seqlens[task.seq_idx + 1] - op.batch.cu_seqlens[task.seq_idx]) * op.heads.group_size;
-    const unsigned last = task.first_pair + num_pairs < all ? task.first_pair + num_pairs - 1 : all - 1;
-    return {pair_of(op, task, 0, task.first_pair).visible.start, pair_of(op, task, 0, last).visible.end};
+    const unsigned last_pair = task.first_pair + num_pairs < all ? task.first_pair + num_pairs - 1 : all - 1;
+    const Span first = pair_of(op, task, 0, task.first_pair).visible, last = pair_of(op, task, 0, last_pair).visible;
+    return {{first.start, last.end}, {last.start, first.end}};
 }
 
 // The slot of the cache that holds a position of a sequence.

@@ -8,6 +8,8 @@
 #ifdef __CUDACC__
 // The emulator finds kernels by their registration, the driver by their symbol.
 #define EXPORT_KERNEL(name)
+// Before a loop over an array that is to be in registers.
+#define UNROLL _Pragma("unroll")
 #define SHARED(type, name, count) __shared__ type name[count]
 #define DYNAMIC_SHARED(type, name)                                   \
     extern __shared__ __align__(16) unsigned char dynamic_shared[]; \

@@ -6,7 +6,7 @@ use std::ptr;
 use emulator::Launch;
 use half::bf16;
 
-use super::{Number, ROW_THREADS, assert_rounded, bits, outputs, stored, tolerance, widened};
+use super::{Number, ROW_THREADS, assert_rounded, bits, outputs_in, stored, tolerance, widened};
 use crate::ops::attention::{self, Attention, HeadLayout};
 use crate::ops::paged_attention::{LearnedScores, PositionBias, Reach};
 use crate::paged_cache::{KvFormat, PagedBatch, PagedCache};
@@ -226,6 +226,27 @@ fn plain<T: Number, Cache: Number>(case: &Case) -> Kernel {
     Kernel { name: format!("attention_{}_{}", T::NAME, Cache::NAME), pairs, threads: ROW_THREADS, shared_bytes }
 }
 
+/// Those on tensor cores: for few pairs and for many.
+fn on_tensor_cores(case: &Case) -> [Kernel; 2] {
+    let HeadLayout { num_heads, group_size, key_start, key_dim, value_start, value_dim } = case.heads;
+    let (most, sizes, tile) = match value_dim {
+        ..=128 => (128, [(16, 4), (64, 8)], 64),
+        ..=256 => (256, [(16, 4), (64, 8)], 64),
+        _ => (512, [(16, 4), (32, 8)], 32),
+    };
+    let stride = |dim: usize| dim.next_multiple_of(16) + 8;
+    let values_are_keys = group_size == num_heads
+        && (key_start..=key_start + key_dim).contains(&value_start)
+        && value_start + value_dim <= key_start + key_dim;
+    let value_stride = if values_are_keys { 0 } else { stride(value_dim) };
+    sizes.map(|(pairs, num_warps)| Kernel {
+        name: format!("attention_mma_{pairs}_{most}"),
+        pairs,
+        threads: 32 * num_warps,
+        shared_bytes: 2 * ((pairs + tile) * stride(key_dim) + tile * value_stride) + 4 * pairs * (tile + 4),
+    })
+}
+
 /// How a batch becomes tasks.
 #[derive(Default)]
 struct Plan {
@@ -330,8 +351,12 @@ impl<'a, T: Number, Cache: Stored> World<'a, T, Cache> {
         plan
     }
 
-    /// Each split a task of its own or not.
-    fn on_device(&self, kernel: &Kernel, chunks: &[Chunk], is_split: bool) -> Vec<T> {
+    fn on_device(&self, kernel: &Kernel, chunks: &[Chunk]) -> Vec<T> {
+        self.on_device_in(4, kernel, chunks, false)
+    }
+
+    /// In so many orders of threads, each split a task of its own or not.
+    fn on_device_in(&self, num_orders: u32, kernel: &Kernel, chunks: &[Chunk], is_split: bool) -> Vec<T> {
         let HeadLayout { num_heads, group_size, key_start, key_dim, value_start, value_dim } = self.case.heads;
         let [num_heads, group_size, key_start, key_dim, value_start, value_dim] =
             [num_heads, group_size, key_start, key_dim, value_start, value_dim].map(|number| number as u32);
@@ -345,7 +370,7 @@ impl<'a, T: Number, Cache: Stored> World<'a, T, Cache> {
         };
         let sinks = self.case.sinks.as_ref().map_or(ptr::null(), |sinks| sinks.as_ptr());
         let len = plan.split_rows.len() * self.case.heads.num_heads * self.case.heads.value_dim;
-        let [out] = outputs(len, |seed, [out]: [*mut T; 1]| {
+        let [out] = outputs_in(num_orders, len, |seed, [out]: [*mut T; 1]| {
             let mut sums = vec![[f32::NAN; 2]; plan.num_slots];
             let mut values = vec![f32::NAN; plan.num_slots * self.case.heads.value_dim];
             let op = DeviceAttention {
@@ -434,7 +459,7 @@ fn heads_agree_with_the_cpu() {
     for case in cases(&mut numbers) {
         let rows = Rows::new(&mut numbers, &case, &LENS);
         let world = World::<f32, f32>::new(&case, &rows, 16);
-        let found = world.on_device(&plain::<f32, f32>(&case), &CHUNKS, false);
+        let found = world.on_device(&plain::<f32, f32>(&case), &CHUNKS);
         assert_close(&found, &world.on_cpu(&CHUNKS), 2e-6);
     }
 }
@@ -443,13 +468,13 @@ fn heads_agree_with_the_cpu() {
 fn every_type_is_widened_and_rounded() {
     fn check<T: Number, Cache: Stored>(case: &Case, rows: &Rows) {
         let world = World::<T, Cache>::new(case, rows, 16);
-        let found = world.on_device(&plain::<T, Cache>(case), &CHUNKS, false);
+        let found = world.on_device(&plain::<T, Cache>(case), &CHUNKS);
         assert_close(&widened(&found), &world.on_cpu(&CHUNKS), tolerance::<T>(2e-6));
         let rounded = |values: &[f32]| widened(&stored::<T>(values));
         let queries = rows.queries.iter().map(|parts| parts.each_ref().map(|part| rounded(part))).collect();
         let rows = Rows { lens: rows.lens.clone(), queries, cached: rows.cached.clone() };
         let exact = World::<f32, Cache>::new(case, &rows, 16);
-        assert_rounded(&found, &exact.on_device(&plain::<f32, Cache>(case), &CHUNKS, false));
+        assert_rounded(&found, &exact.on_device(&plain::<f32, Cache>(case), &CHUNKS));
     }
     let mut numbers = Numbers::new(31);
     for case in [Case::grouped([6, 2, 24], Reach::Full), Case::latent([3, 20, 6])] {
@@ -469,7 +494,7 @@ fn assert_invariant<T: Number, Cache: Stored>(
     pieces: &[&[Chunk]],
     kernels: &[Kernel],
 ) {
-    let together = World::<T, Cache>::new(case, rows, 16).on_device(&kernels[0], whole, false);
+    let together = World::<T, Cache>::new(case, rows, 16).on_device_in(1, &kernels[0], whole, false);
     let world = World::<T, Cache>::new(case, rows, 5);
     let row_len = case.heads.num_heads * case.heads.value_dim;
     // Where a row of a sequence is in the output of the whole.
@@ -481,7 +506,7 @@ fn assert_invariant<T: Number, Cache: Stored>(
     for kernel in kernels {
         for piece in pieces {
             for is_split in [false, true] {
-                let found = world.on_device(kernel, piece, is_split);
+                let found = world.on_device_in(1, kernel, piece, is_split);
                 let mut found = found.chunks(row_len);
                 for chunk in *piece {
                     for row in chunk.first..chunk.end {
@@ -506,13 +531,13 @@ fn whole(lens: &[usize]) -> Vec<Chunk> {
 
 /// Whole sequences together, then in chunks, a token at a time, and tokens of several sequences together.
 fn check_short<T: Number, Cache: Stored>(case: &Case, kernels: &[Kernel]) {
-    let lens = [1, 9, 34];
+    let lens = [1, 9, 38];
     let rows = Rows::new(&mut Numbers::new(32), case, &lens);
-    let mut pieces: Vec<Vec<Chunk>> = chunks(2, 0..34, 1).into_iter().map(|chunk| vec![chunk]).collect();
-    pieces.extend(chunks(2, 0..34, 5).into_iter().map(|chunk| vec![chunk]));
+    let mut pieces: Vec<Vec<Chunk>> = chunks(2, 30..38, 1).into_iter().map(|chunk| vec![chunk]).collect();
+    pieces.extend(chunks(2, 0..38, 13).into_iter().map(|chunk| vec![chunk]));
     pieces.push(whole(&lens));
     pieces.push(vec![
-        Chunk { seq: 2, first: 33, end: 34 },
+        Chunk { seq: 2, first: 37, end: 38 },
         Chunk { seq: 1, first: 8, end: 9 },
         Chunk { seq: 0, first: 0, end: 1 },
     ]);
@@ -527,7 +552,7 @@ fn check_long<T: Number, Cache: Stored>(case: &Case, kernels: &[Kernel]) {
     for range in [SPLIT - 3..SPLIT + 9, len - 9..len] {
         let whole = [Chunk { seq: 0, first: range.start, end: range.end }];
         let world = World::<T, Cache>::new(case, &rows, 16);
-        let found = world.on_device(&kernels[0], &whole, false);
+        let found = world.on_device_in(2, &kernels[0], &whole, false);
         assert_close(&widened(&found), &world.on_cpu(&whole), tolerance::<T>(2e-6));
         let pieces = [chunks(0, range.clone(), 5), chunks(0, range.start + 1..range.start + 6, 1)].concat();
         let pieces: Vec<&[Chunk]> = pieces.iter().map(std::slice::from_ref).collect();
@@ -563,4 +588,79 @@ fn long_cases(numbers: &mut Numbers) -> [Case; 4] {
         Case::grouped([2, 1, 16], Reach::Chunk(SPLIT - 1)),
         Case { source_len: SPLIT + 20, ..Case::grouped([2, 1, 16], Reach::Source) },
     ]
+}
+
+fn tensor_core_cases(numbers: &mut Numbers) -> Vec<Case> {
+    let mut cases = cases(numbers);
+    cases.retain(|case| [case.heads.key_dim, case.heads.value_dim, case.query_dims[0]].iter().all(|dim| dim % 8 == 0));
+    cases.extend([Case::grouped([2, 1, 256], Reach::Full), Case::latent([3, 24, 8]), Case::latent([5, 512, 64])]);
+    cases
+}
+
+#[test]
+fn tensor_cores_agree_with_the_cpu() {
+    let mut numbers = Numbers::new(36);
+    for case in tensor_core_cases(&mut numbers) {
+        let rows = Rows::new(&mut numbers, &case, &LENS);
+        let world = World::<bf16, bf16>::new(&case, &rows, 16);
+        let expected = world.on_cpu(&CHUNKS);
+        for kernel in on_tensor_cores(&case) {
+            assert_close(&widened(&world.on_device(&kernel, &CHUNKS)), &expected, tolerance::<bf16>(0.0));
+        }
+    }
+}
+
+#[test]
+fn tensor_cores_give_a_row_the_same_bits_in_a_prefill_a_chunk_and_a_decode_step() {
+    let mut numbers = Numbers::new(37);
+    for case in [
+        Case::grouped([6, 2, 24], Reach::Full).learned(&mut numbers),
+        Case::grouped([2, 1, 16], Reach::Window(7)),
+        Case::latent([3, 24, 8]),
+        Case::latent([3, 256, 16]),
+    ] {
+        check_short::<bf16, bf16>(&case, &on_tensor_cores(&case));
+    }
+}
+
+#[test]
+fn tensor_cores_join_splits_in_one_way() {
+    let mut numbers = Numbers::new(38);
+    for case in long_cases(&mut numbers) {
+        check_long::<bf16, bf16>(&case, &on_tensor_cores(&case));
+    }
+}
+
+/// A NaN in a query spoils its row, what is wrong in the cache the rows that see it.
+fn check_spoiled<T: Number, Cache: Stored>(case: &Case, kernels: &[Kernel]) {
+    let mut numbers = Numbers::new(39);
+    let (len, width, query_len) = (40, case.width(), case.heads.num_heads * case.query_dims[0]);
+    let clean = Rows::new(&mut numbers, case, &[len]);
+    let mut spoiled = Rows { queries: clean.queries.clone(), cached: clean.cached.clone(), lens: vec![len] };
+    spoiled.queries[0][0][20 * query_len + 3] = f32::NAN;
+    let first_value = case.heads.value_start;
+    spoiled.cached[0][30 * width..31 * width].fill(f32::NAN);
+    spoiled.cached[0][33 * width + first_value + 1] = f32::INFINITY;
+    let whole = [Chunk { seq: 0, first: 0, end: len }];
+    let [clean, spoiled] = [clean, spoiled].map(|rows| World::<T, Cache>::new(case, &rows, 16));
+    let row_len = case.heads.num_heads * case.heads.value_dim;
+    for kernel in kernels {
+        let (clean, spoiled) = (clean.on_device(kernel, &whole), spoiled.on_device(kernel, &whole));
+        for (row, (clean, spoiled)) in clean.chunks(row_len).zip(spoiled.chunks(row_len)).enumerate() {
+            let is_spoiled = |value: &T| !value.to_f32().is_finite();
+            match row {
+                20 => assert!(spoiled[..case.heads.value_dim].iter().all(is_spoiled), "{}", kernel.name),
+                30.. => assert!(spoiled.iter().any(is_spoiled), "{}: row {row}", kernel.name),
+                _ => assert_eq!(bits(clean), bits(spoiled), "{}: row {row}", kernel.name),
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_no_number_spoils_no_row_that_cannot_see_it() {
+    for case in [Case::grouped([4, 2, 16], Reach::Full), Case::latent([3, 24, 8])] {
+        check_spoiled::<f32, f32>(&case, &[plain::<f32, f32>(&case)]);
+        check_spoiled::<bf16, bf16>(&case, &on_tensor_cores(&case));
+    }
 }

@@ -83,6 +83,11 @@ impl Number for bf16 {
 /// What a kernel writes into `N` outputs of `len` numbers, the same in every order of its threads. `call` passes the seed and
 /// where the outputs begin.
 fn outputs<T: Output, const N: usize>(len: usize, call: impl Fn(u32, [*mut T; N])) -> [Vec<T>; N] {
+    outputs_in(4, len, call)
+}
+
+/// The same in so many orders.
+fn outputs_in<T: Output, const N: usize>(num_orders: u32, len: usize, call: impl Fn(u32, [*mut T; N])) -> [Vec<T>; N] {
     let run = |seed| {
         let mut buffers: [Vec<T>; N] = std::array::from_fn(|_| vec![T::POISON; len + 2 * GUARD]);
         call(seed, buffers.each_mut().map(|buffer| buffer[GUARD..].as_mut_ptr()));
@@ -93,7 +98,7 @@ fn outputs<T: Output, const N: usize>(len: usize, call: impl Fn(u32, [*mut T; N]
         buffers.map(|buffer| buffer[GUARD..GUARD + len].to_vec())
     };
     let first = run(0);
-    for seed in 1..4 {
+    for seed in 1..num_orders {
         for (found, first) in run(seed).iter().zip(&first) {
             let is_equal = found.iter().zip(first).all(|(a, b)| a.bits() == b.bits());
             assert!(is_equal, "another order of threads gives other bits");

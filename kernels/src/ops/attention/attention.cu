@@ -34,7 +34,7 @@ static __device__ void attention(const Attention<T, Cache>& op) {
     const Task task = op.tasks[blockIdx.x];
     const unsigned kv_head = blockIdx.y, warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
     const Pair pair = pair_of(op, task, kv_head, task.first_pair + warp);
-    const Span block_span = seen(op, task, PAIRS);
+    const Span block_span = seen(op, task, PAIRS).by_some;
     float* query = memory + warp * heads.key_dim;
     float* values = memory + PAIRS * heads.key_dim + warp * heads.value_dim;
     float* total_values = values + PAIRS * heads.value_dim;
