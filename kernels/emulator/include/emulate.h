@@ -1,10 +1,10 @@
 // What device code needs of CUDA, on a CPU: each thread of a block is a coroutine that gives way at barriers.
 //
-// Included before every .cu file. Blocks run one after the other. Each warp runs to its next barrier before another one does, in
-// an order that the launch chooses, and shared memory is NaN until it is written: code that misses a barrier gives
-// other results in one order than in another. A barrier that not all threads reach, and a write behind shared
-// memory, end the launch with an error. Barriers at two places of the code are not told apart, the lanes of a shuffle
-// are not looked at, and nothing here says how fast anything is or what a GPU's own approximations give.
+// Included before every .cu file. Blocks run one after the other. Each warp runs to its next barrier before another
+// one does, in an order that the launch chooses, and shared memory is NaN until it is written: code that misses a
+// barrier gives other results in one order than in another. A barrier that not all threads reach, and a write behind
+// shared memory, end the launch with an error. Barriers at two places of the code are not told apart, the lanes of a
+// shuffle are not looked at, and nothing here says how fast anything is or what a GPU's own approximations give.
 
 #pragma once
 
@@ -99,8 +99,8 @@ inline float half_of(unsigned both, unsigned half) {
     return value;
 }
 
-// `mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32`: c += a * b with the fragments of the PTX manual. Here a sum is rounded
-// once; a GPU's order and roundings are its own.
+// `mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32`: c += a * b with the fragments of the PTX manual. Here a sum
+// is rounded once; a GPU's order and roundings are its own.
 inline void mma_m16n8k16_bf16(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     struct Fragments {
         unsigned a[4], b[2];
@@ -121,8 +121,8 @@ inline void mma_m16n8k16_bf16(float (&c)[4], const unsigned (&a)[4], const unsig
     }
 }
 
-// `ldmatrix.sync.aligned.m8n8.x{N}.shared.b16`, of `.trans` too: N matrices of [8, 8] numbers of two bytes. Lane `l` says where row `l % 8`
-// of matrix `l / 8` begins, at a multiple of 16 bytes.
+// `ldmatrix.sync.aligned.m8n8.x{N}.shared.b16`, of `.trans` too: N matrices of [8, 8] numbers of two bytes. Lane `l`
+// says where row `l % 8` of matrix `l / 8` begins, at a multiple of 16 bytes.
 template <unsigned N>
 void ldmatrix(unsigned (&out)[N], const void* row, bool is_transposed) {
     if (reinterpret_cast<std::uintptr_t>(row) % 16 != 0) std::abort();

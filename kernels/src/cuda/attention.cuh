@@ -1,10 +1,11 @@
 // What the kernels of attention share: who sees what, and in which order sums are made.
 //
-// Pair `p` of a key-value head is row `p / group_size` of its sequence and head `p % group_size` of the group. What a pair gets is one
-// chain of operations: within a split, the softmax goes on from tile to tile of positions under a running maximum; splits are
-// joined in order. Tiles and splits begin at multiples of their length, and a tile in which a pair sees nothing leaves it as it is.
-// So nothing depends on which pairs share a block, nor on whether splits are blocks of their own. Where a product is added to
-// something, the instruction is written out: left alone, the compiler fuses the two in one kernel and not in another.
+// Pair `p` of a key-value head is row `p / group_size` of its sequence and head `p % group_size` of the group. What a
+// pair gets is one chain of operations: within a split, the softmax goes on from tile to tile of positions under a
+// running maximum; splits are joined in order. Tiles and splits begin at multiples of their length, and a tile in
+// which a pair sees nothing leaves it as it is. So nothing depends on which pairs share a block, nor on whether
+// splits are tasks of their own. Where a product is added to something, the instruction is written out: left alone,
+// the compiler fuses the two in one kernel and not in another.
 
 #pragma once
 
@@ -13,8 +14,8 @@
 // Positions of a split: whole tiles of every kernel.
 constexpr unsigned SPLIT = 512;
 
-// Where the heads lie in a row of the cache, in elements: key-value head `g` has its key at `key_start + g * key_dim`, its value
-// at `value_start + g * value_dim`.
+// Where the heads lie in a row of the cache, in elements: key-value head `g` has its key at `key_start + g *
+// key_dim`, its value at `value_start + g * value_dim`.
 struct Heads {
     unsigned num_heads, group_size, key_start, key_dim, value_start, value_dim;
 };
@@ -43,26 +44,37 @@ struct Learned {
     unsigned max_distance;
 };
 
-// Some pairs of a sequence over some of its splits; of these a pair's own are those that it sees something of.
+// The pairs of a sequence from `first_pair` on, as many as a block of the kernel takes, over some splits. There is
+// a `first_pair`.
 struct Task {
     unsigned seq_idx, first_pair;
     unsigned first_split, end_split;
-    // Where the sums go if there is one split, which is not its pairs' only one: those of row `r` of the sequence and head `h` to
-    // `slot + r * row_slots + h`. NONE if all splits that the pairs see are the task's, which then writes the output.
+    // If the task is one split whose sums are to be joined with those of others, where they go: those of row `r` of
+    // the sequence and head `h` to `slot + r * row_slots + h`. NONE if the task has all splits that its pairs see: it
+    // writes the output.
     unsigned slot, row_slots;
+};
+
+// The softmax of a pair so far.
+struct Sum {
+    // The largest score.
+    float max;
+    // Of the weights, which are relative to it.
+    float sum;
 };
 
 // The sums of splits that are tasks of their own.
 struct Partials {
     // [num_slots]
-    struct Sum* sums;
+    Sum* sums;
     // [num_slots, value_dim]
     float* values;
 };
 
 template <class T, class Cache>
 struct Attention {
-    // The query of a head is these one after the other, [num_tokens, num_heads, dim] each; a part that there is not has no `dim`.
+    // The query of a head is these one after the other, [num_tokens, num_heads, dim] each; a part that there is not
+    // has no `dim`.
     const T* queries[2];
     unsigned query_dims[2];
     const Cache* cache;
@@ -77,14 +89,6 @@ struct Attention {
     Partials partials;
     // [num_tokens, num_heads, value_dim]
     T* out;
-};
-
-// The softmax of a pair so far.
-struct Sum {
-    // The largest score.
-    float max;
-    // Of the weights, which are relative to it.
-    float sum;
 };
 
 static __device__ __forceinline__ Sum empty_sum() { return {-INFINITY, 0.0f}; }
@@ -138,7 +142,9 @@ struct Pair {
     __device__ __forceinline__ bool is_real() const { return !visible.is_empty(); }
 
     // Where it is among all rows and heads.
-    __device__ __forceinline__ size_t place(unsigned num_heads) const { return static_cast<size_t>(row) * num_heads + head; }
+    __device__ __forceinline__ size_t place(unsigned num_heads) const {
+        return static_cast<size_t>(row) * num_heads + head;
+    }
 
     __device__ __forceinline__ size_t slot(const Task& task) const {
         return task.slot + static_cast<size_t>(seq_row) * task.row_slots + head;
@@ -154,8 +160,10 @@ static __device__ __forceinline__ Span visible(Reach reach, unsigned position, u
 }
 
 template <class T, class Cache>
-static __device__ __forceinline__ Pair pair_of(const Attention<T, Cache>& op, const Task& task, unsigned kv_head, unsigned idx) {
-    const unsigned first_row = op.batch.cu_seqlens[task.seq_idx], num_rows = op.batch.cu_seqlens[task.seq_idx + 1] - first_row;
+static __device__ __forceinline__ Pair pair_of(const Attention<T, Cache>& op, const Task& task, unsigned kv_head,
+                                               unsigned idx) {
+    const unsigned first_row = op.batch.cu_seqlens[task.seq_idx];
+    const unsigned num_rows = op.batch.cu_seqlens[task.seq_idx + 1] - first_row;
     const unsigned seq_row = idx / op.heads.group_size;
     if (seq_row >= num_rows) return {0, 0, 0, 0, {0, 0}};
     const unsigned position = op.batch.context_lens[task.seq_idx] - num_rows + seq_row;
@@ -171,7 +179,8 @@ struct Seen {
 // Of so many pairs of a task: both ends rise with the row.
 template <class T, class Cache>
 static __device__ __forceinline__ Seen seen(const Attention<T, Cache>& op, const Task& task, unsigned num_pairs) {
-    const unsigned all = (op.batch.cu_seqlens[task.seq_idx + 1] - op.batch.cu_seqlens[task.seq_idx]) * op.heads.group_size;
+    const unsigned num_rows = op.batch.cu_seqlens[task.seq_idx + 1] - op.batch.cu_seqlens[task.seq_idx];
+    const unsigned all = num_rows * op.heads.group_size;
     const unsigned last_pair = task.first_pair + num_pairs < all ? task.first_pair + num_pairs - 1 : all - 1;
     const Span first = pair_of(op, task, 0, task.first_pair).visible, last = pair_of(op, task, 0, last_pair).visible;
     return {{first.start, last.end}, {last.start, first.end}};
@@ -185,14 +194,17 @@ static __device__ __forceinline__ unsigned cache_slot(const Batch& batch, unsign
 
 // What the distance of a key adds to the score.
 static __device__ __forceinline__ float position_bias(const Learned& learned, const Pair& pair, unsigned key) {
-    const int limit = static_cast<int>(learned.max_distance), distance = static_cast<int>(key) - static_cast<int>(pair.position);
+    const int limit = static_cast<int>(learned.max_distance);
+    const int distance = static_cast<int>(key) - static_cast<int>(pair.position);
     const int nearest = distance < -limit ? -limit : distance > limit ? limit : distance;
-    return learned.position_bias[pair.head * (2 * learned.max_distance + 1) + static_cast<unsigned>(nearest + limit)];
+    const size_t start = static_cast<size_t>(pair.head) * (2 * learned.max_distance + 1);
+    return learned.position_bias[start + static_cast<unsigned>(nearest + limit)];
 }
 
 // Of what query and key give.
 template <class T, class Cache>
-static __device__ __forceinline__ float score_of(const Attention<T, Cache>& op, const Pair& pair, unsigned key, float product) {
+static __device__ __forceinline__ float score_of(const Attention<T, Cache>& op, const Pair& pair, unsigned key,
+                                                 float product) {
     const float score = __fmul_rn(product, op.scale);
     return op.learned.position_bias == nullptr ? score : score + position_bias(op.learned, pair, key);
 }

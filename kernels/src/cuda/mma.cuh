@@ -1,5 +1,5 @@
-// Instructions of tensor cores and what brings them their operands, each in a function of its name in PTX, all for whole warps but
-// `cp_async`. `emulate.h` has what they are on a CPU.
+// Instructions of tensor cores and what brings them their operands, each in a function of its name in PTX. All but
+// `cp_async` are for whole warps. `emulate.h` has what they are on a CPU.
 
 #pragma once
 
@@ -20,10 +20,12 @@ static __device__ __forceinline__ unsigned both(bf16 first, bf16 second) {
 //   a: rows g and g + 8 of columns 2t and 2t + 1, then the same rows of columns 2t + 8 and 2t + 9,
 //   b: rows 2t and 2t + 1 of column g, then rows 2t + 8 and 2t + 9,
 //   c: columns 2t and 2t + 1 of row g, then of row g + 8.
-static __device__ __forceinline__ void mma_m16n8k16_bf16(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+static __device__ __forceinline__ void mma_m16n8k16_bf16(float (&c)[4], const unsigned (&a)[4],
+                                                         const unsigned (&b)[2]) {
 #ifdef __CUDACC__
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
@@ -31,8 +33,8 @@ static __device__ __forceinline__ void mma_m16n8k16_bf16(float (&c)[4], const un
 #endif
 }
 
-// Matrices of [8, 8] bf16 in shared memory: lane `l` says where row `l % 8` of matrix `l / 8` begins, at a multiple of 16 bytes, and
-// gets columns 2t and 2t + 1 of row g of each. All lanes point somewhere, those of rows that there are not too.
+// Matrices of [8, 8] bf16 in shared memory: lane `l` says where row `l % 8` of matrix `l / 8` begins, at a multiple
+// of 16 bytes, and gets columns 2t and 2t + 1 of row g of each.
 static __device__ __forceinline__ void ldmatrix_x2(unsigned (&out)[2], const bf16* row) {
 #ifdef __CUDACC__
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
@@ -67,8 +69,8 @@ static __device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&out)[4], con
 #endif
 }
 
-// Copies 16 bytes to shared memory, or zeros if `is_there` is false, while the thread goes on. Both ends are at multiples of 16 bytes,
-// and the source is memory of the device in either case.
+// Copies 16 bytes to shared memory, or zeros if `is_there` is false, while the thread goes on. Both ends are at
+// multiples of 16 bytes, and the source is memory of the device in either case.
 static __device__ __forceinline__ void cp_async(void* target, const void* source, bool is_there) {
 #ifdef __CUDACC__
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)),

@@ -11,8 +11,8 @@ struct SplitRow {
 
 // out: [num_tokens, num_heads, value_dim]
 template <class T>
-static __device__ void attention_merge(const SplitRow* rows, Partials partials, const float* sinks, T* out, int num_heads,
-                                       int value_dim) {
+static __device__ void attention_merge(const SplitRow* rows, Partials partials, const float* sinks, T* out,
+                                       int num_heads, int value_dim) {
     const SplitRow row = rows[blockIdx.x];
     const unsigned head = blockIdx.y;
     out += (static_cast<size_t>(row.row) * num_heads + head) * value_dim;
@@ -28,11 +28,11 @@ static __device__ void attention_merge(const SplitRow* rows, Partials partials, 
     }
 }
 
-#define KERNEL(T)                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(ROW_THREADS) attention_merge_##T(                                          \
-        const SplitRow* rows, Partials partials, const float* sinks, T* out, int num_heads, int value_dim) {                \
-        attention_merge<T>(rows, partials, sinks, out, num_heads, value_dim);                                               \
-    }                                                                                                                       \
+#define KERNEL(T)                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(ROW_THREADS) attention_merge_##T(                                 \
+        const SplitRow* rows, Partials partials, const float* sinks, T* out, int num_heads, int value_dim) {       \
+        attention_merge<T>(rows, partials, sinks, out, num_heads, value_dim);                                      \
+    }                                                                                                              \
     EXPORT_KERNEL(attention_merge_##T)
 
 KERNEL(float)

@@ -16,14 +16,15 @@ struct Parts {
     Part<T> parts[3];
 };
 
-// Stores row `i` of all parts at `slots[i]`; no two slots are the same. cache: [num_slots, width], and the widths of the parts add up
-// to `width`.
+// Stores row `i` of all parts at `slots[i]`; the caller names no slot twice. cache: [num_slots, width], and the
+// widths of the parts add up to `width`.
 template <class T, class Cache>
 static __device__ void cache_write(const Parts<T>& parts, const unsigned* slots, Cache* cache, int width) {
     Cache* target = cache + static_cast<size_t>(slots[blockIdx.x]) * width;
     for (const Part<T>& part : parts.parts) {
         const T* row = part.rows + blockIdx.x * part.stride;
-        for (unsigned i = threadIdx.x; i < part.width; i += ROW_THREADS) target[i] = from_float<Cache>(to_float(row[i]));
+        for (unsigned i = threadIdx.x; i < part.width; i += ROW_THREADS)
+            target[i] = from_float<Cache>(to_float(row[i]));
         target += part.width;
     }
 }

@@ -1,4 +1,4 @@
-//! Attention over the paged cache: parity with the CPU, and the same bits however a batch is cut.
+//! Attention of one case by the device code and by the CPU, over the same cache.
 
 use std::ops::Range;
 use std::ptr;
@@ -6,14 +6,14 @@ use std::ptr;
 use emulator::Launch;
 use half::bf16;
 
-use super::{Number, ROW_THREADS, assert_rounded, bits, outputs_in, stored, tolerance, widened};
+use super::super::{Number, ROW_THREADS, outputs_in, stored, widened};
 use crate::ops::attention::{self, Attention, HeadLayout};
 use crate::ops::paged_attention::{LearnedScores, PositionBias, Reach};
 use crate::paged_cache::{KvFormat, PagedBatch, PagedCache};
-use crate::testing::{Numbers, assert_close, tensor};
+use crate::testing::{Numbers, tensor};
 
 /// `SPLIT` of `attention.cuh`.
-const SPLIT: usize = 512;
+pub(super) const SPLIT: usize = 512;
 const NONE: u32 = u32::MAX;
 
 /// `struct Heads` of `attention.cuh`; the structures below are those of the same names.
@@ -99,7 +99,7 @@ struct SplitRow {
 }
 
 /// What a cache is stored as.
-trait Stored: Number {
+pub(super) trait Stored: Number {
     const FORMAT: KvFormat;
 }
 
@@ -113,17 +113,17 @@ impl Stored for bf16 {
 
 /// The heads of a model, and what they see.
 #[derive(Clone, Debug)]
-struct Case {
-    heads: HeadLayout,
-    query_dims: [usize; 2],
-    reach: Reach,
-    source_len: usize,
-    sinks: Option<Vec<f32>>,
-    bias: Option<PositionBias>,
+pub(super) struct Case {
+    pub(super) heads: HeadLayout,
+    pub(super) query_dims: [usize; 2],
+    pub(super) reach: Reach,
+    pub(super) source_len: usize,
+    pub(super) sinks: Option<Vec<f32>>,
+    pub(super) bias: Option<PositionBias>,
 }
 
 impl Case {
-    fn grouped([num_heads, num_kv_heads, head_dim]: [usize; 3], reach: Reach) -> Self {
+    pub(super) fn grouped([num_heads, num_kv_heads, head_dim]: [usize; 3], reach: Reach) -> Self {
         let heads = HeadLayout {
             num_heads,
             group_size: num_heads / num_kv_heads,
@@ -135,7 +135,7 @@ impl Case {
         Self { heads, query_dims: [head_dim, 0], reach, source_len: 0, sinks: None, bias: None }
     }
 
-    fn latent([num_heads, latent_dim, rope_dim]: [usize; 3]) -> Self {
+    pub(super) fn latent([num_heads, latent_dim, rope_dim]: [usize; 3]) -> Self {
         let heads = HeadLayout {
             num_heads,
             group_size: num_heads,
@@ -149,7 +149,7 @@ impl Case {
     }
 
     /// With sinks, and a bias that reaches further than some contexts and less far than others.
-    fn learned(self, numbers: &mut Numbers) -> Self {
+    pub(super) fn learned(self, numbers: &mut Numbers) -> Self {
         let (num_heads, max_distance) = (self.heads.num_heads, 11);
         let table = numbers.normal(num_heads * (2 * max_distance + 1));
         let (sinks, bias) = (Some(numbers.normal(num_heads)), Some(PositionBias { table, max_distance }));
@@ -160,7 +160,7 @@ impl Case {
         self.heads.num_heads / self.heads.group_size
     }
 
-    fn width(&self) -> usize {
+    pub(super) fn width(&self) -> usize {
         let HeadLayout { key_start, key_dim, value_start, value_dim, .. } = self.heads;
         (key_start + self.num_kv_heads() * key_dim).max(value_start + self.num_kv_heads() * value_dim)
     }
@@ -172,14 +172,14 @@ impl Case {
 }
 
 /// Queries and cache rows of some sequences.
-struct Rows {
-    lens: Vec<usize>,
-    queries: Vec<[Vec<f32>; 2]>,
-    cached: Vec<Vec<f32>>,
+pub(super) struct Rows {
+    pub(super) lens: Vec<usize>,
+    pub(super) queries: Vec<[Vec<f32>; 2]>,
+    pub(super) cached: Vec<Vec<f32>>,
 }
 
 impl Rows {
-    fn new(numbers: &mut Numbers, case: &Case, lens: &[usize]) -> Self {
+    pub(super) fn new(numbers: &mut Numbers, case: &Case, lens: &[usize]) -> Self {
         let queries =
             lens.iter().map(|len| case.query_dims.map(|dim| numbers.normal(len * case.heads.num_heads * dim)));
         let queries = queries.collect();
@@ -193,14 +193,14 @@ impl Rows {
 
 /// The rows `first..end` of sequence `seq`.
 #[derive(Clone, Copy, Debug)]
-struct Chunk {
-    seq: usize,
-    first: usize,
-    end: usize,
+pub(super) struct Chunk {
+    pub(super) seq: usize,
+    pub(super) first: usize,
+    pub(super) end: usize,
 }
 
 /// Sequences over a cache whose blocks are handed out in a scattered order, on the device and on the CPU.
-struct World<'a, T, Cache> {
+pub(super) struct World<'a, T, Cache> {
     case: &'a Case,
     queries: Vec<[Vec<T>; 2]>,
     block_size: usize,
@@ -211,8 +211,8 @@ struct World<'a, T, Cache> {
 }
 
 /// A kernel of attention.
-struct Kernel {
-    name: String,
+pub(super) struct Kernel {
+    pub(super) name: String,
     /// Pairs of a task.
     pairs: usize,
     threads: usize,
@@ -220,14 +220,14 @@ struct Kernel {
 }
 
 /// The one for any types and sizes.
-fn plain<T: Number, Cache: Number>(case: &Case) -> Kernel {
+pub(super) fn plain<T: Number, Cache: Number>(case: &Case) -> Kernel {
     let pairs = 8;
     let shared_bytes = 4 * pairs * (case.heads.key_dim + 2 * case.heads.value_dim);
     Kernel { name: format!("attention_{}_{}", T::NAME, Cache::NAME), pairs, threads: ROW_THREADS, shared_bytes }
 }
 
 /// Those on tensor cores: for few pairs and for many.
-fn on_tensor_cores(case: &Case) -> [Kernel; 2] {
+pub(super) fn on_tensor_cores(case: &Case) -> [Kernel; 2] {
     let HeadLayout { num_heads, group_size, key_start, key_dim, value_start, value_dim } = case.heads;
     let (most, sizes, tile) = match value_dim {
         ..=128 => (128, [(16, 4), (64, 8)], 64),
@@ -256,7 +256,7 @@ struct Plan {
 }
 
 impl<'a, T: Number, Cache: Stored> World<'a, T, Cache> {
-    fn new(case: &'a Case, rows: &Rows, block_size: usize) -> Self {
+    pub(super) fn new(case: &'a Case, rows: &Rows, block_size: usize) -> Self {
         let width = case.width();
         let num_blocks: Vec<usize> = rows.lens.iter().map(|len| len.div_ceil(block_size)).collect();
         let all = num_blocks.iter().sum::<usize>() + 1;
@@ -305,7 +305,7 @@ impl<'a, T: Number, Cache: Stored> World<'a, T, Cache> {
         1.0 / (self.case.heads.key_dim as f32).sqrt()
     }
 
-    fn on_cpu(&self, chunks: &[Chunk]) -> Vec<f32> {
+    pub(super) fn on_cpu(&self, chunks: &[Chunk]) -> Vec<f32> {
         let Case { heads, reach, query_dims, .. } = *self.case;
         let queries = self.queries(chunks).map(|part| widened(&part));
         let q = [(queries[0].as_slice(), query_dims[0]), (queries[1].as_slice(), query_dims[1])];
@@ -351,12 +351,12 @@ impl<'a, T: Number, Cache: Stored> World<'a, T, Cache> {
         plan
     }
 
-    fn on_device(&self, kernel: &Kernel, chunks: &[Chunk]) -> Vec<T> {
+    pub(super) fn on_device(&self, kernel: &Kernel, chunks: &[Chunk]) -> Vec<T> {
         self.on_device_in(4, kernel, chunks, false)
     }
 
     /// In so many orders of threads, each split a task of its own or not.
-    fn on_device_in(&self, num_orders: u32, kernel: &Kernel, chunks: &[Chunk], is_split: bool) -> Vec<T> {
+    pub(super) fn on_device_in(&self, num_orders: u32, kernel: &Kernel, chunks: &[Chunk], is_split: bool) -> Vec<T> {
         let HeadLayout { num_heads, group_size, key_start, key_dim, value_start, value_dim } = self.case.heads;
         let [num_heads, group_size, key_start, key_dim, value_start, value_dim] =
             [num_heads, group_size, key_start, key_dim, value_start, value_dim].map(|number| number as u32);
@@ -371,6 +371,8 @@ impl<'a, T: Number, Cache: Stored> World<'a, T, Cache> {
         let sinks = self.case.sinks.as_ref().map_or(ptr::null(), |sinks| sinks.as_ptr());
         let len = plan.split_rows.len() * self.case.heads.num_heads * self.case.heads.value_dim;
         let [out] = outputs_in(num_orders, len, |seed, [out]: [*mut T; 1]| {
+            // The output is not for tasks of one split.
+            let mut untouched = vec![T::POISON; len];
             let mut sums = vec![[f32::NAN; 2]; plan.num_slots];
             let mut values = vec![f32::NAN; plan.num_slots * self.case.heads.value_dim];
             let op = DeviceAttention {
@@ -396,7 +398,7 @@ impl<'a, T: Number, Cache: Stored> World<'a, T, Cache> {
                 scale: self.scale(),
                 tasks: plan.tasks.as_ptr(),
                 partials: Partials { sums: sums.as_mut_ptr(), values: values.as_mut_ptr() },
-                out,
+                out: if is_split { untouched.as_mut_ptr() } else { out },
             };
             let shape = Launch {
                 grid: [plan.tasks.len() as u32, num_heads / group_size, 1],
@@ -407,6 +409,7 @@ impl<'a, T: Number, Cache: Stored> World<'a, T, Cache> {
             // SAFETY: the argument of the kernel; the batch fits the cache, the tasks the batch.
             unsafe { emulator::launch(&kernel.name, shape, &[&op]) }.unwrap();
             if is_split {
+                assert!(untouched.iter().all(|value| value.bits() == T::POISON.bits()), "{}", kernel.name);
                 let merge = format!("attention_merge_{}", T::NAME);
                 let shape = Launch {
                     grid: [plan.split_rows.len() as u32, num_heads, 1],
@@ -424,243 +427,5 @@ impl<'a, T: Number, Cache: Stored> World<'a, T, Cache> {
             }
         });
         out
-    }
-}
-
-const LENS: [usize; 4] = [1, 37, 70, 16];
-
-/// Many rows, one, and the last one of a context.
-const CHUNKS: [Chunk; 3] =
-    [Chunk { seq: 2, first: 30, end: 70 }, Chunk { seq: 0, first: 0, end: 1 }, Chunk { seq: 1, first: 36, end: 37 }];
-
-fn cases(numbers: &mut Numbers) -> Vec<Case> {
-    let mut cases = vec![
-        Case::grouped([4, 4, 16], Reach::Full),
-        Case::grouped([9, 3, 64], Reach::Full).learned(numbers),
-        Case::grouped([6, 2, 24], Reach::Window(7)),
-        Case::grouped([10, 1, 112], Reach::Window(33)).learned(numbers),
-        Case::grouped([2, 1, 5], Reach::Window(1)),
-        Case::grouped([6, 2, 24], Reach::Chunk(9)).learned(numbers),
-        Case::grouped([4, 2, 80], Reach::Full),
-        Case::latent([3, 20, 6]),
-        Case::latent([1, 16, 8]),
-    ];
-    // Keys and values of two widths.
-    cases.push(Case::grouped([4, 2, 16], Reach::Full));
-    let heads = &mut cases.last_mut().unwrap().heads;
-    (heads.key_dim, heads.value_start) = (24, 48);
-    cases.last_mut().unwrap().query_dims = [24, 0];
-    cases
-}
-
-#[test]
-fn heads_agree_with_the_cpu() {
-    let mut numbers = Numbers::new(30);
-    for case in cases(&mut numbers) {
-        let rows = Rows::new(&mut numbers, &case, &LENS);
-        let world = World::<f32, f32>::new(&case, &rows, 16);
-        let found = world.on_device(&plain::<f32, f32>(&case), &CHUNKS);
-        assert_close(&found, &world.on_cpu(&CHUNKS), 2e-6);
-    }
-}
-
-#[test]
-fn every_type_is_widened_and_rounded() {
-    fn check<T: Number, Cache: Stored>(case: &Case, rows: &Rows) {
-        let world = World::<T, Cache>::new(case, rows, 16);
-        let found = world.on_device(&plain::<T, Cache>(case), &CHUNKS);
-        assert_close(&widened(&found), &world.on_cpu(&CHUNKS), tolerance::<T>(2e-6));
-        let rounded = |values: &[f32]| widened(&stored::<T>(values));
-        let queries = rows.queries.iter().map(|parts| parts.each_ref().map(|part| rounded(part))).collect();
-        let rows = Rows { lens: rows.lens.clone(), queries, cached: rows.cached.clone() };
-        let exact = World::<f32, Cache>::new(case, &rows, 16);
-        assert_rounded(&found, &exact.on_device(&plain::<f32, Cache>(case), &CHUNKS));
-    }
-    let mut numbers = Numbers::new(31);
-    for case in [Case::grouped([6, 2, 24], Reach::Full), Case::latent([3, 20, 6])] {
-        let rows = Rows::new(&mut numbers, &case, &LENS);
-        check::<f32, bf16>(&case, &rows);
-        check::<bf16, f32>(&case, &rows);
-        check::<bf16, bf16>(&case, &rows);
-    }
-}
-
-/// The bits of `whole` come out of every kernel for each of the pieces, with splits as tasks of their own or not, over blocks of
-/// another size.
-fn assert_invariant<T: Number, Cache: Stored>(
-    case: &Case,
-    rows: &Rows,
-    whole: &[Chunk],
-    pieces: &[&[Chunk]],
-    kernels: &[Kernel],
-) {
-    let together = World::<T, Cache>::new(case, rows, 16).on_device_in(1, &kernels[0], whole, false);
-    let world = World::<T, Cache>::new(case, rows, 5);
-    let row_len = case.heads.num_heads * case.heads.value_dim;
-    // Where a row of a sequence is in the output of the whole.
-    let place = |seq: usize, row: usize| {
-        let position = whole.iter().position(|chunk| chunk.seq == seq).unwrap();
-        let before: usize = whole[..position].iter().map(|chunk| chunk.end - chunk.first).sum();
-        (before + row - whole[position].first) * row_len
-    };
-    for kernel in kernels {
-        for piece in pieces {
-            for is_split in [false, true] {
-                let found = world.on_device_in(1, kernel, piece, is_split);
-                let mut found = found.chunks(row_len);
-                for chunk in *piece {
-                    for row in chunk.first..chunk.end {
-                        let expected = &together[place(chunk.seq, row)..][..row_len];
-                        let is_equal = bits(found.next().unwrap()) == bits(expected);
-                        assert!(is_equal, "{case:?} by {}: row {row} of {chunk:?}, split: {is_split}", kernel.name);
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// A sequence in chunks of `len` rows.
-fn chunks(seq: usize, rows: Range<usize>, len: usize) -> Vec<Chunk> {
-    rows.clone().step_by(len).map(|first| Chunk { seq, first, end: rows.end.min(first + len) }).collect()
-}
-
-fn whole(lens: &[usize]) -> Vec<Chunk> {
-    lens.iter().enumerate().map(|(seq, &end)| Chunk { seq, first: 0, end }).collect()
-}
-
-/// Whole sequences together, then in chunks, a token at a time, and tokens of several sequences together.
-fn check_short<T: Number, Cache: Stored>(case: &Case, kernels: &[Kernel]) {
-    let lens = [1, 9, 38];
-    let rows = Rows::new(&mut Numbers::new(32), case, &lens);
-    let mut pieces: Vec<Vec<Chunk>> = chunks(2, 30..38, 1).into_iter().map(|chunk| vec![chunk]).collect();
-    pieces.extend(chunks(2, 0..38, 13).into_iter().map(|chunk| vec![chunk]));
-    pieces.push(whole(&lens));
-    pieces.push(vec![
-        Chunk { seq: 2, first: 37, end: 38 },
-        Chunk { seq: 1, first: 8, end: 9 },
-        Chunk { seq: 0, first: 0, end: 1 },
-    ]);
-    let pieces: Vec<&[Chunk]> = pieces.iter().map(Vec::as_slice).collect();
-    assert_invariant::<T, Cache>(case, &rows, &whole(&lens), &pieces, kernels);
-}
-
-/// The rows around the ends of splits, of a context of several.
-fn check_long<T: Number, Cache: Stored>(case: &Case, kernels: &[Kernel]) {
-    let len = 2 * SPLIT + 37;
-    let rows = Rows::new(&mut Numbers::new(33), case, &[len]);
-    for range in [SPLIT - 3..SPLIT + 9, len - 9..len] {
-        let whole = [Chunk { seq: 0, first: range.start, end: range.end }];
-        let world = World::<T, Cache>::new(case, &rows, 16);
-        let found = world.on_device_in(2, &kernels[0], &whole, false);
-        assert_close(&widened(&found), &world.on_cpu(&whole), tolerance::<T>(2e-6));
-        let pieces = [chunks(0, range.clone(), 5), chunks(0, range.start + 1..range.start + 6, 1)].concat();
-        let pieces: Vec<&[Chunk]> = pieces.iter().map(std::slice::from_ref).collect();
-        assert_invariant::<T, Cache>(case, &rows, &whole, &pieces, kernels);
-    }
-}
-
-#[test]
-fn a_row_has_the_same_bits_in_a_prefill_a_chunk_and_a_decode_step() {
-    let mut numbers = Numbers::new(34);
-    for case in [
-        Case::grouped([4, 2, 16], Reach::Full).learned(&mut numbers),
-        Case::grouped([2, 1, 5], Reach::Window(7)),
-        Case::latent([3, 20, 6]),
-    ] {
-        check_short::<f32, f32>(&case, &[plain::<f32, f32>(&case)]);
-        check_short::<bf16, bf16>(&case, &[plain::<bf16, bf16>(&case)]);
-    }
-}
-
-#[test]
-fn splits_are_joined_in_one_way() {
-    let mut numbers = Numbers::new(35);
-    for case in long_cases(&mut numbers) {
-        check_long::<f32, f32>(&case, &[plain::<f32, f32>(&case)]);
-    }
-}
-
-fn long_cases(numbers: &mut Numbers) -> [Case; 4] {
-    [
-        Case::grouped([2, 1, 16], Reach::Full).learned(numbers),
-        Case::grouped([2, 1, 16], Reach::Window(SPLIT + 9)),
-        Case::grouped([2, 1, 16], Reach::Chunk(SPLIT - 1)),
-        Case { source_len: SPLIT + 20, ..Case::grouped([2, 1, 16], Reach::Source) },
-    ]
-}
-
-fn tensor_core_cases(numbers: &mut Numbers) -> Vec<Case> {
-    let mut cases = cases(numbers);
-    cases.retain(|case| [case.heads.key_dim, case.heads.value_dim, case.query_dims[0]].iter().all(|dim| dim % 8 == 0));
-    cases.extend([Case::grouped([2, 1, 256], Reach::Full), Case::latent([3, 24, 8]), Case::latent([5, 512, 64])]);
-    cases
-}
-
-#[test]
-fn tensor_cores_agree_with_the_cpu() {
-    let mut numbers = Numbers::new(36);
-    for case in tensor_core_cases(&mut numbers) {
-        let rows = Rows::new(&mut numbers, &case, &LENS);
-        let world = World::<bf16, bf16>::new(&case, &rows, 16);
-        let expected = world.on_cpu(&CHUNKS);
-        for kernel in on_tensor_cores(&case) {
-            assert_close(&widened(&world.on_device(&kernel, &CHUNKS)), &expected, tolerance::<bf16>(0.0));
-        }
-    }
-}
-
-#[test]
-fn tensor_cores_give_a_row_the_same_bits_in_a_prefill_a_chunk_and_a_decode_step() {
-    let mut numbers = Numbers::new(37);
-    for case in [
-        Case::grouped([6, 2, 24], Reach::Full).learned(&mut numbers),
-        Case::grouped([2, 1, 16], Reach::Window(7)),
-        Case::latent([3, 24, 8]),
-        Case::latent([3, 256, 16]),
-    ] {
-        check_short::<bf16, bf16>(&case, &on_tensor_cores(&case));
-    }
-}
-
-#[test]
-fn tensor_cores_join_splits_in_one_way() {
-    let mut numbers = Numbers::new(38);
-    for case in long_cases(&mut numbers) {
-        check_long::<bf16, bf16>(&case, &on_tensor_cores(&case));
-    }
-}
-
-/// A NaN in a query spoils its row, what is wrong in the cache the rows that see it.
-fn check_spoiled<T: Number, Cache: Stored>(case: &Case, kernels: &[Kernel]) {
-    let mut numbers = Numbers::new(39);
-    let (len, width, query_len) = (40, case.width(), case.heads.num_heads * case.query_dims[0]);
-    let clean = Rows::new(&mut numbers, case, &[len]);
-    let mut spoiled = Rows { queries: clean.queries.clone(), cached: clean.cached.clone(), lens: vec![len] };
-    spoiled.queries[0][0][20 * query_len + 3] = f32::NAN;
-    let first_value = case.heads.value_start;
-    spoiled.cached[0][30 * width..31 * width].fill(f32::NAN);
-    spoiled.cached[0][33 * width + first_value + 1] = f32::INFINITY;
-    let whole = [Chunk { seq: 0, first: 0, end: len }];
-    let [clean, spoiled] = [clean, spoiled].map(|rows| World::<T, Cache>::new(case, &rows, 16));
-    let row_len = case.heads.num_heads * case.heads.value_dim;
-    for kernel in kernels {
-        let (clean, spoiled) = (clean.on_device(kernel, &whole), spoiled.on_device(kernel, &whole));
-        for (row, (clean, spoiled)) in clean.chunks(row_len).zip(spoiled.chunks(row_len)).enumerate() {
-            let is_spoiled = |value: &T| !value.to_f32().is_finite();
-            match row {
-                20 => assert!(spoiled[..case.heads.value_dim].iter().all(is_spoiled), "{}", kernel.name),
-                30.. => assert!(spoiled.iter().any(is_spoiled), "{}: row {row}", kernel.name),
-                _ => assert_eq!(bits(clean), bits(spoiled), "{}: row {row}", kernel.name),
-            }
-        }
-    }
-}
-
-#[test]
-fn what_is_no_number_spoils_no_row_that_cannot_see_it() {
-    for case in [Case::grouped([4, 2, 16], Reach::Full), Case::latent([3, 24, 8])] {
-        check_spoiled::<f32, f32>(&case, &[plain::<f32, f32>(&case)]);
-        check_spoiled::<bf16, bf16>(&case, &on_tensor_cores(&case));
     }
 }
