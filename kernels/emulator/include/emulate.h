@@ -109,14 +109,19 @@ inline void mma_m16n8k16_bf16(float (&c)[4], const unsigned (&a)[4], const unsig
     std::memcpy(own.a, a, sizeof own.a);
     std::memcpy(own.b, b, sizeof own.b);
     const OfWarp<Fragments> of(own);
-    for (unsigned i = 0; i < 4; i++) {
-        const unsigned row = lane() / 4 + 8 * (i / 2), column = lane() % 4 * 2 + i % 2;
-        double sum = c[i];
-        for (unsigned k = 0; k < 16; k++) {
-            const float left = half_of(of[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2], k % 2);
-            const float right = half_of(of[column * 4 + k % 8 / 2].b[k / 8], k % 2);
-            sum += static_cast<double>(left) * right;
+    const unsigned group = lane() / 4, pair = lane() % 4 * 2;
+    double rows[2][16], columns[2][16];
+    for (unsigned k = 0; k < 16; k++) {
+        const unsigned other = k % 8 / 2;
+        const Fragments row = of[group * 4 + other];
+        for (unsigned i = 0; i < 2; i++) {
+            rows[i][k] = half_of(row.a[i + k / 8 * 2], k % 2);
+            columns[i][k] = half_of(of[(pair + i) * 4 + other].b[k / 8], k % 2);
         }
+    }
+    for (unsigned i = 0; i < 4; i++) {
+        double sum = c[i];
+        for (unsigned k = 0; k < 16; k++) sum += rows[i / 2][k] * columns[i % 2][k];
         c[i] = static_cast<float>(sum);
     }
 }
