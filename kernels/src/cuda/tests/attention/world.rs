@@ -156,7 +156,7 @@ impl Case {
         Self { sinks, bias, ..self }
     }
 
-    fn num_kv_heads(&self) -> usize {
+    pub(super) fn num_kv_heads(&self) -> usize {
         self.heads.num_heads / self.heads.group_size
     }
 
