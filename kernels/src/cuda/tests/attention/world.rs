@@ -230,8 +230,8 @@ pub(super) fn plain<T: Number, Cache: Number>(case: &Case) -> Kernel {
 pub(super) fn on_tensor_cores(case: &Case) -> [Kernel; 2] {
     let HeadLayout { num_heads, group_size, key_start, key_dim, value_start, value_dim } = case.heads;
     let (most, sizes, tile) = match value_dim {
-        ..=128 => (128, [(16, 4), (64, 8)], 64),
-        ..=256 => (256, [(16, 4), (64, 8)], 64),
+        0..=128 => (128, [(16, 4), (64, 8)], 64),
+        129..=256 => (256, [(16, 4), (64, 8)], 64),
         _ => (512, [(16, 4), (32, 8)], 32),
     };
     let stride = |dim: usize| dim.next_multiple_of(16) + 8;
