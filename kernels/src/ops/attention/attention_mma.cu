@@ -56,7 +56,7 @@ struct Block {
     Span* visible;
     // [PAIRS]: what the values so far are multiplied with.
     float* factors;
-    // Whether the tile has values that are none.
+    // Whether values of the tile are infinite or NaN.
     unsigned* has_non_finite;
     // The pair whose scores this thread turns into weights, if it has one.
     Pair pair;
