@@ -48,6 +48,23 @@ fn heads_agree_with_the_cpu() {
     }
 }
 
+/// Rows of a decoder see a source whole, or only what comes after it.
+#[test]
+fn sources_are_seen_whole_or_not_at_all() {
+    let mut numbers = Numbers::new(40);
+    for reach in [Reach::Full, Reach::Window(9), Reach::Chunk(9), Reach::Source] {
+        let case = Case { source_len: 41, ..Case::grouped([4, 2, 16], reach).learned(&mut numbers) };
+        let (rows, decoder) = (Rows::new(&mut numbers, &case, &[60]), [Chunk { seq: 0, first: 43, end: 60 }]);
+        let world = World::<f32, f32>::new(&case, &rows, 16);
+        assert_close(&world.on_device(&plain::<f32, f32>(&case), &decoder), &world.on_cpu(&decoder), 2e-6);
+        let world = World::<bf16, bf16>::new(&case, &rows, 16);
+        for kernel in on_tensor_cores(&case) {
+            let found = widened(&world.on_device_in(2, &kernel, &decoder, false));
+            assert_close(&found, &world.on_cpu(&decoder), tolerance::<bf16>(0.0));
+        }
+    }
+}
+
 #[test]
 fn every_type_is_widened_and_rounded() {
     fn check<T: Number, Cache: Stored>(case: &Case, rows: &Rows) {
@@ -133,7 +150,8 @@ fn check_short<T: Number, Cache: Stored>(case: &Case, kernels: &[Kernel]) {
 fn check_long<T: Number, Cache: Stored>(case: &Case, kernels: &[Kernel]) {
     let len = 2 * SPLIT + 37;
     let rows = Rows::new(&mut Numbers::new(33), case, &[len]);
-    for range in [SPLIT - 2..SPLIT + 3, len - 6..len] {
+    // Of the first rows, those of a task see nothing of the second split.
+    for range in [SPLIT - 9..SPLIT + 2, len - 6..len] {
         let whole = [Chunk { seq: 0, first: range.start, end: range.end }];
         let world = World::<T, Cache>::new(case, &rows, 16);
         let found = world.on_device_in(2, &kernels[0], &whole, false);
