@@ -76,7 +76,8 @@ extern "C" __global__ void check_product(const bf16* a, const bf16* b, float* c)
 EXPORT_KERNEL(check_product)
 
 // The same with matrices as they come out of shared memory, and copied there. `b_columns` is b transposed.
-extern "C" __global__ void check_loaded_product(const bf16* a, const bf16* b, const bf16* b_columns, float* c, float* other_c) {
+extern "C" __global__ void check_loaded_product(const bf16* a, const bf16* b, const bf16* b_columns, float* c,
+                                                float* other_c) {
     DYNAMIC_SHARED(bf16, matrices);
     bf16 *shared_a = matrices, *shared_b = shared_a + 256, *shared_columns = shared_b + 128;
     const unsigned lane = threadIdx.x;

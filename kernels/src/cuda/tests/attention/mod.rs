@@ -86,8 +86,8 @@ fn every_type_is_widened_and_rounded() {
     }
 }
 
-/// The bits of `whole` come out of every kernel for each of the pieces, with splits as tasks of their own or not, over blocks of
-/// another size.
+/// The bits of `whole` come out of every kernel for each of the pieces, with splits as tasks of their own or not, over
+/// blocks of another size.
 fn assert_invariant<T: Number, Cache: Stored>(
     case: &Case,
     rows: &Rows,
@@ -157,7 +157,7 @@ fn check_long<T: Number, Cache: Stored>(case: &Case, kernels: &[Kernel]) {
         let found = world.on_device_in(2, &kernels[0], &whole, false);
         assert_close(&widened(&found), &world.on_cpu(&whole), tolerance::<T>(2e-6));
         let pieces = [chunks(0, range.clone(), 4), chunks(0, range.start + 1..range.start + 3, 1)].concat();
-        let pieces: Vec<&[Chunk]> = pieces.iter().map(std::slice::from_ref).collect();
+        let pieces: Vec<&[Chunk]> = pieces.iter().map(std::slice::from_ref).chain([&whole[..]]).collect();
         assert_invariant::<T, Cache>(case, &rows, &whole, &pieces, kernels);
     }
 }
