@@ -1,6 +1,7 @@
 // Kernels with faults that the emulator is to show, for its own tests.
 
 #include "device.cuh"
+#include "mma.cuh"
 
 // out[i] = 1 + the number of the block's thread before, around.
 extern "C" __global__ void check_neighbours(unsigned* out) {
@@ -61,3 +62,61 @@ extern "C" __global__ void check_ballots(unsigned* out) {
     out[threadIdx.x] = __ballot_sync(ALL_LANES, threadIdx.x % 3 == 0);
 }
 EXPORT_KERNEL(check_ballots)
+
+// c = a * b, with each lane's numbers taken from where the PTX manual has them. a: [16, 16], b: [16, 8], c: [16, 8]
+extern "C" __global__ void check_product(const bf16* a, const bf16* b, float* c) {
+    const unsigned group = threadIdx.x / 4, pair = threadIdx.x % 4 * 2;
+    unsigned left[4], right[2];
+    for (unsigned i = 0; i < 4; i++) {
+        const bf16* at = a + (group + i % 2 * 8) * 16 + pair + i / 2 * 8;
+        left[i] = both(at[0], at[1]);
+    }
+    for (unsigned i = 0; i < 2; i++) {
+        const bf16* at = b + (pair + i * 8) * 8 + group;
+        right[i] = both(at[0], at[8]);
+    }
+    float sums[4] = {};
+    mma_m16n8k16_bf16(sums, left, right);
+    for (unsigned i = 0; i < 4; i++) c[(group + i / 2 * 8) * 8 + pair + i % 2] = sums[i];
+}
+EXPORT_KERNEL(check_product)
+
+// The same with matrices as they come out of shared memory, and copied there. `b_columns` is b transposed.
+extern "C" __global__ void check_loaded_product(const bf16* a, const bf16* b, const bf16* b_columns, float* c,
+                                                float* other_c) {
+    DYNAMIC_SHARED(bf16, matrices);
+    bf16 *shared_a = matrices, *shared_b = shared_a + 256, *shared_columns = shared_b + 128;
+    const unsigned lane = threadIdx.x;
+    cp_async(shared_a + lane * 8, a + lane * 8, true);
+    cp_async_commit_group();
+    if (lane < 16) cp_async(shared_b + lane * 8, b + lane * 8, true);
+    if (lane >= 16) cp_async(shared_columns + (lane - 16) * 8, b_columns + (lane - 16) * 8, true);
+    cp_async_commit_group();
+    cp_async_wait_group<1>();
+    __syncthreads();
+    unsigned left[4], right[4], columns[2];
+    ldmatrix_x4(left, shared_a + lane % 16 * 16 + lane / 16 * 8);
+    cp_async_wait_group<0>();
+    __syncthreads();
+    ldmatrix_x4_trans(right, shared_b + lane % 16 * 8);
+    ldmatrix_x2(columns, shared_columns + lane % 8 * 16 + lane / 8 % 2 * 8);
+    float sums[4] = {}, other_sums[4] = {};
+    mma_m16n8k16_bf16(sums, left, {right[0], right[1]});
+    mma_m16n8k16_bf16(other_sums, left, columns);
+    for (unsigned i = 0; i < 4; i++) {
+        const unsigned at = (lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2;
+        c[at] = sums[i];
+        other_c[at] = other_sums[i];
+    }
+}
+EXPORT_KERNEL(check_loaded_product)
+
+// out[i] = in[i] where the flag is set and else 0, in pieces of 16 bytes; waits for as many groups as it is told.
+extern "C" __global__ void check_copies(const unsigned* in, unsigned is_there, unsigned waits, unsigned* out) {
+    DYNAMIC_SHARED(unsigned, numbers);
+    cp_async(numbers + threadIdx.x * 4, in + threadIdx.x * 4, is_there != 0);
+    cp_async_commit_group();
+    if (waits != 0) cp_async_wait_group<0>();
+    for (unsigned i = 0; i < 4; i++) out[threadIdx.x * 4 + i] = numbers[threadIdx.x * 4 + i];
+}
+EXPORT_KERNEL(check_copies)

@@ -26,7 +26,19 @@ constexpr int POISON = 0xff;
 enum class State { Ready, AtWarp, AtBlock, Done };
 
 struct Warp {
-    unsigned char slots[2][WARP][8];
+    unsigned char slots[2][WARP][SLOT_BYTES];
+};
+
+// Bytes on their way to shared memory; behind them come zeros.
+struct Copy {
+    void* target;
+    const void* source;
+    std::size_t bytes, zeros;
+
+    void arrive() const {
+        std::memcpy(target, source, bytes);
+        std::memset(static_cast<unsigned char*>(target) + bytes, 0, zeros);
+    }
 };
 
 struct Thread {
@@ -38,6 +50,8 @@ struct Thread {
     State state;
     Place place;
     unsigned warp, lane, num_exchanges;
+    // In groups; the last one is not committed.
+    std::vector<std::vector<Copy>> copies;
 };
 
 struct Block {
@@ -54,6 +68,8 @@ struct Block {
     void (*call)(void**);
     void** params;
     Thread* running;
+    // Whether copies arrive when they are asked for, and not when they are waited for.
+    bool copies_at_once;
 };
 
 thread_local Block* current;
@@ -84,6 +100,7 @@ void begin(Thread& thread, unsigned index, const Place& place) {
     thread.warp = index / WARP;
     thread.lane = index % WARP;
     thread.num_exchanges = 0;
+    thread.copies.assign(1, {});
     thread.state = State::Ready;
     thread.has_begun = false;
     getcontext(&thread.context);
@@ -179,9 +196,26 @@ void block_barrier() { give_way(State::AtBlock); }
 void warp_barrier() { give_way(State::AtWarp); }
 
 // A lane that is still reading the last set cannot be two exchanges behind.
-unsigned char (*exchange())[8] {
+unsigned char (*exchange())[SLOT_BYTES] {
     Thread& self = *current->running;
     return current->warps[self.warp].slots[self.num_exchanges++ % 2];
+}
+
+void copy_async(void* target, const void* source, std::size_t bytes, std::size_t zeros) {
+    const Copy copy = {target, source, bytes, zeros};
+    if (current->copies_at_once) return copy.arrive();
+    current->running->copies.back().push_back(copy);
+}
+
+void commit_copies() { current->running->copies.emplace_back(); }
+
+void wait_for_copies(unsigned num_left) {
+    auto& groups = current->running->copies;
+    // The last one is not committed, and nobody waits for it.
+    while (groups.size() > num_left + 1) {
+        for (const Copy& copy : groups.front()) copy.arrive();
+        groups.erase(groups.begin());
+    }
 }
 
 void add(const char* name, void (*call)(void**)) { kernels()[name] = call; }
@@ -200,6 +234,7 @@ extern "C" const char* moesaic_emulate(const char* name, const unsigned* grid, c
     Block block{};
     block.call = found->second;
     block.params = params;
+    block.copies_at_once = seed % 2 == 1;
     block.threads.resize(count);
     block.warps.resize((count + WARP - 1) / WARP);
     current = &block;

@@ -91,6 +91,50 @@ mod tests {
         }
     }
 
+    const ONE_WARP: Launch = Launch { grid: [1; 3], block: [32, 1, 1], shared_bytes: 1024, seed: 0 };
+
+    /// Matrices of small whole numbers, as bf16, whose product is exact.
+    #[test]
+    fn products_of_matrices_are_those_of_their_fragments() {
+        let left = |row: usize, k: usize| (row * 5 + k * 3) % 17;
+        let right = |k: usize, column: usize| (k * 7 + column * 2) % 13;
+        let as_bf16 = |value: usize| ((value as f32).to_bits() >> 16) as u16;
+        let a: Vec<u16> = (0..256).map(|i| as_bf16(left(i / 16, i % 16))).collect();
+        let b: Vec<u16> = (0..128).map(|i| as_bf16(right(i / 8, i % 8))).collect();
+        let b_columns: Vec<u16> = (0..128).map(|i| as_bf16(right(i % 16, i / 16))).collect();
+        let product = |i: usize| (0..16).map(|k| left(i / 8, k) * right(k, i % 8)).sum::<usize>() as f32;
+        let expected: Vec<f32> = (0..128).map(product).collect();
+        for seed in 0..4 {
+            let mut found = [[0f32; 128]; 3];
+            let [c, loaded, columns] = found.each_mut().map(|c| c.as_mut_ptr());
+            let (a, b, b_columns) = (a.as_ptr(), b.as_ptr(), b_columns.as_ptr());
+            let shape = Launch { seed, ..ONE_WARP };
+            // SAFETY: the arguments of the kernel, of its sizes.
+            unsafe { launch("check_product", shape, &[&a, &b, &c]) }.unwrap();
+            // SAFETY: the arguments of the kernel, of its sizes.
+            unsafe { launch("check_loaded_product", shape, &[&a, &b, &b_columns, &loaded, &columns]) }.unwrap();
+            assert!(found.iter().all(|c| c[..] == expected), "seed {seed}");
+        }
+    }
+
+    #[test]
+    fn copies_are_there_when_they_were_waited_for() {
+        let numbers: Vec<u32> = (1..=128).collect();
+        let run = |seed, is_there: u32, waits: u32| {
+            let mut out = vec![0u32; 128];
+            let (pointer, shape) = (out.as_mut_ptr(), Launch { seed, ..ONE_WARP });
+            // SAFETY: the arguments of the kernel, of its sizes.
+            unsafe { launch("check_copies", shape, &[&numbers.as_ptr(), &is_there, &waits, &pointer]) }.unwrap();
+            out
+        };
+        for seed in 0..4 {
+            assert_eq!(run(seed, 1, 1), numbers);
+            assert_eq!(run(seed, 0, 1), [0; 128]);
+        }
+        // The first launch shows it.
+        assert_ne!(run(0, 1, 0), numbers);
+    }
+
     #[test]
     fn faults_are_told() {
         let fault = run("check_half_a_barrier", 1, 64, 0).unwrap_err();

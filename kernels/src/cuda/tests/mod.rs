@@ -1,6 +1,8 @@
 //! Parity of the device code with the ops on the CPU, in several orders of its threads, with guarded and poisoned outputs.
 
 mod activations;
+mod attention;
+mod cache;
 mod gated_delta;
 mod norms;
 mod route;
@@ -12,6 +14,8 @@ use half::bf16;
 
 /// Threads of every block that has a row: `ROW_THREADS` of `device.cuh`.
 const ROW_THREADS: usize = 256;
+/// Orders in which the threads of a block run.
+const SEEDS: [u32; 4] = [0, 1, 2, 3];
 /// Numbers before and behind an output that nobody may touch.
 const GUARD: usize = 64;
 /// Of a result that is rounded to bf16.
@@ -83,7 +87,7 @@ impl Number for bf16 {
 /// What a kernel writes into `N` outputs of `len` numbers, the same in every order of its threads. `call` passes the seed
 /// and where the outputs begin.
 fn outputs<T: Output, const N: usize>(len: usize, call: impl Fn(u32, [*mut T; N])) -> [Vec<T>; N] {
-    outputs_in(&[0, 1, 2, 3], len, call)
+    outputs_in(&SEEDS, len, call)
 }
 
 /// The same in these orders, one at least.
