@@ -2,8 +2,8 @@
 //
 // Included before every .cu file. Blocks run one after the other. Each warp runs to its next barrier before another one does, in
 // an order that the launch chooses, and shared memory is NaN until it is written: code that misses a barrier gives
-// other results in one order than in another. A barrier that not all threads reach, and a write behind shared
-// memory, end the launch with an error. Barriers at two places of the code are not told apart, the lanes of a shuffle
+// other results in one order than in another. Copies that run beside the code are made at once in one order and as late as
+// may be in another. A barrier that not all threads reach, and a write behind shared memory, end the launch with an error. Barriers at two places of the code are not told apart, the lanes of a shuffle
 // are not looked at, and nothing here says how fast anything is or what a GPU's own approximations give.
 
 #pragma once
@@ -26,7 +26,7 @@ struct Index {
 };
 
 struct Place {
-    Index thread, block, block_size;
+    Index thread, block, block_size, grid_size;
 };
 
 constexpr int WARP = 32;
@@ -36,8 +36,10 @@ const Place& place();
 void block_barrier();
 // Waits for all threads of the warp.
 void warp_barrier();
-// Of this thread's warp: 8 bytes for each lane, one of two sets in turn.
-unsigned char (*exchange())[8];
+// What a lane can show to the others of its warp at once: its parts of the factors of a matrix instruction.
+constexpr int EXCHANGE_BYTES = 24;
+// Of this thread's warp, one of two sets in turn.
+unsigned char (*exchange())[EXCHANGE_BYTES];
 unsigned lane();
 void* dynamic_shared();
 // Shared memory of this block for whoever has this key.
@@ -63,22 +65,51 @@ struct Registration {
     Registration(const char* name, void (*call)(void**)) { add(name, call); }
 };
 
+// What all lanes of a warp show.
+template <class T>
+class Shown {
+  public:
+    explicit Shown(const T& value) : slots(exchange()) {
+        static_assert(sizeof(T) <= EXCHANGE_BYTES);
+        std::memcpy(slots[lane()], &value, sizeof value);
+        warp_barrier();
+    }
+
+    T of(unsigned source) const {
+        T found;
+        std::memcpy(&found, slots[source % WARP], sizeof found);
+        return found;
+    }
+
+  private:
+    unsigned char (*slots)[EXCHANGE_BYTES];
+};
+
 template <class T>
 T shuffle(T value, unsigned source) {
-    static_assert(sizeof(T) <= 8);
-    auto* slots = exchange();
-    std::memcpy(slots[lane()], &value, sizeof value);
-    warp_barrier();
-    T found;
-    std::memcpy(&found, slots[source % WARP], sizeof found);
-    return found;
+    return Shown<T>(value).of(source);
 }
+
+// cp.async: `valid` bytes, and zeros behind them up to `bytes`.
+void copy_later(void* to, const void* from, std::size_t bytes, std::size_t valid);
+// cp.async.commit_group
+void commit_copies();
+// cp.async.wait_group: all groups but so many of the last.
+void wait_for_copies(unsigned left);
+
+// prmt.b32: byte `selectors[i]` of `low` and `high`, or its highest bit eight times where the selector's fourth bit is set.
+unsigned permute_bytes(unsigned low, unsigned high, unsigned selectors);
+// mma.sync.m16n8k32.row.col.s32.u8.s8.s32
+void mma_u8_s8(int (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
+// mma.sync.m16n8k16.row.col.f32.bf16.bf16.f32; a GPU may round otherwise.
+void mma_bf16(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
 
 }  // namespace emulate
 
 #define threadIdx (emulate::place().thread)
 #define blockIdx (emulate::place().block)
 #define blockDim (emulate::place().block_size)
+#define gridDim (emulate::place().grid_size)
 
 #define EXPORT_KERNEL(name) static const emulate::Registration registered_##name(#name, &emulate::Kernel<name>::call);
 #define SHARED(type, name, count)     \
@@ -93,6 +124,31 @@ static inline T __shfl_xor_sync(unsigned, T value, int lanes) {
     return emulate::shuffle(value, emulate::lane() ^ static_cast<unsigned>(lanes));
 }
 
+// As CUDA has them: vectors that are loaded at once.
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+
+static inline unsigned __ballot_sync(unsigned, bool is_set) {
+    const emulate::Shown<bool> all(is_set);
+    unsigned bits = 0;
+    for (unsigned lane = 0; lane < emulate::WARP; lane++) bits |= static_cast<unsigned>(all.of(lane)) << lane;
+    return bits;
+}
+static inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
+static inline int __float2int_rn(float value) { return static_cast<int>(std::nearbyint(value)); }
+static inline float __fadd_rn(float a, float b) { return a + b; }
+static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 static inline float __uint_as_float(unsigned bits) {
     float value;

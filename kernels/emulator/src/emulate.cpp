@@ -26,7 +26,15 @@ constexpr int POISON = 0xff;
 enum class State { Ready, AtWarp, AtBlock, Done };
 
 struct Warp {
-    unsigned char slots[2][WARP][8];
+    unsigned char slots[2][WARP][EXCHANGE_BYTES];
+};
+
+// A copy that a thread has asked for.
+struct Copy {
+    void* to;
+    const void* from;
+    std::size_t bytes, valid;
+    unsigned group;
 };
 
 struct Thread {
@@ -38,6 +46,9 @@ struct Thread {
     State state;
     Place place;
     unsigned warp, lane, num_exchanges;
+    std::vector<Copy> copies;
+    // Groups of copies that were closed.
+    unsigned num_groups;
 };
 
 struct Block {
@@ -54,6 +65,8 @@ struct Block {
     void (*call)(void**);
     void** params;
     Thread* running;
+    // Whether copies are made when they are waited for.
+    bool copies_late;
 };
 
 thread_local Block* current;
@@ -84,6 +97,8 @@ void begin(Thread& thread, unsigned index, const Place& place) {
     thread.warp = index / WARP;
     thread.lane = index % WARP;
     thread.num_exchanges = 0;
+    thread.copies.clear();
+    thread.num_groups = 0;
     thread.state = State::Ready;
     thread.has_begun = false;
     getcontext(&thread.context);
@@ -175,9 +190,85 @@ void block_barrier() { give_way(State::AtBlock); }
 void warp_barrier() { give_way(State::AtWarp); }
 
 // A lane that is still reading the last set cannot be two exchanges behind.
-unsigned char (*exchange())[8] {
+unsigned char (*exchange())[EXCHANGE_BYTES] {
     Thread& self = *current->running;
     return current->warps[self.warp].slots[self.num_exchanges++ % 2];
+}
+
+namespace {
+
+void make(const Copy& copy) {
+    std::memcpy(copy.to, copy.from, copy.valid);
+    std::memset(static_cast<unsigned char*>(copy.to) + copy.valid, 0, copy.bytes - copy.valid);
+}
+
+unsigned byte_of(unsigned word, unsigned idx) { return word >> (8 * idx) & 0xff; }
+
+float half_of(unsigned word, unsigned idx) { return __uint_as_float(word >> (16 * idx) << 16); }
+
+// A lane's parts of the two factors.
+struct Factors {
+    unsigned a[4], b[2];
+};
+
+// Adds this lane's part of the product to `c`. A register holds WIDTH neighbours along the inner dimension; four lanes share
+// one half of it.
+template <unsigned WIDTH, class Sum, class Number, class OfA, class OfB>
+void multiply(Number (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2], OfA of_a, OfB of_b) {
+    const Shown<Factors> all({{a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
+    constexpr unsigned half = 4 * WIDTH;
+    for (unsigned i = 0; i < 4; i++) {
+        const unsigned row = lane() / 4 + i / 2 * 8, col = lane() % 4 * 2 + i % 2;
+        Sum sum = 0;
+        for (unsigned k = 0; k < 2 * half; k++) {
+            const unsigned source = k % half / WIDTH;
+            const Factors of_row = all.of(row % 8 * 4 + source), of_col = all.of(col * 4 + source);
+            sum += static_cast<Sum>(of_a(of_row.a[row / 8 + k / half * 2], k % WIDTH)) * of_b(of_col.b[k / half], k % WIDTH);
+        }
+        c[i] = static_cast<Number>(c[i] + sum);
+    }
+}
+
+}  // namespace
+
+void copy_later(void* to, const void* from, std::size_t bytes, std::size_t valid) {
+    Thread& self = *current->running;
+    const Copy copy = {to, from, bytes, valid, self.num_groups};
+    if (current->copies_late) {
+        self.copies.push_back(copy);
+    } else {
+        make(copy);
+    }
+}
+
+void commit_copies() { current->running->num_groups++; }
+
+void wait_for_copies(unsigned left) {
+    Thread& self = *current->running;
+    const auto is_due = [&](const Copy& copy) { return copy.group + left < self.num_groups; };
+    for (const Copy& copy : self.copies)
+        if (is_due(copy)) make(copy);
+    self.copies.erase(std::remove_if(self.copies.begin(), self.copies.end(), is_due), self.copies.end());
+}
+
+unsigned permute_bytes(unsigned low, unsigned high, unsigned selectors) {
+    unsigned result = 0;
+    for (unsigned i = 0; i < 4; i++) {
+        const unsigned selector = selectors >> (4 * i) & 15;
+        unsigned byte = byte_of(selector & 4 ? high : low, selector & 3);
+        if (selector & 8) byte = byte & 0x80 ? 0xff : 0;
+        result |= byte << (8 * i);
+    }
+    return result;
+}
+
+void mma_u8_s8(int (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    const auto signed_byte_of = [](unsigned word, unsigned idx) { return static_cast<int>(static_cast<signed char>(byte_of(word, idx))); };
+    multiply<4, int>(c, a, b, byte_of, signed_byte_of);
+}
+
+void mma_bf16(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    multiply<2, double>(c, a, b, half_of, half_of);
 }
 
 void add(const char* name, void (*call)(void**)) { kernels()[name] = call; }
@@ -196,6 +287,7 @@ extern "C" const char* moesaic_emulate(const char* name, const unsigned* grid, c
     Block block{};
     block.call = found->second;
     block.params = params;
+    block.copies_late = seed % 2 == 1;
     block.threads.resize(count);
     block.warps.resize((count + WARP - 1) / WARP);
     current = &block;
@@ -213,7 +305,8 @@ extern "C" const char* moesaic_emulate(const char* name, const unsigned* grid, c
                     begin(block.threads[i], i,
                           {{i % width, i / width % height, i / width / height},
                            {x, y, z},
-                           {block_size[0], block_size[1], block_size[2]}});
+                           {block_size[0], block_size[1], block_size[2]},
+                           {grid[0], grid[1], grid[2]}});
                 }
                 fault = run(block, seed);
             }

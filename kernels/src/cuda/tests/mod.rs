@@ -1,6 +1,7 @@
 //! Parity of the device code with the ops on the CPU, in several orders of its threads, with guarded and poisoned outputs.
 
 mod activations;
+mod linear;
 mod norms;
 mod route;
 mod tables;
