@@ -75,11 +75,7 @@ class Shown {
         warp_barrier();
     }
 
-    T of(unsigned source) const {
-        T found;
-        std::memcpy(&found, slots[source % WARP], sizeof found);
-        return found;
-    }
+    const T& of(unsigned source) const { return *reinterpret_cast<const T*>(slots[source % WARP]); }
 
   private:
     unsigned char (*slots)[EXCHANGE_BYTES];

@@ -26,7 +26,7 @@ constexpr int POISON = 0xff;
 enum class State { Ready, AtWarp, AtBlock, Done };
 
 struct Warp {
-    unsigned char slots[2][WARP][EXCHANGE_BYTES];
+    alignas(8) unsigned char slots[2][WARP][EXCHANGE_BYTES];
 };
 
 // A copy that a thread has asked for.
@@ -216,15 +216,15 @@ struct Factors {
 template <unsigned WIDTH, class Sum, class Number, class OfA, class OfB>
 void multiply(Number (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2], OfA of_a, OfB of_b) {
     const Shown<Factors> all({{a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
-    constexpr unsigned half = 4 * WIDTH;
     for (unsigned i = 0; i < 4; i++) {
         const unsigned row = lane() / 4 + i / 2 * 8, col = lane() % 4 * 2 + i % 2;
         Sum sum = 0;
-        for (unsigned k = 0; k < 2 * half; k++) {
-            const unsigned source = k % half / WIDTH;
-            const Factors of_row = all.of(row % 8 * 4 + source), of_col = all.of(col * 4 + source);
-            sum += static_cast<Sum>(of_a(of_row.a[row / 8 + k / half * 2], k % WIDTH)) * of_b(of_col.b[k / half], k % WIDTH);
-        }
+        for (unsigned half = 0; half < 2; half++)
+            for (unsigned source = 0; source < 4; source++) {
+                const unsigned of_row = all.of(row % 8 * 4 + source).a[row / 8 + half * 2];
+                const unsigned of_col = all.of(col * 4 + source).b[half];
+                for (unsigned k = 0; k < WIDTH; k++) sum += static_cast<Sum>(of_a(of_row, k)) * of_b(of_col, k);
+            }
         c[i] = static_cast<Number>(c[i] + sum);
     }
 }

@@ -97,4 +97,61 @@ mod tests {
         assert!(run("check_nothing", 1, 1, 0).unwrap_err().contains("no such kernel"));
         assert!(run("check_neighbours", 1, 1025, 0).unwrap_err().contains("1 to 1024"));
     }
+
+    /// Runs one block with pointers to two inputs and 128 numbers of output.
+    fn run_block<A, B, T: Copy + Default>(kernel: &str, threads: u32, seed: u32, inputs: (&[A], &[B])) -> Vec<T> {
+        let mut out = vec![T::default(); 128];
+        let shape = Launch { grid: [1; 3], block: [threads, 1, 1], shared_bytes: 0, seed };
+        let arguments: [&dyn Argument; 3] = [&inputs.0.as_ptr(), &inputs.1.as_ptr(), &out.as_mut_ptr()];
+        // SAFETY: the kernels that are run so take these.
+        unsafe { launch(kernel, shape, &arguments) }.unwrap();
+        out
+    }
+
+    #[test]
+    fn matrix_instructions_are_products() {
+        let of_element = |idx: usize| (idx * 83 + idx / 7) as u8;
+        let a: Vec<u8> = (0..16 * 32).map(of_element).collect();
+        let b: Vec<i8> = (0..8 * 32).map(|idx| of_element(idx + 5).cast_signed()).collect();
+        let cell = |row: usize, col: usize| {
+            1 + (0..32).map(|k| i32::from(a[row * 32 + k]) * i32::from(b[col * 32 + k])).sum::<i32>()
+        };
+        let product: Vec<i32> = (0..128).map(|idx| cell(idx / 8, idx % 8)).collect();
+        // Small integers, which bf16 holds.
+        let [a16, b16] =
+            [16usize, 8].map(|rows| (0..rows * 16).map(|idx| (idx * 29 + idx / 5) % 200).collect::<Vec<_>>());
+        let bits =
+            |values: &[usize]| values.iter().map(|&value| ((value as f32).to_bits() >> 16) as u16).collect::<Vec<_>>();
+        let cell = |row: usize, col: usize| 1 + (0..16).map(|k| a16[row * 16 + k] * b16[col * 16 + k]).sum::<usize>();
+        let product16: Vec<f32> = (0..128).map(|idx| cell(idx / 8, idx % 8) as f32).collect();
+        for seed in 0..3 {
+            assert_eq!(run_block::<_, _, i32>("check_mma_u8_s8", 32, seed, (&a, &b)), product);
+            assert_eq!(run_block::<_, _, f32>("check_mma_bf16", 32, seed, (&bits(&a16), &bits(&b16))), product16);
+        }
+    }
+
+    #[test]
+    fn bytes_and_votes_are_gathered() {
+        let out = run("check_permuted_bytes", 1, 32, 0).unwrap();
+        assert_eq!(out[..4], [0x8382_8100, 0x0406_0507, 0xffff_ff00, 0x4924_9249]);
+    }
+
+    /// By way of copies that run beside the code.
+    #[test]
+    fn copies_that_nobody_waits_for_show() {
+        let numbers: Vec<u128> = (0..32).map(|idx| idx << 32 | (1000 * idx)).collect();
+        let sums: Vec<u32> = (0..128).map(|idx| 1001 * (idx / 32 * 8 + (idx % 32 + 5) % 8)).collect();
+        let run = |kernel: &str, seed| {
+            let mut out = vec![0u32; 128];
+            let shape = Launch { grid: [1; 3], block: [32, 1, 1], shared_bytes: 0, seed };
+            let arguments: [&dyn Argument; 3] = [&numbers.as_ptr(), &out.as_mut_ptr(), &4u32];
+            // SAFETY: the kernels take four tiles of 32 numbers, and a place for each.
+            unsafe { launch(kernel, shape, &arguments) }.unwrap();
+            out
+        };
+        for seed in 0..4 {
+            assert_eq!(run("check_copies", seed), sums);
+        }
+        assert_ne!(run("check_missed_wait", 1), sums);
+    }
 }

@@ -73,6 +73,8 @@ static __device__ __forceinline__ Best better(Best a, Best b) {
 
 static __device__ __forceinline__ float across(float value, int lanes) { return __shfl_xor_sync(ALL_LANES, value, lanes); }
 
+static __device__ __forceinline__ unsigned across(unsigned value, int lanes) { return __shfl_xor_sync(ALL_LANES, value, lanes); }
+
 static __device__ __forceinline__ Best across(Best best, int lanes) {
     return {__shfl_xor_sync(ALL_LANES, best.value, lanes), __shfl_xor_sync(ALL_LANES, best.index, lanes)};
 }
@@ -89,8 +91,9 @@ static __device__ __forceinline__ T row_merge(T value, T (&scratch)[ROW_WARPS], 
     return value;
 }
 
-static __device__ __forceinline__ float row_sum(float value, float (&scratch)[ROW_WARPS]) {
-    return row_merge(value, scratch, [](float a, float b) { return a + b; });
+template <class T>
+static __device__ __forceinline__ T row_sum(T value, T (&scratch)[ROW_WARPS]) {
+    return row_merge(value, scratch, [](T a, T b) { return a + b; });
 }
 
 // A NaN counts for nothing.

@@ -2,17 +2,13 @@
 
 #pragma once
 
-#include "mma.cuh"
+#include "product.cuh"
 
 // As `quant` names them.
 enum class Codes : unsigned { Int8, Int8Min, Int4, Int4Min, Int8Rotated, Int4Double, Fp4 };
 
-// Rows of a panel: those of a matrix instruction.
-constexpr int PANEL_ROWS = 16;
 // Columns that an instruction multiplies.
 constexpr int STEP_COLS = 32;
-// Of the rows of a panel, a lane has two that follow each other, 2 * (lane / 4), and of the columns of a step eight.
-constexpr int LANE_COLS = 8;
 
 // Of a group of a row of activations, `x = scale * code`.
 struct Terms {

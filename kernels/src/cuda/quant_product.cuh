@@ -7,14 +7,12 @@
 
 #pragma once
 
+#include "product.cuh"
 #include "quant.cuh"
-#include "rows.cuh"
-
-constexpr int PRODUCT_THREADS = 128;
-constexpr int PRODUCT_WARPS = PRODUCT_THREADS / WARP_SIZE;
 
 // Columns of a chunk, the largest group.
-constexpr int CHUNK_COLS = 128;
+constexpr int CHUNK_SHIFT = 7;
+constexpr int CHUNK_COLS = 1 << CHUNK_SHIFT;
 constexpr int CHUNK_STEPS = CHUNK_COLS / STEP_COLS;
 // Groups of a chunk where they are smallest.
 constexpr int MAX_GROUPS = CHUNK_COLS / 16;
@@ -32,8 +30,8 @@ struct QuantRows {
 // What a block has of a chunk.
 template <int PANELS, int TILES>
 struct alignas(COPY_BYTES) Chunk {
-    unsigned char codes[8 * TILES][TOKEN_STRIDE];
-    Terms terms[MAX_GROUPS][8 * TILES];
+    unsigned char codes[TILE_TOKENS * TILES][TOKEN_STRIDE];
+    Terms terms[MAX_GROUPS][TILE_TOKENS * TILES];
     unsigned char scales[PANELS * PRODUCT_WARPS][MAX_GROUPS * ScalesWithMin::GROUP_BYTES];
 };
 
@@ -41,7 +39,7 @@ template <int PANELS, int TILES>
 struct ProductShared {
     Chunk<PANELS, TILES> chunks[2];
     // Row of inputs of each token.
-    unsigned sources[8 * TILES];
+    unsigned sources[TILE_TOKENS * TILES];
 };
 
 // The bits of 1.5 * 2^23, which integers up to 2^22 are added to in order to become floats: 255 * 127 * 128 is the largest.
@@ -54,12 +52,12 @@ class QuantProduct {
   public:
     __device__ __forceinline__ QuantProduct(const QuantWeight& of_weight, unsigned first_of_block, const QuantRows& of_rows,
                                             unsigned tokens, ProductShared<PANELS, TILES>& of_block)
-        : weight(of_weight), layout(of_weight), rows(of_rows), shared(of_block), num_tokens(tokens),
-          groups_in_chunk(CHUNK_COLS / of_weight.group), block_panel(first_of_block),
+        : bytes(of_weight.bytes), layout(of_weight), rows(of_rows), shared(of_block), num_tokens(tokens),
+          group_shift(__popc(of_weight.group - 1)), block_panel(first_of_block),
           num_panels((of_weight.rows + PANEL_ROWS - 1) / PANEL_ROWS), lane(threadIdx.x % WARP_SIZE),
           warp(threadIdx.x / WARP_SIZE) {}
 
-    // Of a lane: `out[panel][tile][i]` is row 2 * (lane / 4) + i / 2 of a panel of the warp and token 2 * (lane % 4) + i % 2.
+    // As `store` takes them.
     __device__ __forceinline__ void compute(float (&out)[PANELS][TILES][4]) {
         UNROLL for (int p = 0; p < PANELS; p++) {
             min_factors[p] = F::Scaling::NUM_FACTORS == 2 && exists(p) ? factors(p, 1) : float2{0, 0};
@@ -95,7 +93,7 @@ class QuantProduct {
   private:
     __device__ __forceinline__ bool exists(int p) const { return panel_of(p) < num_panels; }
 
-    __device__ __forceinline__ const unsigned char* panel(unsigned idx) const { return weight.bytes + idx * layout.panel_bytes; }
+    __device__ __forceinline__ const unsigned char* panel(unsigned idx) const { return bytes + idx * layout.panel_bytes; }
 
     __device__ __forceinline__ float2 factors(int p, int which) const {
         const unsigned char* at = panel(panel_of(p)) + (which * PANEL_ROWS + 2 * (lane / 4)) * sizeof(float);
@@ -123,15 +121,16 @@ class QuantProduct {
     }
 
     __device__ __forceinline__ void start_tokens(Chunk<PANELS, TILES>& chunk, unsigned first_col) {
-        constexpr unsigned COPIES = CHUNK_COLS / COPY_BYTES, TOKENS = 8 * TILES;
+        constexpr unsigned COPIES = CHUNK_COLS / COPY_BYTES, TOKENS = TILE_TOKENS * TILES;
         for (unsigned i = threadIdx.x; i < TOKENS * COPIES; i += PRODUCT_THREADS) {
             const unsigned token = i / COPIES, col = first_col + i % COPIES * COPY_BYTES;
             const size_t row = static_cast<size_t>(shared.sources[token]) * layout.padded_cols;
             const bool is_there = token < num_tokens && col < layout.padded_cols;
             copy_async<COPY_BYTES>(&chunk.codes[token][col - first_col], rows.codes + (is_there ? row + col : 0), is_there);
         }
-        for (unsigned i = threadIdx.x; i < TOKENS * groups_in_chunk; i += PRODUCT_THREADS) {
-            const unsigned token = i / groups_in_chunk, group = i % groups_in_chunk, idx = first_col / weight.group + group;
+        const unsigned shift = CHUNK_SHIFT - group_shift;
+        for (unsigned i = threadIdx.x; i < TOKENS << shift; i += PRODUCT_THREADS) {
+            const unsigned token = i >> shift, group = i & ((1u << shift) - 1), idx = (first_col >> group_shift) + group;
             const size_t row = static_cast<size_t>(shared.sources[token]) * layout.num_groups;
             const bool is_there = token < num_tokens && idx < layout.num_groups;
             copy_async<sizeof(Terms)>(&chunk.terms[group][token], rows.terms + (is_there ? row + idx : 0), is_there);
@@ -139,14 +138,15 @@ class QuantProduct {
     }
 
     __device__ __forceinline__ void start_scales(Chunk<PANELS, TILES>& chunk, unsigned first_col) {
-        constexpr unsigned GROUP_COPIES = F::Scaling::GROUP_BYTES / COPY_BYTES;
-        const unsigned copies = groups_in_chunk * GROUP_COPIES, first = first_col / weight.group * GROUP_COPIES;
-        for (unsigned i = threadIdx.x; i < PANELS * PRODUCT_WARPS * copies; i += PRODUCT_THREADS) {
-            const unsigned idx = block_panel + i / copies, part = i % copies;
+        constexpr unsigned GROUP_COPIES = F::Scaling::GROUP_BYTES / COPY_BYTES, BLOCK_PANELS = PANELS * PRODUCT_WARPS;
+        const unsigned shift = CHUNK_SHIFT - group_shift + (GROUP_COPIES == 4 ? 2 : 1);
+        const unsigned first = (first_col >> group_shift) * GROUP_COPIES;
+        for (unsigned i = threadIdx.x; i < BLOCK_PANELS << shift; i += PRODUCT_THREADS) {
+            const unsigned idx = block_panel + (i >> shift), part = i & ((1u << shift) - 1);
             const bool is_there = idx < num_panels && first + part < layout.num_groups * GROUP_COPIES;
             const unsigned at = layout.SCALES_START + (first + part) * COPY_BYTES;
-            const unsigned char* from = is_there ? panel(idx) + at : weight.bytes;
-            copy_async<COPY_BYTES>(&chunk.scales[i / copies][part * COPY_BYTES], from, is_there);
+            const unsigned char* from = is_there ? panel(idx) + at : bytes;
+            copy_async<COPY_BYTES>(&chunk.scales[i >> shift][part * COPY_BYTES], from, is_there);
         }
     }
 
@@ -155,7 +155,7 @@ class QuantProduct {
                                              float (&out)[PANELS][TILES][4]) {
         unsigned a[PANELS][4], b[TILES][2];
         UNROLL for (int tile = 0; tile < TILES; tile++) {
-            const unsigned char* at = &chunk.codes[tile * 8 + lane / 4][step * STEP_COLS + lane % 4 * LANE_COLS];
+            const unsigned char* at = &chunk.codes[tile * TILE_TOKENS + lane / 4][step * STEP_COLS + lane % 4 * LANE_COLS];
             const uint2 loaded = *reinterpret_cast<const uint2*>(at);
             b[tile][0] = loaded.x, b[tile][1] = loaded.y;
         }
@@ -164,9 +164,9 @@ class QuantProduct {
             load(p, step, first + CHUNK_COLS + step * STEP_COLS);
         }
         const unsigned end = (step + 1) * STEP_COLS;
-        if (weight.group >= STEP_COLS) {
+        if (1 << group_shift >= STEP_COLS) {
             add(a, b);
-            if (end % weight.group == 0) finish(chunk, end / weight.group - 1, out);
+            if (end >> group_shift << group_shift == end) finish(chunk, (end >> group_shift) - 1, out);
             return;
         }
         // Two groups: either half of the lanes' columns once with zeros in place of the other.
@@ -193,7 +193,7 @@ class QuantProduct {
             minima[p] = F::Scaling::minima(of_group, 2 * (lane / 4), min_factors[p]);
         }
         UNROLL for (int tile = 0; tile < TILES; tile++) {
-            const uint4 loaded = *reinterpret_cast<const uint4*>(&chunk.terms[group][tile * 8 + lane % 4 * 2]);
+            const uint4 loaded = *reinterpret_cast<const uint4*>(&chunk.terms[group][tile * TILE_TOKENS + lane % 4 * 2]);
             const float x_scale[2] = {__uint_as_float(loaded.x), __uint_as_float(loaded.z)};
             const int x_sum[2] = {static_cast<int>(loaded.y), static_cast<int>(loaded.w)};
             UNROLL for (int p = 0; p < PANELS; p++)
@@ -212,11 +212,11 @@ class QuantProduct {
         }
     }
 
-    const QuantWeight& weight;
+    const unsigned char* const bytes;
     const PanelLayout<F> layout;
     const QuantRows& rows;
     ProductShared<PANELS, TILES>& shared;
-    const unsigned num_tokens, groups_in_chunk, block_panel, num_panels;
+    const unsigned num_tokens, group_shift, block_panel, num_panels;
     const int lane, warp;
     float2 min_factors[PANELS];
     int sums[PANELS][TILES][4];
@@ -224,28 +224,12 @@ class QuantProduct {
     uint2 codes[PANELS][CHUNK_STEPS][F::Decoding::LOADS];
 };
 
-// Writes results of a lane, plus the bias, of panels that exist as far as they go.
-template <class T, int PANELS, int TILES>
-static __device__ __forceinline__ void store(const float (&values)[PANELS][TILES][4], unsigned first_panel, unsigned num_outs,
-                                             const float* bias, const Rows& rows, T* out, unsigned out_width) {
-    const int lane = threadIdx.x % WARP_SIZE;
-    UNROLL for (int p = 0; p < PANELS; p++)
-        UNROLL for (int tile = 0; tile < TILES; tile++)
-            UNROLL for (int i = 0; i < 4; i++) {
-                const unsigned col = (first_panel + p) * PANEL_ROWS + 2 * (lane / 4) + i / 2;
-                const unsigned token = tile * 8 + lane % 4 * 2 + i % 2;
-                if (col >= num_outs || token >= rows.count) continue;
-                const float value = bias == nullptr ? values[p][tile][i] : __fadd_rn(values[p][tile][i], bias[col]);
-                out[static_cast<size_t>(rows.target(token)) * out_width + col] = from_float<T>(value);
-            }
-}
-
-// One block: PANELS * PRODUCT_WARPS panels from the `first_panel`-th on, and up to 8 * TILES rows.
+// One block: PANELS * PRODUCT_WARPS panels from the `first_panel`-th on, and up to TILE_TOKENS * TILES rows.
 template <class T, int PANELS, int TILES>
 static __device__ __forceinline__ void quant_product(const QuantWeight& weight, unsigned first_panel, const QuantRows& input,
                                                      const Rows& rows, T* out, unsigned out_width,
                                                      ProductShared<PANELS, TILES>& shared) {
-    for (unsigned i = threadIdx.x; i < 8 * TILES; i += PRODUCT_THREADS) shared.sources[i] = i < rows.count ? rows.source(i) : 0;
+    for (unsigned i = threadIdx.x; i < TILE_TOKENS * TILES; i += PRODUCT_THREADS) shared.sources[i] = i < rows.count ? rows.source(i) : 0;
     __syncthreads();
     with_format(weight.codes, [&](auto format) {
         QuantProduct<decltype(format), PANELS, TILES> product(weight, first_panel, input, rows.count, shared);

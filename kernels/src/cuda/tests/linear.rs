@@ -5,11 +5,11 @@ use std::slice::from_ref;
 use emulator::{Argument, Launch};
 use half::bf16;
 
-use super::{Number, Output, ROW_THREADS, bits, for_activations, outputs, stored, widened};
+use super::{Buffer, Number, Output, ROW_THREADS, bits, for_activations, outputs, stored, tolerance, widened};
 use crate::ops::head_linear::head_linear;
 use crate::ops::linear::linear;
 use crate::quant::{Codes, QuantFormat, QuantizedRows};
-use crate::testing::{Numbers, QUANTIZED, tensor, values};
+use crate::testing::{Numbers, QUANTIZED, assert_close, tensor, values};
 use crate::weight::{PackedWeight, WeightFormat};
 
 /// `PRODUCT_THREADS` of `quant_product.cuh`.
@@ -76,28 +76,35 @@ impl Output for Terms {
     }
 }
 
-pub(super) fn quantize_rows<T: Number>(x: &[T], cols: usize, format: QuantFormat) -> DeviceRows {
+/// As many rows as are said to be there.
+pub(super) fn quantize_rows<T: Number>(
+    x: &[T],
+    cols: usize,
+    (format, num_there): (QuantFormat, *const u32),
+    seed: u32,
+) -> DeviceRows {
     let (num_rows, num_groups) = (x.len() / cols, cols.div_ceil(format.group()));
-    let (mut codes, mut terms) = (Vec::new(), Vec::new());
-    let run = |seed, out: *mut u128, terms: *mut Terms| {
-        let shape =
-            Launch { grid: [num_rows as u32, 1, 1], block: [ROW_THREADS as u32, 1, 1], shared_bytes: 0, seed };
-        let (cols, group, is_rotated) = (cols as u32, u32::from(format.group), u32::from(format.codes.are_rotated()));
-        let arguments: [&dyn Argument; 7] =
-            [&x.as_ptr(), &out, &terms, &cols, &group, &is_rotated, &std::ptr::null::<u32>()];
+    let mut codes = Buffer::new(num_rows * num_groups * format.group() / 16);
+    let mut terms = Buffer::new(num_rows * num_groups);
+    let shape = Launch { grid: [num_rows as u32, 1, 1], block: [ROW_THREADS as u32, 1, 1], shared_bytes: 0, seed };
+    let arguments: [&dyn Argument; 7] = [
+        &x.as_ptr(),
+        &codes.as_mut_ptr(),
+        &terms.as_mut_ptr(),
+        &(cols as u32),
+        &u32::from(format.group),
+        &u32::from(format.codes.are_rotated()),
+        &num_there,
+    ];
+    if num_rows > 0 {
         // SAFETY: the arguments of the kernel, with rows of `cols`.
         unsafe { emulator::launch(&format!("quantize_rows_{}", T::NAME), shape, &arguments) }.unwrap();
-    };
-    if num_rows > 0 {
-        let (num_codes, num_terms) = (num_rows * num_groups * format.group() / 16, num_rows * num_groups);
-        [codes] = outputs(num_codes, |seed, [out]: [*mut u128; 1]| {
-            run(seed, out, vec![Terms::POISON; num_terms].as_mut_ptr());
-        });
-        [terms] = outputs(num_terms, |seed, [out]: [*mut Terms; 1]| {
-            run(seed, vec![0u128; num_codes].as_mut_ptr(), out);
-        });
     }
-    DeviceRows { codes, terms }
+    DeviceRows { codes: codes.into_vec(), terms: terms.into_vec() }
+}
+
+fn all_rows<T: Number>(x: &[T], cols: usize, format: QuantFormat) -> DeviceRows {
+    quantize_rows(x, cols, (format, std::ptr::null()), 1)
 }
 
 fn check_quantize_rows<T: Number>() {
@@ -112,10 +119,14 @@ fn check_quantize_rows<T: Number>() {
             x[64..128].fill(1e-41);
             x[128] = 3e-38;
         }
-        let x = stored::<T>(&x);
+        let (x, one_less) = (stored::<T>(&x), rows as u32 - 1);
         for format in formats().filter(|format| matches!(format.codes, Codes::Int8 | Codes::Int8Rotated)) {
             let expected = QuantizedRows::new(&widened(&x), cols, format.row_form());
-            let found = quantize_rows(&x, cols, format);
+            let found = all_rows(&x, cols, format);
+            let again = quantize_rows(&x, cols, (format, &raw const one_less), 2);
+            let (kept, left) = again.terms.split_at(found.terms.len() / rows * (rows - 1));
+            assert_eq!(bits(kept), bits(&found.terms[..kept.len()]));
+            assert!(left.iter().all(|terms| terms.bits() == Terms::POISON.bits()), "a row that is not there");
             let codes = (0..rows).flat_map(|row| expected.codes(row).as_flattened().to_vec());
             assert_eq!(found.code_bytes(), codes.collect::<Vec<_>>(), "{format:?} [{rows}, {cols}]");
             let terms = (0..rows).flat_map(|row| expected.terms(row));
@@ -150,6 +161,9 @@ pub(super) struct QuantWeight {
 }
 
 impl QuantWeight {
+    pub(super) const NONE: Self =
+        Self { bytes: std::ptr::null(), bias: std::ptr::null(), codes: 0, group: 16, rows: 0, cols: 0 };
+
     pub(super) fn new(weight: &PackedWeight, bias: Option<&[f32]>) -> Self {
         let WeightFormat::Quantized(format) = weight.format() else { panic!("not quantized") };
         if let Some(bias) = bias {
@@ -205,7 +219,8 @@ fn quantized(numbers: &mut Numbers, format: QuantFormat, [rows, cols]: [usize; 2
 fn check_quant_linear<T: Number>() {
     let mut numbers = Numbers::new(21);
     for (num_tokens, [rows, cols]) in [(1, [1, 1]), (3, [17, 63]), (9, [70, 300]), (33, [130, 16])] {
-        for format in formats() {
+        // The other type differs behind the product.
+        for format in formats().filter(|format| T::NAME == "float" || QUANTIZED.contains(format)) {
             let weight = quantized(&mut numbers, format, [rows, cols]);
             let bias = numbers.normal(rows);
             let mut x = numbers.with_outliers(num_tokens * cols);
@@ -213,16 +228,13 @@ fn check_quant_linear<T: Number>() {
                 x[cols + cols / 2] = f32::NAN;
             }
             let x = stored::<T>(&x);
-            let device_x = quantize_rows(&x, cols, format);
+            let device_x = all_rows(&x, cols, format);
             let x = tensor(&widened(&x), &[num_tokens, cols]);
-            for bias in [None, Some(bias.as_slice())] {
-                let bias_tensor = bias.map(|bias| tensor(bias, &[rows]));
-                let expected = values(&linear(&x, &weight, bias_tensor.as_ref()).unwrap());
-                let device_weight = QuantWeight::new(&weight, bias);
-                for tile in TILES {
-                    let found = device_product::<T>(tile, &device_x, num_tokens, from_ref(&device_weight));
-                    assert_same(&found, &expected, &(format, tile, num_tokens, rows, cols));
-                }
+            let expected = values(&linear(&x, &weight, Some(&tensor(&bias, &[rows]))).unwrap());
+            let device_weight = QuantWeight::new(&weight, Some(&bias));
+            for tile in TILES {
+                let found = device_product::<T>(tile, &device_x, num_tokens, from_ref(&device_weight));
+                assert_same(&found, &expected, &(format, tile, num_tokens, rows, cols));
             }
         }
     }
@@ -248,7 +260,7 @@ fn the_largest_integers_are_exact() {
         .unwrap();
         let x = [vec![1.0; 256], vec![-1.0; 256], numbers.normal(256)].concat();
         let expected = values(&linear(&tensor(&x, &[3, 256]), &weight, None).unwrap());
-        let x = quantize_rows(&x, 256, format);
+        let x = all_rows(&x, 256, format);
         for tile in TILES {
             let found = device_product::<f32>(tile, &x, 3, &[QuantWeight::new(&weight, None)]);
             assert_same(&found, &expected, &(format, tile));
@@ -264,7 +276,7 @@ fn heads_have_weights_of_their_own() {
         let weights: Vec<_> = (0..num_heads).map(|_| quantized(&mut numbers, format, [rows, cols])).collect();
         let x = numbers.normal(num_tokens * num_heads * cols);
         let expected = head_linear(&tensor(&x, &[num_tokens, num_heads, cols]), &weights).unwrap();
-        let x = quantize_rows(&x, cols, format);
+        let x = all_rows(&x, cols, format);
         let device_weights: Vec<_> = weights.iter().map(|weight| QuantWeight::new(weight, None)).collect();
         for tile in TILES {
             let found = device_product::<f32>(tile, &x, num_tokens, &device_weights);
@@ -280,11 +292,11 @@ fn a_product_does_not_depend_on_its_batch() {
     let weight = quantized(&mut numbers, QuantFormat::INT4, [rows, cols]);
     let weight = QuantWeight::new(&weight, None);
     let x = numbers.with_outliers(num_tokens * cols);
-    let all = quantize_rows(&x, cols, QuantFormat::INT4);
+    let all = all_rows(&x, cols, QuantFormat::INT4);
     for tile in TILES {
         let all: Vec<bf16> = device_product(tile, &all, num_tokens, from_ref(&weight));
         for (row, all) in x.chunks(cols).zip(all.chunks(rows)) {
-            let alone = quantize_rows(row, cols, QuantFormat::INT4);
+            let alone = all_rows(row, cols, QuantFormat::INT4);
             assert_eq!(bits(&device_product::<bf16>(TILES[0], &alone, 1, from_ref(&weight))), bits(all));
         }
     }
@@ -304,17 +316,156 @@ fn without_columns_the_bias_is_left() {
     }
 }
 
+/// `PLAIN_OUTS` and `PLAIN_TOKENS` of `dense_product.cuh`.
+pub(super) const PLAIN_OUTS: usize = 32;
+const PLAIN_TOKENS: usize = 8;
+
+/// `struct DenseWeight` of `dense_product.cuh`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct DenseWeight {
+    values: *const u8,
+    bias: *const f32,
+    rows: u32,
+    cols: u32,
+}
+
+impl DenseWeight {
+    pub(super) const NONE: Self = Self { values: std::ptr::null(), bias: std::ptr::null(), rows: 0, cols: 0 };
+
+    pub(super) fn new(weight: &PackedWeight, bias: Option<&[f32]>) -> Self {
+        Self {
+            values: weight.as_bytes().as_ptr(),
+            bias: bias.map_or(std::ptr::null(), <[f32]>::as_ptr),
+            rows: weight.rows() as u32,
+            cols: weight.cols() as u32,
+        }
+    }
+}
+
+/// What kernels call a type of weights.
+pub(super) fn dense_name(format: WeightFormat) -> &'static str {
+    match format {
+        WeightFormat::F32 => "float",
+        WeightFormat::F16 => "f16",
+        WeightFormat::Bf16 => "bf16",
+        WeightFormat::Quantized(_) => panic!("quantized"),
+    }
+}
+
+/// Numbers from a multiple of 16 bytes.
+pub(super) struct Aligned<T> {
+    numbers: Vec<T>,
+    first: usize,
+}
+
+impl<T: Number> Aligned<T> {
+    pub(super) fn new(values: &[T]) -> Self {
+        let mut numbers = vec![T::POISON; values.len() + 16];
+        let first = numbers.as_ptr().align_offset(16);
+        numbers[first..first + values.len()].copy_from_slice(values);
+        Self { numbers, first }
+    }
+
+    pub(super) fn as_ptr(&self) -> *const T {
+        self.numbers[self.first..].as_ptr()
+    }
+}
+
+/// Multiplies as one of the kernels does: (kernel, threads, outputs and tokens of a block).
+fn device_dense<X: Number, T: Number>(
+    (kernel, threads, outs, tokens): (&str, usize, usize, usize),
+    x: &[X],
+    num_tokens: usize,
+    weights: &[DenseWeight],
+) -> Vec<T> {
+    let (num_outs, x) = (weights[0].rows as usize, Aligned::new(x));
+    let [out] = outputs(num_tokens * weights.len() * num_outs, |seed, [out]: [*mut T; 1]| {
+        let grid = [num_outs.div_ceil(outs), num_tokens.div_ceil(tokens), weights.len()].map(|len| len as u32);
+        let shape = Launch { grid, block: [threads as u32, 1, 1], shared_bytes: 0, seed };
+        let arguments: [&dyn Argument; 4] = [&weights.as_ptr(), &x.as_ptr(), &out, &(num_tokens as u32)];
+        // SAFETY: the arguments of the kernel; the input has a row for each token and weight.
+        unsafe { emulator::launch(kernel, shape, &arguments) }.unwrap();
+    });
+    out
+}
+
+fn check_dense<X: Number, T: Number>(format: WeightFormat) {
+    let mut numbers = Numbers::new(25);
+    let plain = format!("plain_linear_{}_{}_{}", dense_name(format), X::NAME, T::NAME);
+    let [few, many] = ["few", "many"].map(|tile| format!("dense_linear_{tile}_{}", T::NAME));
+    let kernels = match (format, X::NAME) {
+        (WeightFormat::Bf16, "bf16") => TILES
+            .map(|(tile, outs, tokens)| (if tile == "few" { &few } else { &many }, PRODUCT_THREADS, outs, tokens))
+            .to_vec(),
+        _ => vec![(&plain, ROW_THREADS, PLAIN_OUTS, PLAIN_TOKENS)],
+    };
+    // The last have heads.
+    for [num_tokens, rows, cols, num_heads] in
+        [[1, 1, 1, 1], [3, 17, 64, 1], [9, 150, 333, 1], [35, 40, 136, 1], [2, 8, 0, 1], [10, 33, 48, 3], [2, 5, 7, 2]]
+    {
+        let values_of = |values: Vec<f32>| PackedWeight::from_f32(format, rows, cols, &values).unwrap();
+        let weights: Vec<_> = (0..num_heads).map(|_| values_of(numbers.normal(rows * cols))).collect();
+        let bias = (num_heads == 1).then(|| numbers.normal(rows));
+        let x = stored::<X>(&numbers.with_outliers(num_tokens * num_heads * cols));
+        let expected = match &bias {
+            Some(bias) => linear(&tensor(&widened(&x), &[num_tokens, cols]), &weights[0], Some(&tensor(bias, &[rows]))),
+            None => head_linear(&tensor(&widened(&x), &[num_tokens, num_heads, cols]), &weights),
+        };
+        let expected = values(&expected.unwrap());
+        let weights: Vec<_> = weights.iter().map(|weight| DenseWeight::new(weight, bias.as_deref())).collect();
+        let mut found: Vec<Vec<T>> = Vec::new();
+        for &(kernel, threads, outs, tokens) in &kernels {
+            let kernel = (kernel.as_str(), threads, outs, tokens);
+            found.push(device_dense(kernel, &x, num_tokens, &weights));
+            assert_close(&widened(found.last().unwrap()), &expected, tolerance::<T>(1e-5));
+            // A row alone, by the kernel for a few.
+            let (width, last) = (num_heads * cols, num_tokens - 1);
+            let alone: Vec<T> = device_dense(kernel, &x[last * width..], 1, &weights);
+            assert_eq!(bits(&alone), bits(&found[0][last * num_heads * rows..]), "{kernel:?}");
+        }
+        assert!(found.iter().all(|other| bits(other) == bits(&found[0])));
+    }
+}
+
+#[test]
+fn dense_products_agree_with_the_cpu() {
+    check_dense::<bf16, f32>(WeightFormat::Bf16);
+    check_dense::<bf16, bf16>(WeightFormat::Bf16);
+}
+
+#[test]
+fn plain_products_agree_with_the_cpu() {
+    for format in [WeightFormat::F32, WeightFormat::F16, WeightFormat::Bf16] {
+        check_dense::<f32, f32>(format);
+        if format != WeightFormat::Bf16 {
+            check_dense::<bf16, f32>(format);
+            check_dense::<bf16, bf16>(format);
+        }
+    }
+}
+
+/// A row that is none spoils no other, and no output is spoilt by what lies behind a row.
+#[test]
+fn a_nan_stays_with_its_row() {
+    let mut numbers = Numbers::new(26);
+    for cols in [40, 37] {
+        let weight = PackedWeight::from_f32(WeightFormat::Bf16, 20, cols, &numbers.normal(20 * cols)).unwrap();
+        let mut x = numbers.normal(3 * cols);
+        x[cols] = f32::NAN;
+        let x = stored::<bf16>(&x);
+        let weights = [DenseWeight::new(&weight, None)];
+        let found: Vec<f32> = device_dense(("dense_linear_few_float", PRODUCT_THREADS, 64, 8), &x, 3, &weights);
+        for (row, found) in found.chunks(20).enumerate() {
+            assert!(found.iter().all(|value| value.is_nan() == (row == 1)), "row {row}: {found:?}");
+        }
+    }
+}
+
 #[test]
 fn codes_are_numbered_as_they_are_listed() {
-    let listed = [
-        Codes::Int8,
-        Codes::Int8Min,
-        Codes::Int4,
-        Codes::Int4Min,
-        Codes::Int8Rotated,
-        Codes::Int4Double,
-        Codes::Fp4,
-    ];
+    let listed =
+        [Codes::Int8, Codes::Int8Min, Codes::Int4, Codes::Int4Min, Codes::Int8Rotated, Codes::Int4Double, Codes::Fp4];
     for (place, codes) in listed.into_iter().enumerate() {
         assert_eq!(codes as usize, place);
     }

@@ -47,7 +47,7 @@ static __device__ __forceinline__ void quantize_rows(const T* x, signed char* co
             largest = magnitude > largest ? magnitude : largest;
         }
         for (unsigned lanes = group / LANE_QUAD / 2; lanes > 0; lanes /= 2) {
-            const unsigned other = __shfl_xor_sync(ALL_LANES, largest, lanes);
+            const unsigned other = across(largest, lanes);
             largest = other > largest ? other : largest;
         }
         const bool is_number = largest < 0x7f800000u;
