@@ -153,5 +153,8 @@ mod tests {
             assert_eq!(run("check_copies", seed), sums);
         }
         assert_ne!(run("check_missed_wait", 1), sums);
+        for seed in [0, 2] {
+            assert_ne!(run("check_reused_tile", seed), sums, "seed {seed}");
+        }
     }
 }

@@ -358,7 +358,12 @@ fn check_layer<T: Number>() {
 
 #[test]
 fn the_layer_is_that_of_the_cpu_to_the_bit() {
-    for_activations!(check_layer);
+    check_layer::<f32>();
+}
+
+#[test]
+fn the_layer_in_bf16_is_close() {
+    check_layer::<bf16>();
 }
 
 /// Exponentials are not those of the CPU: one that falls on the other side of a half is another code.
