@@ -1,10 +1,11 @@
 // What device code needs of CUDA, on a CPU: each thread of a block is a coroutine that gives way at barriers.
 //
-// Included before every .cu file. Blocks run one after the other. Each warp runs to its next barrier before another one does, in
-// an order that the launch chooses, and shared memory is NaN until it is written: code that misses a barrier gives
-// other results in one order than in another. Copies that run beside the code are made at once in one order and as late as
-// may be in another. A barrier that not all threads reach, and a write behind shared memory, end the launch with an error. Barriers at two places of the code are not told apart, the lanes of a shuffle
-// are not looked at, and nothing here says how fast anything is or what a GPU's own approximations give.
+// Included before every .cu file. Blocks run one after the other. Each warp runs to its next barrier before another one
+// does, in an order that the launch chooses, and shared memory is NaN until it is written: code that misses a barrier
+// gives other results in one order than in another. Copies that run beside the code are made at once in one order and
+// as late as may be in another. A barrier that not all threads reach, and a write behind shared memory, end the launch
+// with an error. Barriers at two places of the code are not told apart, the lanes of a shuffle are not looked at, and
+// nothing here says how fast anything is or what a GPU's own approximations give.
 
 #pragma once
 
@@ -93,7 +94,8 @@ void commit_copies();
 // cp.async.wait_group: all groups but so many of the last.
 void wait_for_copies(unsigned left);
 
-// prmt.b32: byte `selectors[i]` of `low` and `high`, or its highest bit eight times where the selector's fourth bit is set.
+// prmt.b32: byte `selectors[i]` of `low` and `high`, or its highest bit eight times where the selector's fourth bit is
+// set.
 unsigned permute_bytes(unsigned low, unsigned high, unsigned selectors);
 // mma.sync.m16n8k32.row.col.s32.u8.s8.s32
 void mma_u8_s8(int (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]);

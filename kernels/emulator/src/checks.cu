@@ -25,7 +25,8 @@ extern "C" __global__ void check_half_a_barrier(unsigned* out) {
 }
 EXPORT_KERNEL(check_half_a_barrier)
 
-// Each warp tells all others its number, and then ten times it, in the same place: without a barrier after the first look.
+// Each warp tells all others its number, and then ten times it, in the same place: without a barrier after the first
+// look.
 extern "C" __global__ void check_reused_memory(unsigned* out) {
     SHARED(unsigned, numbers, 2);
     unsigned sum = 0;
@@ -56,8 +57,8 @@ extern "C" __global__ void check_warp_sums(unsigned* out) {
 }
 EXPORT_KERNEL(check_warp_sums)
 
-// out = a * b of 16 rows of 32 unsigned bytes and 8 columns of as many signed ones. Elements by their numbers within a lane's
-// registers, as the manual of the instruction lists them.
+// out = a * b of 16 rows of 32 unsigned bytes and 8 columns of as many signed ones. Elements by their numbers within a
+// lane's registers, as the manual of the instruction lists them.
 extern "C" __global__ void check_mma_u8_s8(const unsigned char* a, const signed char* b, int* out) {
     const unsigned group = threadIdx.x / 4, in_group = threadIdx.x % 4;
     unsigned of_a[4] = {0, 0, 0, 0}, of_b[2] = {0, 0};
@@ -105,13 +106,14 @@ extern "C" __global__ void check_permuted_bytes(unsigned* out) {
 }
 EXPORT_KERNEL(check_permuted_bytes)
 
-// Two tiles of 32 numbers, one copied while the other is read; a fault leaves out the wait, or the barrier before a tile
-// is written again.
+// Two tiles of 32 numbers, one copied while the other is read; a fault leaves out the wait, or the barrier before a
+// tile is written again.
 template <int FAULT>
 static __device__ void copied(const uint4* numbers, unsigned* out, unsigned num_tiles) {
     SHARED(uint4, tiles, 16);
     const auto start = [&](unsigned tile) {
-        if (threadIdx.x < 8) copy_async<16>(&tiles[tile % 2 * 8 + threadIdx.x], numbers + tile * 8 + threadIdx.x, tile < num_tiles);
+        const unsigned at = threadIdx.x;
+        if (at < 8) copy_async<16>(&tiles[tile % 2 * 8 + at], numbers + tile * 8 + at, tile < num_tiles);
         commit_copies();
     };
     start(0);

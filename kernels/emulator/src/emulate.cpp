@@ -211,8 +211,8 @@ struct Factors {
     unsigned a[4], b[2];
 };
 
-// Adds this lane's part of the product to `c`. A register holds WIDTH neighbours along the inner dimension; four lanes share
-// one half of it.
+// Adds this lane's part of the product to `c`. A register holds WIDTH neighbours along the inner dimension; four lanes
+// share one half of it.
 template <unsigned WIDTH, class Sum, class Number, class OfA, class OfB>
 void multiply(Number (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2], OfA of_a, OfB of_b) {
     const Shown<Factors> all({{a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
@@ -263,7 +263,7 @@ unsigned permute_bytes(unsigned low, unsigned high, unsigned selectors) {
 }
 
 void mma_u8_s8(int (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-    const auto signed_byte_of = [](unsigned word, unsigned idx) { return static_cast<int>(static_cast<signed char>(byte_of(word, idx))); };
+    const auto signed_byte_of = [](unsigned word, unsigned idx) { return static_cast<signed char>(byte_of(word, idx)); };
     multiply<4, int>(c, a, b, byte_of, signed_byte_of);
 }
 

@@ -1,8 +1,9 @@
 // The product of a weight that is stored as numbers with a few rows, in f32.
 //
-// `DenseProduct` is that of bf16 with bf16 on matrix instructions. Each output is one chain of them over the columns, first to
-// last, 32 columns in two instructions; a lane takes eight neighbours of both factors, the first four for the first.
-// `plain_product` is for all other types: one chain of multiplications and additions over the columns for each output.
+// `DenseProduct` is that of bf16 with bf16 on matrix instructions. Each output is one chain of them over the columns,
+// first to last, 32 columns in two instructions; a lane takes eight neighbours of both factors, the first four for the
+// first. `plain_product` is for all other types: one chain of multiplications and additions over the columns for each
+// output.
 
 #pragma once
 
@@ -44,8 +45,8 @@ static __device__ __forceinline__ uint4 load_eight(const bf16* row, unsigned col
 template <int PANELS, int TILES>
 class DenseProduct {
   public:
-    __device__ __forceinline__ DenseProduct(const DenseWeight& of_weight, unsigned first_of_block, const bf16* of_tokens,
-                                            unsigned num, DenseShared<TILES>& of_block)
+    __device__ __forceinline__ DenseProduct(const DenseWeight& of_weight, unsigned first_of_block,
+                                            const bf16* of_tokens, unsigned num, DenseShared<TILES>& of_block)
         : weight(static_cast<const bf16*>(of_weight.values)), tokens(of_tokens), shared(of_block), rows(of_weight.rows),
           cols(of_weight.cols), num_tokens(num), lane(threadIdx.x % WARP_SIZE),
           first_panel(first_of_block + threadIdx.x / WARP_SIZE * PANELS) {}
@@ -78,7 +79,8 @@ class DenseProduct {
         const unsigned col = first_col + step * DENSE_STEP_COLS + lane % 4 * LANE_COLS;
         UNROLL for (int i = 0; i < 2; i++) {
             const unsigned row = (first_panel + p) * PANEL_ROWS + 2 * (lane / 4) + i;
-            pairs[p][step][i] = row < rows ? load_eight(weight + static_cast<size_t>(row) * cols, col, cols) : uint4{0, 0, 0, 0};
+            const bf16* at = weight + static_cast<size_t>(row) * cols;
+            pairs[p][step][i] = row < rows ? load_eight(at, col, cols) : uint4{0, 0, 0, 0};
         }
     }
 
@@ -100,8 +102,8 @@ class DenseProduct {
         commit_copies();
     }
 
-    __device__ __forceinline__ void multiply(const bf16 (&chunk)[TILE_TOKENS * TILES][DENSE_STRIDE], unsigned first, int step,
-                                             float (&out)[PANELS][TILES][4]) {
+    __device__ __forceinline__ void multiply(const bf16 (&chunk)[TILE_TOKENS * TILES][DENSE_STRIDE], unsigned first,
+                                             int step, float (&out)[PANELS][TILES][4]) {
         uint4 b[TILES];
         UNROLL for (int tile = 0; tile < TILES; tile++) {
             const bf16* at = &chunk[tile * TILE_TOKENS + lane / 4][step * DENSE_STEP_COLS + lane % 4 * LANE_COLS];
@@ -128,8 +130,8 @@ class DenseProduct {
 
 // One block: PANELS * PRODUCT_WARPS panels from the `first_panel`-th on, and up to 8 * TILES rows.
 template <class T, int PANELS, int TILES>
-static __device__ __forceinline__ void dense_product(const DenseWeight& weight, unsigned first_panel, const bf16* input,
-                                                     const Rows& rows, T* out, unsigned out_width, DenseShared<TILES>& shared) {
+static __device__ void dense_product(const DenseWeight& weight, unsigned first_panel, const bf16* input,
+                                     const Rows& rows, T* out, unsigned out_width, DenseShared<TILES>& shared) {
     for (unsigned i = threadIdx.x; i < TILE_TOKENS * TILES; i += PRODUCT_THREADS)
         shared.sources[i] = i < rows.count ? rows.source(i) : 0;
     __syncthreads();
@@ -153,8 +155,8 @@ struct PlainShared {
 
 // One block of ROW_THREADS: PLAIN_OUTS outputs from `first_out` on, and up to PLAIN_TOKENS rows.
 template <class W, class X, class T>
-static __device__ __forceinline__ void plain_product(const DenseWeight& weight, unsigned first_out, const X* input,
-                                                     const Rows& rows, T* out, unsigned out_width, PlainShared& shared) {
+static __device__ void plain_product(const DenseWeight& weight, unsigned first_out, const X* input, const Rows& rows,
+                                     T* out, unsigned out_width, PlainShared& shared) {
     const W* values = static_cast<const W*>(weight.values);
     const unsigned own_out = threadIdx.x % PLAIN_OUTS, own_token = threadIdx.x / PLAIN_OUTS, cols = weight.cols;
     float sum = 0;
@@ -172,7 +174,8 @@ static __device__ __forceinline__ void plain_product(const DenseWeight& weight, 
             is_there ? to_float(input[static_cast<size_t>(rows.source(token)) * cols + col]) : 0.0f;
         __syncthreads();
         const unsigned left = cols - first, len = left < PLAIN_COLS ? left : PLAIN_COLS;
-        for (unsigned i = 0; i < len; i++) sum = __fmaf_rn(shared.tokens[own_token][i], shared.weights[own_out][i], sum);
+        for (unsigned i = 0; i < len; i++)
+            sum = __fmaf_rn(shared.tokens[own_token][i], shared.weights[own_out][i], sum);
         __syncthreads();
     }
     if (first_out + own_out >= weight.rows || own_token >= rows.count) return;

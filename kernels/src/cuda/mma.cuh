@@ -1,7 +1,7 @@
 // Instructions that C++ has no word for: products of small matrices by a warp, copies beside the code.
 //
-// A product is `a * b` of 16 rows and 8 columns. Registers of lane l, where a register holds neighbours of the inner dimension,
-// the l % 4-th of either of its halves:
+// A product is `a * b` of 16 rows and 8 columns. Registers of lane l, where a register holds neighbours of the inner
+// dimension, the l % 4-th of either of its halves:
 //   a: row l / 4 of the first half, row l / 4 + 8 of it, and the same two of the second half
 //   b: column l / 4 of the first half and of the second
 //   c: row l / 4 of columns 2 * (l % 4) and the next, and the same two of row l / 4 + 8
@@ -20,7 +20,8 @@
 static __device__ __forceinline__ void mma_u8_s8(int (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
 #ifdef __CUDACC__
     asm volatile(
-        "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
@@ -32,7 +33,8 @@ static __device__ __forceinline__ void mma_u8_s8(int (&c)[4], const unsigned (&a
 static __device__ __forceinline__ void mma_bf16(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
 #ifdef __CUDACC__
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
@@ -40,8 +42,8 @@ static __device__ __forceinline__ void mma_bf16(float (&c)[4], const unsigned (&
 #endif
 }
 
-// Four bytes of `low` (0 to 3) and `high` (4 to 7) by the halves of the first two bytes of `selectors`; one of 8 or more gives
-// the highest bit of the byte, eight times.
+// Four bytes of `low` (0 to 3) and `high` (4 to 7) by the halves of the first two bytes of `selectors`; one of 8 or
+// more gives the highest bit of the byte, eight times.
 static __device__ __forceinline__ unsigned permute_bytes(unsigned low, unsigned high, unsigned selectors) {
 #ifdef __CUDACC__
     unsigned result;
@@ -58,7 +60,10 @@ static __device__ __forceinline__ void copy_async(void* shared, const void* glob
     static_assert(BYTES == 8 || BYTES == 16);
 #ifdef __CUDACC__
     const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared)), valid = is_there ? BYTES : 0;
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(BYTES), "r"(valid) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                 :
+                 : "r"(to), "l"(global), "n"(BYTES), "r"(valid)
+                 : "memory");
 #else
     emulate::copy_later(shared, global, BYTES, is_there ? BYTES : 0);
 #endif

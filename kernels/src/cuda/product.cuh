@@ -15,7 +15,8 @@ constexpr int LANE_COLS = 8;
 
 // Some rows of inputs and of outputs.
 struct Rows {
-    // Pair of token and slot of each output, whose token is its input; null where an output has the input of its number.
+    // Pair of token and slot of each output, whose token is its input; null where an output has the input of its
+    // number.
     const unsigned* pairs;
     unsigned top_k;
     // First output, the distance of two, and how many there are.
@@ -37,8 +38,9 @@ static __device__ __forceinline__ Rows rows_of_head(unsigned num_tokens, unsigne
 // Writes a lane's results, plus the bias, as far as there are outputs and tokens: `values[panel][tile][i]` is row
 // 2 * (lane / 4) + i / 2 of a panel and token 2 * (lane % 4) + i % 2 of a tile.
 template <class T, int PANELS, int TILES>
-static __device__ __forceinline__ void store(const float (&values)[PANELS][TILES][4], unsigned first_panel, unsigned num_outs,
-                                             const float* bias, const Rows& rows, T* out, unsigned out_width) {
+static __device__ __forceinline__ void store(const float (&values)[PANELS][TILES][4], unsigned first_panel,
+                                             unsigned num_outs, const float* bias, const Rows& rows, T* out,
+                                             unsigned out_width) {
     const int lane = threadIdx.x % WARP_SIZE;
     UNROLL for (int p = 0; p < PANELS; p++)
         UNROLL for (int tile = 0; tile < TILES; tile++)

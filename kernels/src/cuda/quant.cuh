@@ -49,7 +49,8 @@ struct NibblesOfCodes {
 };
 
 struct NibblesOfFp4 : NibblesOfCodes {
-    // Entries of a table of 16 bytes below 128 at the four halves of the lower two bytes: 12 plus the code's number doubled.
+    // Entries of a table of 16 bytes below 128 at the four halves of the lower two bytes: 12 plus the code's number
+    // doubled.
     static __device__ __forceinline__ unsigned look_up(unsigned halves) {
         const unsigned positive = permute_bytes(0x0f0e0d0cu, 0x18141210u, halves & 0x7777u);
         const unsigned negative = permute_bytes(0x090a0b0cu, 0x00040608u, halves & 0x7777u);
@@ -76,7 +77,8 @@ struct PlainScales {
 
     static __device__ __forceinline__ float2 scales(const unsigned char* group, int row) {
         const unsigned pair = *reinterpret_cast<const unsigned*>(group + 2 * row);
-        return {to_float(f16{static_cast<unsigned short>(pair)}), to_float(f16{static_cast<unsigned short>(pair >> 16)})};
+        const f16 first = {static_cast<unsigned short>(pair)}, second = {static_cast<unsigned short>(pair >> 16)};
+        return {to_float(first), to_float(second)};
     }
 
     static __device__ __forceinline__ float2 minima(const unsigned char*, int, float2) { return {0, 0}; }

@@ -1,9 +1,10 @@
-// The product of a quantized weight with a few quantized rows, to the bit that of the CPU: exact in integers within a group,
-// whose results are added in f32, first to last.
+// The product of a quantized weight with a few quantized rows, to the bit that of the CPU: exact in integers within a
+// group, whose results are added in f32, first to last.
 //
-// Weights are the rows of a matrix instruction and tokens its columns. A warp has panels of its own and reads their codes
-// straight into registers, a chunk ahead; the block's tokens and all scales go through shared memory, a chunk ahead too. Which
-// columns an instruction takes together is free within a group: a lane takes eight neighbours of both factors.
+// Weights are the rows of a matrix instruction and tokens its columns. A warp has panels of its own and reads their
+// codes straight into registers, a chunk ahead; the block's tokens and all scales go through shared memory, a chunk
+// ahead too. Which columns an instruction takes together is free within a group: a lane takes eight neighbours of both
+// factors.
 
 #pragma once
 
@@ -42,7 +43,8 @@ struct ProductShared {
     unsigned sources[TILE_TOKENS * TILES];
 };
 
-// The bits of 1.5 * 2^23, which integers up to 2^22 are added to in order to become floats: 255 * 127 * 128 is the largest.
+// The bits of 1.5 * 2^23, which integers up to 2^22 are added to in order to become floats: 255 * 127 * 128 is the
+// largest.
 constexpr int FLOAT_BITS = 0x4b400000;
 constexpr float FLOAT_OF_BITS = 12582912.0f;
 
@@ -50,8 +52,9 @@ constexpr float FLOAT_OF_BITS = 12582912.0f;
 template <class F, int PANELS, int TILES>
 class QuantProduct {
   public:
-    __device__ __forceinline__ QuantProduct(const QuantWeight& of_weight, unsigned first_of_block, const QuantRows& of_rows,
-                                            unsigned tokens, ProductShared<PANELS, TILES>& of_block)
+    __device__ __forceinline__ QuantProduct(const QuantWeight& of_weight, unsigned first_of_block,
+                                            const QuantRows& of_rows, unsigned tokens,
+                                            ProductShared<PANELS, TILES>& of_block)
         : bytes(of_weight.bytes), layout(of_weight), rows(of_rows), shared(of_block), num_tokens(tokens),
           group_shift(__popc(of_weight.group - 1)), block_panel(first_of_block),
           num_panels((of_weight.rows + PANEL_ROWS - 1) / PANEL_ROWS), lane(threadIdx.x % WARP_SIZE),
@@ -93,7 +96,9 @@ class QuantProduct {
   private:
     __device__ __forceinline__ bool exists(int p) const { return panel_of(p) < num_panels; }
 
-    __device__ __forceinline__ const unsigned char* panel(unsigned idx) const { return bytes + idx * layout.panel_bytes; }
+    __device__ __forceinline__ const unsigned char* panel(unsigned idx) const {
+        return bytes + idx * layout.panel_bytes;
+    }
 
     __device__ __forceinline__ float2 factors(int p, int which) const {
         const unsigned char* at = panel(panel_of(p)) + (which * PANEL_ROWS + 2 * (lane / 4)) * sizeof(float);
@@ -106,8 +111,10 @@ class QuantProduct {
         const unsigned col = first_col + lane % 4 * LANE_COLS;
         const bool is_there = exists(p) && col < layout.padded_cols;
         const unsigned at = layout.codes_start + col / LANE_COLS * LOADS * QUAD_BYTES + 2 * (lane / 4) * 4;
-        UNROLL for (int i = 0; i < LOADS; i++)
-            codes[p][step][i] = is_there ? *reinterpret_cast<const uint2*>(panel(panel_of(p)) + at + i * QUAD_BYTES) : uint2{0, 0};
+        UNROLL for (int i = 0; i < LOADS; i++) {
+            const unsigned char* from = panel(panel_of(p)) + at + i * QUAD_BYTES;
+            codes[p][step][i] = is_there ? *reinterpret_cast<const uint2*>(from) : uint2{0, 0};
+        }
     }
 
     // Starts the copies of the chunk from this column on, as far as there is one.
@@ -126,11 +133,13 @@ class QuantProduct {
             const unsigned token = i / COPIES, col = first_col + i % COPIES * COPY_BYTES;
             const size_t row = static_cast<size_t>(shared.sources[token]) * layout.padded_cols;
             const bool is_there = token < num_tokens && col < layout.padded_cols;
-            copy_async<COPY_BYTES>(&chunk.codes[token][col - first_col], rows.codes + (is_there ? row + col : 0), is_there);
+            const signed char* from = rows.codes + (is_there ? row + col : 0);
+            copy_async<COPY_BYTES>(&chunk.codes[token][col - first_col], from, is_there);
         }
         const unsigned shift = CHUNK_SHIFT - group_shift;
         for (unsigned i = threadIdx.x; i < TOKENS << shift; i += PRODUCT_THREADS) {
-            const unsigned token = i >> shift, group = i & ((1u << shift) - 1), idx = (first_col >> group_shift) + group;
+            const unsigned token = i >> shift, group = i & ((1u << shift) - 1);
+            const unsigned idx = (first_col >> group_shift) + group;
             const size_t row = static_cast<size_t>(shared.sources[token]) * layout.num_groups;
             const bool is_there = token < num_tokens && idx < layout.num_groups;
             copy_async<sizeof(Terms)>(&chunk.terms[group][token], rows.terms + (is_there ? row + idx : 0), is_there);
@@ -155,8 +164,8 @@ class QuantProduct {
                                              float (&out)[PANELS][TILES][4]) {
         unsigned a[PANELS][4], b[TILES][2];
         UNROLL for (int tile = 0; tile < TILES; tile++) {
-            const unsigned char* at = &chunk.codes[tile * TILE_TOKENS + lane / 4][step * STEP_COLS + lane % 4 * LANE_COLS];
-            const uint2 loaded = *reinterpret_cast<const uint2*>(at);
+            const unsigned char* of_token = chunk.codes[tile * TILE_TOKENS + lane / 4];
+            const uint2 loaded = *reinterpret_cast<const uint2*>(of_token + step * STEP_COLS + lane % 4 * LANE_COLS);
             b[tile][0] = loaded.x, b[tile][1] = loaded.y;
         }
         UNROLL for (int p = 0; p < PANELS; p++) {
@@ -185,7 +194,8 @@ class QuantProduct {
     }
 
     // Adds a group's integers, scaled, to the results.
-    __device__ __forceinline__ void finish(const Chunk<PANELS, TILES>& chunk, unsigned group, float (&out)[PANELS][TILES][4]) {
+    __device__ __forceinline__ void finish(const Chunk<PANELS, TILES>& chunk, unsigned group,
+                                           float (&out)[PANELS][TILES][4]) {
         float2 scales[PANELS], minima[PANELS];
         UNROLL for (int p = 0; p < PANELS; p++) {
             const unsigned char* of_group = &chunk.scales[warp * PANELS + p][group * F::Scaling::GROUP_BYTES];
@@ -193,7 +203,8 @@ class QuantProduct {
             minima[p] = F::Scaling::minima(of_group, 2 * (lane / 4), min_factors[p]);
         }
         UNROLL for (int tile = 0; tile < TILES; tile++) {
-            const uint4 loaded = *reinterpret_cast<const uint4*>(&chunk.terms[group][tile * TILE_TOKENS + lane % 4 * 2]);
+            const Terms* of_tokens = &chunk.terms[group][tile * TILE_TOKENS + lane % 4 * 2];
+            const uint4 loaded = *reinterpret_cast<const uint4*>(of_tokens);
             const float x_scale[2] = {__uint_as_float(loaded.x), __uint_as_float(loaded.z)};
             const int x_sum[2] = {static_cast<int>(loaded.y), static_cast<int>(loaded.w)};
             UNROLL for (int p = 0; p < PANELS; p++)
@@ -226,10 +237,11 @@ class QuantProduct {
 
 // One block: PANELS * PRODUCT_WARPS panels from the `first_panel`-th on, and up to TILE_TOKENS * TILES rows.
 template <class T, int PANELS, int TILES>
-static __device__ __forceinline__ void quant_product(const QuantWeight& weight, unsigned first_panel, const QuantRows& input,
-                                                     const Rows& rows, T* out, unsigned out_width,
-                                                     ProductShared<PANELS, TILES>& shared) {
-    for (unsigned i = threadIdx.x; i < TILE_TOKENS * TILES; i += PRODUCT_THREADS) shared.sources[i] = i < rows.count ? rows.source(i) : 0;
+static __device__ void quant_product(const QuantWeight& weight, unsigned first_panel, const QuantRows& input,
+                                     const Rows& rows, T* out, unsigned out_width, ProductShared<PANELS,
+                                     TILES>& shared) {
+    for (unsigned i = threadIdx.x; i < TILE_TOKENS * TILES; i += PRODUCT_THREADS)
+        shared.sources[i] = i < rows.count ? rows.source(i) : 0;
     __syncthreads();
     with_format(weight.codes, [&](auto format) {
         QuantProduct<decltype(format), PANELS, TILES> product(weight, first_panel, input, rows.count, shared);

@@ -348,7 +348,7 @@ fn check_layer<T: Number>() {
             if T::NAME == "float" {
                 assert_same(&layer.out(&x), &layer.cpu(&x), &(&formats, tile));
             } else {
-                // The rows between the kernels are rounded: a number that fell on the other side of a half is another code.
+                // Rows between kernels are rounded: a number on the other side of a half is another code.
                 let sound: Vec<T> = x.iter().map(|x| if x.to_f32().is_nan() { T::from_f32(1.0) } else { *x }).collect();
                 assert_close(&widened(&layer.out(&sound)), &layer.cpu(&sound), 2e-2);
             }

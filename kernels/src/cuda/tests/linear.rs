@@ -195,7 +195,7 @@ fn device_product<T: Number>(
         let shape =
             Launch { grid: grid.map(|len| len as u32), block: [PRODUCT_THREADS as u32, 1, 1], shared_bytes: 0, seed };
         let arguments: [&dyn Argument; 4] = [&weights.as_ptr(), &x.view(), &out, &(num_tokens as u32)];
-        // SAFETY: the arguments of the kernel; the input has a row for each token and weight, in the form of the weights.
+        // SAFETY: the arguments of the kernel; the input has a row for each token and weight, in their form.
         unsafe { emulator::launch(&format!("quant_linear_{tile}_{}", T::NAME), shape, &arguments) }.unwrap();
     });
     out

@@ -1,5 +1,5 @@
-// Which rows an expert computes: the pairs of token and slot that chose it, in their order, one expert behind the other. Two
-// kernels after each other, each with one block of ROW_THREADS for every expert.
+// Which rows an expert computes: the pairs of token and slot that chose it, in their order, one expert behind the
+// other. Two kernels after each other, each with one block of ROW_THREADS for every expert.
 
 #include "experts.cuh"
 
@@ -15,7 +15,8 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS)
 EXPORT_KERNEL(count_experts)
 
 // pairs: [num_pairs], of each row its pair; rows: [num_pairs], of each pair its row, or what there is in place of one;
-// tiles: as many as `tile_rows` can make of the pairs, that is at most num_pairs / tile_rows + min(gridDim.x, num_pairs).
+// tiles: as many as `tile_rows` can make of the pairs, that is at most num_pairs / tile_rows + min(gridDim.x,
+// num_pairs).
 extern "C" __global__ void __launch_bounds__(ROW_THREADS)
     align_experts(const unsigned* experts, unsigned num_pairs, const unsigned char* is_identity, const unsigned* counts,
                   unsigned tile_rows, unsigned* pairs, unsigned* rows, Tile* tiles, ExpertTotals* totals) {

@@ -2,18 +2,19 @@
 
 #include "quant_product.cuh"
 
-// A block of PRODUCT_THREADS for each 16 * PANELS * PRODUCT_WARPS outputs (x), TILE_TOKENS * TILES tokens (y) and head (z).
+// A block of PRODUCT_THREADS for each 16 * PANELS * PRODUCT_WARPS outputs (x), TILE_TOKENS * TILES tokens (y) and head
+// (z).
 //
-// weights: [gridDim.z] in device memory, of one shape; out: [num_tokens, gridDim.z, weight.rows]; input rows are those of
-// [num_tokens, gridDim.z], in the form of the weights.
+// weights: [gridDim.z] in device memory, of one shape; out: [num_tokens, gridDim.z, weight.rows]; input rows are those
+// of [num_tokens, gridDim.z], in the form of the weights.
 template <class T, int PANELS, int TILES>
-static __device__ __forceinline__ void quant_linear(const QuantWeight* weights, const QuantRows& input, T* out,
-                                                    unsigned num_tokens) {
+static __device__ void quant_linear(const QuantWeight* weights, const QuantRows& input, T* out, unsigned num_tokens) {
     using Shared = ProductShared<PANELS, TILES>;
     SHARED(Shared, shared, 1);
     const QuantWeight& weight = weights[blockIdx.z];
     const Rows rows = rows_of_head(num_tokens, TILE_TOKENS * TILES);
-    quant_product<T, PANELS, TILES>(weight, blockIdx.x * PANELS * PRODUCT_WARPS, input, rows, out, weight.rows, shared[0]);
+    const unsigned first_panel = blockIdx.x * PANELS * PRODUCT_WARPS;
+    quant_product<T, PANELS, TILES>(weight, first_panel, input, rows, out, weight.rows, shared[0]);
 }
 
 #define KERNEL(name, T, PANELS, TILES, BLOCKS)                                                    \
