@@ -17,6 +17,8 @@ fn main() {
     build.cpp(true).std("c++17").include(&headers).include(root.join("include")).opt_level(2);
     // The language is a matter of the name, which says CUDA; a kernel is called by its registration alone.
     build.flag("-xc++").flag("-include").flag("emulate.h").flag("-fno-fast-math").flag("-ffp-contract=off");
+    // Memory is loaded as what is wanted of it, as nvcc lets it be.
+    build.flag("-fno-strict-aliasing");
     // A check that takes the stack of a coroutine for an overwritten one.
     build.flag("-U_FORTIFY_SOURCE");
     let own = ["src/checks.cu", "src/emulate.cpp"].map(|source| root.join(source));

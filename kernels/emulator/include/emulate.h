@@ -1,10 +1,11 @@
 // What device code needs of CUDA, on a CPU: each thread of a block is a coroutine that gives way at barriers.
 //
-// Included before every .cu file. Blocks run one after the other. Each warp runs to its next barrier before another
-// one does, in an order that the launch chooses, and shared memory is NaN until it is written: code that misses a
-// barrier gives other results in one order than in another. A barrier that not all threads reach, and a write behind
-// shared memory, end the launch with an error. Barriers at two places of the code are not told apart, the lanes of a
-// shuffle are not looked at, and nothing here says how fast anything is or what a GPU's own approximations give.
+// Included before every .cu file. Blocks run one after the other. Each warp runs to its next barrier before another one
+// does, in an order that the launch chooses, and shared memory is NaN until it is written: code that misses a barrier
+// gives other results in one order than in another. Copies that run beside the code are made at once in one order and
+// as late as may be in another. A barrier that not all threads reach, and a write behind shared memory, end the launch
+// with an error. Barriers at two places of the code are not told apart, the lanes of a shuffle are not looked at, and
+// nothing here says how fast anything is or what a GPU's own approximations give.
 
 #pragma once
 
@@ -27,7 +28,7 @@ struct Index {
 };
 
 struct Place {
-    Index thread, block, block_size;
+    Index thread, block, block_size, grid_size;
 };
 
 constexpr int WARP = 32;
@@ -101,16 +102,19 @@ inline float half_of(unsigned both, unsigned half) {
     return value;
 }
 
+// What a lane has of the factors of a product.
+struct Fragments {
+    unsigned a[4], b[2];
+};
+
+inline Fragments fragments(const unsigned (&a)[4], const unsigned (&b)[2]) {
+    return {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+}
+
 // `mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32`: c += a * b with the fragments of the PTX manual. Here a sum
 // is rounded once; a GPU's order and roundings are its own.
 inline void mma_m16n8k16_bf16(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-    struct Fragments {
-        unsigned a[4], b[2];
-    };
-    Fragments own;
-    std::memcpy(own.a, a, sizeof own.a);
-    std::memcpy(own.b, b, sizeof own.b);
-    const OfWarp<Fragments> of(own);
+    const OfWarp<Fragments> of(fragments(a, b));
     const unsigned group = lane() / 4, pair = lane() % 4 * 2;
     double rows[2][16], columns[2][16];
     for (unsigned k = 0; k < 16; k++) {
@@ -126,6 +130,36 @@ inline void mma_m16n8k16_bf16(float (&c)[4], const unsigned (&a)[4], const unsig
         for (unsigned k = 0; k < 16; k++) sum += rows[i / 2][k] * columns[i % 2][k];
         c[i] = static_cast<float>(sum);
     }
+}
+
+// `mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32`, of bytes in integers.
+inline void mma_m16n8k32_u8_s8(int (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    const OfWarp<Fragments> of(fragments(a, b));
+    const unsigned group = lane() / 4, pair = lane() % 4 * 2;
+    int rows[2][32], columns[2][32];
+    for (unsigned k = 0; k < 32; k++) {
+        const unsigned other = k % 16 / 4, shift = k % 4 * 8;
+        const Fragments row = of[group * 4 + other];
+        for (unsigned i = 0; i < 2; i++) {
+            rows[i][k] = static_cast<unsigned char>(row.a[i + k / 16 * 2] >> shift);
+            columns[i][k] = static_cast<signed char>(of[(pair + i) * 4 + other].b[k / 16] >> shift);
+        }
+    }
+    for (unsigned i = 0; i < 4; i++)
+        for (unsigned k = 0; k < 32; k++) c[i] += rows[i / 2][k] * columns[i % 2][k];
+}
+
+// `prmt.b32`: byte `selectors[i]` of `low` and `high`, or its highest bit eight times where the selector's fourth bit
+// is set.
+inline unsigned permute_bytes(unsigned low, unsigned high, unsigned selectors) {
+    unsigned result = 0;
+    for (unsigned i = 0; i < 4; i++) {
+        const unsigned selector = selectors >> (4 * i) & 15;
+        unsigned byte = (selector & 4 ? high : low) >> (8 * (selector & 3)) & 0xff;
+        if (selector & 8) byte = byte & 0x80 ? 0xff : 0;
+        result |= byte << (8 * i);
+    }
+    return result;
 }
 
 // `ldmatrix.sync.aligned.m8n8.x{N}.shared.b16`, of `.trans` too: N matrices of [8, 8] numbers of two bytes. Lane `l`
@@ -158,6 +192,7 @@ void wait_for_copies(unsigned num_left);
 #define threadIdx (emulate::place().thread)
 #define blockIdx (emulate::place().block)
 #define blockDim (emulate::place().block_size)
+#define gridDim (emulate::place().grid_size)
 
 #define EXPORT_KERNEL(name) static const emulate::Registration registered_##name(#name, &emulate::Kernel<name>::call);
 #define UNROLL
@@ -174,6 +209,20 @@ static inline T __shfl_xor_sync(unsigned, T value, int lanes) {
     return emulate::shuffle(value, emulate::lane() ^ static_cast<unsigned>(lanes));
 }
 
+// As CUDA has them: vectors that are loaded at once.
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+
 // A lane whose thread does not exist holds nothing.
 static inline unsigned __ballot_sync(unsigned, bool holds) {
     auto* slots = emulate::exchange();
@@ -187,6 +236,8 @@ static inline unsigned __ballot_sync(unsigned, bool holds) {
 
 static inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
+static inline int __float2int_rn(float value) { return static_cast<int>(std::nearbyint(value)); }
+static inline float __fadd_rn(float a, float b) { return a + b; }
 static inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline float __uint_as_float(unsigned bits) {

@@ -26,7 +26,8 @@ extern "C" __global__ void check_half_a_barrier(unsigned* out) {
 }
 EXPORT_KERNEL(check_half_a_barrier)
 
-// Each warp tells all others its number, and then ten times it, in the same place: without a barrier after the first look.
+// Each warp tells all others its number, and then ten times it, in the same place: without a barrier after the first
+// look.
 extern "C" __global__ void check_reused_memory(unsigned* out) {
     SHARED(unsigned, numbers, 2);
     unsigned sum = 0;
@@ -120,3 +121,32 @@ extern "C" __global__ void check_copies(const unsigned* in, unsigned is_there, u
     for (unsigned i = 0; i < 4; i++) out[threadIdx.x * 4 + i] = numbers[threadIdx.x * 4 + i];
 }
 EXPORT_KERNEL(check_copies)
+
+// out = a * b of 16 rows of 32 unsigned bytes and 8 columns of as many signed ones. Elements by their numbers within a
+// lane's registers, as the manual of the instruction lists them.
+extern "C" __global__ void check_mma_u8_s8(const unsigned char* a, const signed char* b, int* out) {
+    const unsigned group = threadIdx.x / 4, in_group = threadIdx.x % 4;
+    unsigned of_a[4] = {0, 0, 0, 0}, of_b[2] = {0, 0};
+    for (unsigned i = 0; i < 16; i++) {
+        const unsigned row = i < 4 || (i >= 8 && i < 12) ? group : group + 8;
+        const unsigned col = i < 8 ? in_group * 4 + (i & 3) : in_group * 4 + (i & 3) + 16;
+        of_a[i / 4] |= static_cast<unsigned>(a[row * 32 + col]) << (i % 4 * 8);
+    }
+    for (unsigned i = 0; i < 8; i++) {
+        const unsigned row = i < 4 ? in_group * 4 + (i & 3) : in_group * 4 + (i & 3) + 16;
+        of_b[i / 4] |= static_cast<unsigned>(static_cast<unsigned char>(b[group * 32 + row])) << (i % 4 * 8);
+    }
+    // What is there already is kept.
+    int c[4] = {1, 1, 1, 1};
+    mma_m16n8k32_u8_s8(c, of_a, of_b);
+    for (unsigned i = 0; i < 4; i++) out[(i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1)] = c[i];
+}
+EXPORT_KERNEL(check_mma_u8_s8)
+
+// Bytes in their order and in another one, and their signs.
+extern "C" __global__ void check_permuted_bytes(unsigned* out) {
+    out[0] = permute_bytes(0x83828100u, 0x07060504u, 0x3210u);
+    out[1] = permute_bytes(0x83828100u, 0x07060504u, 0x4657u);
+    out[2] = permute_bytes(0x83828100u, 0x07060504u, 0xba98u);
+}
+EXPORT_KERNEL(check_permuted_bytes)

@@ -252,7 +252,8 @@ extern "C" const char* moesaic_emulate(const char* name, const unsigned* grid, c
                     begin(block.threads[i], i,
                           {{i % width, i / width % height, i / width / height},
                            {x, y, z},
-                           {block_size[0], block_size[1], block_size[2]}});
+                           {block_size[0], block_size[1], block_size[2]},
+                           {grid[0], grid[1], grid[2]}});
                 }
                 fault = run(block, seed);
             }

@@ -144,4 +144,28 @@ mod tests {
         assert!(run("check_nothing", 1, 1, 0).unwrap_err().contains("no such kernel"));
         assert!(run("check_neighbours", 1, 1025, 0).unwrap_err().contains("1 to 1024"));
     }
+
+    #[test]
+    fn the_integer_product_is_one() {
+        let of_element = |idx: usize| (idx * 83 + idx / 7) as u8;
+        let a: Vec<u8> = (0..16 * 32).map(of_element).collect();
+        let b: Vec<i8> = (0..8 * 32).map(|idx| of_element(idx + 5).cast_signed()).collect();
+        let cell = |row: usize, col: usize| {
+            1 + (0..32).map(|k| i32::from(a[row * 32 + k]) * i32::from(b[col * 32 + k])).sum::<i32>()
+        };
+        let product: Vec<i32> = (0..128).map(|idx| cell(idx / 8, idx % 8)).collect();
+        for seed in 0..3 {
+            let mut out = vec![0i32; 128];
+            let (pointer, shape) = (out.as_mut_ptr(), Launch { seed, ..ONE_WARP });
+            // SAFETY: the arguments of the kernel, of its sizes.
+            unsafe { launch("check_mma_u8_s8", shape, &[&a.as_ptr(), &b.as_ptr(), &pointer]) }.unwrap();
+            assert_eq!(out, product);
+        }
+    }
+
+    #[test]
+    fn bytes_are_gathered() {
+        let out = run("check_permuted_bytes", 1, 32, 0).unwrap();
+        assert_eq!(out[..3], [0x8382_8100, 0x0406_0507, 0xffff_ff00]);
+    }
 }

@@ -33,6 +33,32 @@ static __device__ __forceinline__ void mma_m16n8k16_bf16(float (&c)[4], const un
 #endif
 }
 
+// The same of [16, 32] unsigned bytes and [32, 8] signed ones in integers: four neighbours in a register, 4t to 4t + 3 of
+// the first half of 32 and then of the second, where bf16 has two of 16.
+static __device__ __forceinline__ void mma_m16n8k32_u8_s8(int (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+#ifdef __CUDACC__
+    asm(
+        "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    emulate::mma_m16n8k32_u8_s8(c, a, b);
+#endif
+}
+
+// Four bytes of `low` (0 to 3) and `high` (4 to 7) by the halves of the first two bytes of `selectors`; one of 8 or
+// more gives the highest bit of the byte, eight times. Of any thread.
+static __device__ __forceinline__ unsigned permute_bytes(unsigned low, unsigned high, unsigned selectors) {
+#ifdef __CUDACC__
+    unsigned result;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selectors));
+    return result;
+#else
+    return emulate::permute_bytes(low, high, selectors);
+#endif
+}
+
 // Matrices of [8, 8] bf16 in shared memory: lane `l` says where row `l % 8` of matrix `l / 8` begins, at a multiple
 // of 16 bytes, and gets columns 2t and 2t + 1 of row g of each.
 static __device__ __forceinline__ void ldmatrix_x2(unsigned (&out)[2], const bf16* row) {
@@ -69,15 +95,21 @@ static __device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&out)[4], con
 #endif
 }
 
-// Copies 16 bytes to shared memory, or zeros if `is_there` is false, while the thread goes on. Both ends are at
-// multiples of 16 bytes, and the source is memory of the device in either case.
+// Copies BYTES to shared memory, or zeros if `is_there` is false, while the thread goes on. Both ends are at multiples of
+// BYTES, and the source is memory of the device in either case.
+template <int BYTES = 16>
 static __device__ __forceinline__ void cp_async(void* target, const void* source, bool is_there) {
+    static_assert(BYTES == 8 || BYTES == 16);
 #ifdef __CUDACC__
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)),
-                 "l"(__cvta_generic_to_global(source)), "r"(is_there ? 16 : 0)
-                 : "memory");
+    const unsigned to = shared_address(target), size = is_there ? BYTES : 0;
+    const size_t from = __cvta_generic_to_global(source);
+    // Past the first-level cache only whole vectors can go.
+    if (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(size) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(size) : "memory");
 #else
-    emulate::copy_async(target, source, is_there ? 16 : 0, is_there ? 0 : 16);
+    emulate::copy_async(target, source, is_there ? BYTES : 0, is_there ? 0 : BYTES);
 #endif
 }
 

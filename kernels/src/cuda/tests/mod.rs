@@ -4,6 +4,8 @@ mod activations;
 mod attention;
 mod cache;
 mod gated_delta;
+mod grouped;
+mod linear;
 mod norms;
 mod route;
 mod sampling;
@@ -84,6 +86,26 @@ impl Number for bf16 {
     }
 }
 
+/// What a kernel writes, between numbers that nobody may touch.
+struct Buffer<T>(Vec<T>);
+
+impl<T: Output> Buffer<T> {
+    fn new(len: usize) -> Self {
+        Self(vec![T::POISON; len + 2 * GUARD])
+    }
+
+    fn as_mut_ptr(&mut self) -> *mut T {
+        self.0[GUARD..].as_mut_ptr()
+    }
+
+    fn into_vec(self) -> Vec<T> {
+        let end = self.0.len() - GUARD;
+        let mut guards = self.0[..GUARD].iter().chain(&self.0[end..]);
+        assert!(guards.all(|guard| guard.bits() == T::POISON.bits()), "written out of bounds");
+        self.0[GUARD..end].to_vec()
+    }
+}
+
 /// What a kernel writes into `N` outputs of `len` numbers, the same in every order of its threads. `call` passes the seed
 /// and where the outputs begin.
 fn outputs<T: Output, const N: usize>(len: usize, call: impl Fn(u32, [*mut T; N])) -> [Vec<T>; N] {
@@ -93,13 +115,9 @@ fn outputs<T: Output, const N: usize>(len: usize, call: impl Fn(u32, [*mut T; N]
 /// The same in these orders, one at least.
 fn outputs_in<T: Output, const N: usize>(seeds: &[u32], len: usize, call: impl Fn(u32, [*mut T; N])) -> [Vec<T>; N] {
     let run = |seed| {
-        let mut buffers: [Vec<T>; N] = std::array::from_fn(|_| vec![T::POISON; len + 2 * GUARD]);
-        call(seed, buffers.each_mut().map(|buffer| buffer[GUARD..].as_mut_ptr()));
-        for buffer in &buffers {
-            let guards = buffer[..GUARD].iter().chain(&buffer[GUARD + len..]);
-            assert!(guards.into_iter().all(|guard| guard.bits() == T::POISON.bits()), "written out of bounds");
-        }
-        buffers.map(|buffer| buffer[GUARD..GUARD + len].to_vec())
+        let mut buffers: [Buffer<T>; N] = std::array::from_fn(|_| Buffer::new(len));
+        call(seed, buffers.each_mut().map(Buffer::as_mut_ptr));
+        buffers.map(Buffer::into_vec)
     };
     let first = run(seeds[0]);
     for &seed in &seeds[1..] {

@@ -1,9 +1,6 @@
 // A thread for each number, in blocks of ROW_THREADS.
 
-#include "pointwise.cuh"
-
-// In place of a function of the gate: `g * sigmoid(alpha * g) * (u + 1)`, both clamped.
-constexpr unsigned CLAMPED_SWISH = 0xffffffffu;
+#include "glu.cuh"
 
 // gate_up: [num_tokens, 2 * width], out: [num_tokens, width]
 template <class T>
@@ -12,14 +9,7 @@ static __device__ void glu(const T* gate_up, T* out, int num_tokens, int width, 
     if (at >= static_cast<size_t>(num_tokens) * width) return;
     const size_t gate_at = at / width * 2 * width + at % width;
     const float gate = to_float(gate_up[gate_at]), up = to_float(gate_up[gate_at + width]);
-    float value;
-    if (function == CLAMPED_SWISH) {
-        const float g = gate > limit ? limit : gate;
-        value = g * sigmoid(alpha * g) * (clamped(up, -limit, limit) + 1);
-    } else {
-        value = pointwise(static_cast<Pointwise>(function), gate) * up;
-    }
-    out[at] = from_float<T>(value);
+    out[at] = from_float<T>(gated(function, gate, up, alpha, limit));
 }
 
 #define KERNELS(T)                                                                                                 \
