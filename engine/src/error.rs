@@ -49,10 +49,7 @@ pub enum EngineError {
          this model is none; hint: make one with `moesaic quantize`, and serve that"
     )]
     ExpertsNotPacked,
-    #[error(
-        "{} cannot be read: {}; hint: copy the folder again; `moesaic serve --expert-warmup none` serves what does not need \
-         the expert", .0.id, .0.reason
-    )]
+    #[error("{} cannot be read: {}; hint: copy the folder again", .0.id, .0.reason)]
     Expert(ExpertFault),
     #[error("{what} is {value}, allowed are {allowed}")]
     Limit { what: &'static str, value: u64, allowed: String },

@@ -293,11 +293,12 @@ fn what_is_known_of_attention_experts_is_no_concern_of_the_store() {
     assert_eq!(all.ask(PATH, &completion(&prompt(100), 3))["choices"], found["choices"]);
 }
 
-/// Prompts of one token, one that takes an expert and one that does not.
+/// Prompts of one token, one that takes an expert and one that does not. None that the first takes lies behind it.
 fn with_and_without(server: &Server) -> ((u64, u64), Value, Value) {
     let bodies: Vec<Value> = (3..60).map(|id| completion(&[id], 1)).collect();
     let all: Vec<BTreeSet<(u64, u64)>> = bodies.iter().map(|body| taken(&server.ask(PATH, body))).collect();
-    let found = all[0].iter().find_map(|expert| Some((*expert, all.iter().position(|taken| !taken.contains(expert))?)));
+    let found =
+        all[0].iter().rev().find_map(|expert| Some((*expert, all.iter().position(|taken| !taken.contains(expert))?)));
     let (expert, without) = found.expect("no expert is taken by all tokens");
     (expert, bodies[0].clone(), bodies[without].clone())
 }

@@ -184,7 +184,6 @@ fn memory_after_expansion_is_stated() {
     assert!(text.contains(line), "{text}");
 }
 
-/// A full disk or a closed pipe is an error, not a panic.
 #[test]
 fn packed_folders_have_sizes_of_their_own() {
     let bytes = |found: &Value, key: &str| found[key].as_u64().expect("a count");
@@ -215,6 +214,7 @@ fn packed_folders_have_sizes_of_their_own() {
     }
 }
 
+/// A full disk or a closed pipe is an error, not a panic.
 #[test]
 fn output_that_cannot_be_written_is_an_error() {
     let full = std::fs::OpenOptions::new().write(true).open("/dev/full").expect("Linux has it");

@@ -113,7 +113,8 @@ pub(super) fn class_sizes(tensors: &BTreeMap<String, PackedTensor>, is_extra: im
     let mut classes = BTreeMap::new();
     for (key, PackedTensor { format, shape: [rows, cols], .. }) in tensors {
         let class = if is_extra(key) { TensorClass::Ignored } else { classify(key) };
-        let num_bytes = parse_format(format).map_or(0, |format| format.bytes_for(*rows, *cols) as u64);
+        let format = parse_format(format).expect("the writer named it");
+        let num_bytes = format.bytes_for(*rows, *cols) as u64;
         let size: &mut ClassSize = classes.entry(class).or_insert_with(|| ClassSize::empty(class));
         size.num_tensors += 1;
         size.num_parameters += (rows * cols) as u64;

@@ -219,9 +219,6 @@ struct alignas(16) uint4 {
 struct alignas(8) float2 {
     float x, y;
 };
-struct alignas(16) float4 {
-    float x, y, z, w;
-};
 
 // A lane whose thread does not exist holds nothing.
 static inline unsigned __ballot_sync(unsigned, bool holds) {

@@ -202,6 +202,9 @@ unsigned char (*exchange())[SLOT_BYTES] {
 }
 
 void copy_async(void* target, const void* source, std::size_t bytes, std::size_t zeros) {
+    // The instruction faults where either end is not aligned.
+    const std::size_t size = bytes + zeros;
+    if (reinterpret_cast<std::uintptr_t>(target) % size || reinterpret_cast<std::uintptr_t>(source) % size) std::abort();
     const Copy copy = {target, source, bytes, zeros};
     if (current->copies_at_once) return copy.arrive();
     current->running->copies.back().push_back(copy);

@@ -4,8 +4,8 @@
 // pair gets is one chain of operations: within a split, the softmax goes on from tile to tile of positions under a
 // running maximum; splits are joined in order. Tiles and splits begin at multiples of their length, and a tile in
 // which a pair sees nothing leaves it as it is. So nothing depends on which pairs share a block, nor on whether
-// splits are tasks of their own. Where a product is added to something, the instruction is written out: left alone,
-// the compiler fuses the two in one kernel and not in another.
+// splits are tasks of their own. Where a product is added to something, the instruction is written out: a
+// compiler that is free to fuse the two may do so in one kernel and not in another.
 
 #pragma once
 

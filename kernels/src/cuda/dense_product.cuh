@@ -132,9 +132,7 @@ class DenseProduct {
 template <class T, int PANELS, int TILES>
 static __device__ void dense_product(const DenseWeight& weight, unsigned first_panel, const bf16* input,
                                      const Rows& rows, T* out, unsigned out_width, DenseShared<TILES>& shared) {
-    for (unsigned i = threadIdx.x; i < TILE_TOKENS * TILES; i += PRODUCT_THREADS)
-        shared.sources[i] = i < rows.count ? rows.source(i) : 0;
-    __syncthreads();
+    find_sources(rows, shared.sources);
     DenseProduct<PANELS, TILES> product(weight, first_panel, input, rows.count, shared);
     float values[PANELS][TILES][4];
     product.compute(values);

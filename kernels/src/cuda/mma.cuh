@@ -23,7 +23,7 @@ static __device__ __forceinline__ unsigned both(bf16 first, bf16 second) {
 static __device__ __forceinline__ void mma_m16n8k16_bf16(float (&c)[4], const unsigned (&a)[4],
                                                          const unsigned (&b)[2]) {
 #ifdef __CUDACC__
-    asm(
+    asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -33,11 +33,12 @@ static __device__ __forceinline__ void mma_m16n8k16_bf16(float (&c)[4], const un
 #endif
 }
 
-// The same of [16, 32] unsigned bytes and [32, 8] signed ones in integers: four neighbours in a register, 4t to 4t + 3 of
-// the first half of 32 and then of the second, where bf16 has two of 16.
-static __device__ __forceinline__ void mma_m16n8k32_u8_s8(int (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+// The same of [16, 32] unsigned bytes and [32, 8] signed ones in integers: four neighbours in a register, 4t to 4t + 3
+// of the first half of 32 and then of the second, where bf16 has two of 16.
+static __device__ __forceinline__ void mma_m16n8k32_u8_s8(int (&c)[4], const unsigned (&a)[4],
+                                                          const unsigned (&b)[2]) {
 #ifdef __CUDACC__
-    asm(
+    asm volatile(
         "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
@@ -95,8 +96,8 @@ static __device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&out)[4], con
 #endif
 }
 
-// Copies BYTES to shared memory, or zeros if `is_there` is false, while the thread goes on. Both ends are at multiples of
-// BYTES, and the source is memory of the device in either case.
+// Copies BYTES to shared memory, or zeros if `is_there` is false, while the thread goes on. Both ends are at multiples
+// of BYTES, and the source is memory of the device in either case.
 template <int BYTES = 16>
 static __device__ __forceinline__ void cp_async(void* target, const void* source, bool is_there) {
     static_assert(BYTES == 8 || BYTES == 16);

@@ -35,6 +35,13 @@ static __device__ __forceinline__ Rows rows_of_head(unsigned num_tokens, unsigne
     return {nullptr, 1, first * gridDim.z + blockIdx.z, gridDim.z, left < block_tokens ? left : block_tokens};
 }
 
+// The row of inputs of each token of a block.
+template <unsigned TOKENS>
+static __device__ __forceinline__ void find_sources(const Rows& rows, unsigned (&sources)[TOKENS]) {
+    for (unsigned i = threadIdx.x; i < TOKENS; i += PRODUCT_THREADS) sources[i] = i < rows.count ? rows.source(i) : 0;
+    __syncthreads();
+}
+
 // Writes a lane's results, plus the bias, as far as there are outputs and tokens: `values[panel][tile][i]` is row
 // 2 * (lane / 4) + i / 2 of a panel and token 2 * (lane % 4) + i % 2 of a tile.
 template <class T, int PANELS, int TILES>

@@ -11,14 +11,14 @@ enum class Codes : unsigned { Int8, Int8Min, Int4, Int4Min, Int8Rotated, Int4Dou
 constexpr int STEP_COLS = 32;
 
 // Of a group of a row of activations, `x = scale * code`.
-struct Terms {
+struct alignas(8) Terms {
     float scale;
     // Of the codes.
     int sum;
 };
 
 struct QuantWeight {
-    // Null where there is none.
+    // From a multiple of 64 bytes; null where there is none.
     const unsigned char* bytes;
     // [rows], or null.
     const float* bias;

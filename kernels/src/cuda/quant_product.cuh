@@ -240,9 +240,7 @@ template <class T, int PANELS, int TILES>
 static __device__ void quant_product(const QuantWeight& weight, unsigned first_panel, const QuantRows& input,
                                      const Rows& rows, T* out, unsigned out_width, ProductShared<PANELS,
                                      TILES>& shared) {
-    for (unsigned i = threadIdx.x; i < TILE_TOKENS * TILES; i += PRODUCT_THREADS)
-        shared.sources[i] = i < rows.count ? rows.source(i) : 0;
-    __syncthreads();
+    find_sources(rows, shared.sources);
     with_format(weight.codes, [&](auto format) {
         QuantProduct<decltype(format), PANELS, TILES> product(weight, first_panel, input, rows.count, shared);
         float values[PANELS][TILES][4];

@@ -1,4 +1,5 @@
-//! One folder per op: contract and checks in `mod.rs`, the oracle in `reference.rs`, the fast path in `cpu.rs`.
+//! One folder per op: contract and checks in `mod.rs`, the oracle in `reference.rs`, the fast path in `cpu.rs`, device code in `.cu`.
+//! `sampling` has device code alone so far: its rules are those of `engine/sampling`, which its tests repeat.
 
 pub(crate) mod argmax;
 pub(crate) mod attention;

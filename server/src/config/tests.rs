@@ -93,12 +93,15 @@ fn byte_sizes_are_read_and_written() {
         ("1.5KiB", 1536, "1536"),
         ("3MB", 3_000_000, "3000000"),
         ("10", 10, "10"),
+        ("1e9", 1_000_000_000, "1000000000"),
+        ("1024.0", 1024, "1KiB"),
+        ("1.1KiB", 1126, "1126"),
         (" 4 KiB ", 4096, "4KiB"),
     ] {
         let size: ByteSize = text.parse().unwrap();
         assert_eq!((size.0, size.to_string().as_str()), (bytes, shown), "{text}");
     }
-    for text in ["", "x", "-1", "1XB", "99999999999TiB", "inf", "0.5", "1.5B"] {
+    for text in ["", "x", "-1", "1XB", "99999999999TiB", "inf", "0.5", "1.5B", "0.0001KiB"] {
         assert!(text.parse::<ByteSize>().is_err(), "{text}");
     }
 }

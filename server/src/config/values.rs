@@ -267,9 +267,13 @@ impl FromStr for ByteSize {
             return whole.checked_mul(unit).map(Self).ok_or_else(|| format!("`{text}` is more than 2^64 bytes"));
         }
         match number.parse::<f64>() {
-            // Of bytes there are no parts.
-            Ok(value) if unit > 1 && value.is_finite() && value >= 0.0 && value * (unit as f64) < u64::MAX as f64 => {
-                Ok(Self((value * unit as f64) as u64))
+            Ok(value) if value.is_finite() && value >= 0.0 && value * (unit as f64) < u64::MAX as f64 => {
+                let bytes = value * unit as f64;
+                // A part of a byte alone is meant as something else; 1.1 KiB are 1126 bytes and a part.
+                match bytes.fract() != 0.0 && (unit == 1 || bytes < 1.0) {
+                    true => Err(format!("`{text}` is not a whole number of bytes")),
+                    false => Ok(Self(bytes as u64)),
+                }
             }
             _ => Err(format!("`{text}` is not a number of bytes such as 8388608, 8MiB or 2GiB")),
         }

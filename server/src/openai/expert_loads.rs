@@ -31,7 +31,9 @@ pub struct ProfileQuery {
 /// A query is text: what is wrong with it is said in words of its own.
 fn whole_seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
     let text = String::deserialize(deserializer)?;
-    text.parse().map(Some).map_err(|_| D::Error::custom(format!("`{text}` is not a whole number of seconds")))
+    text.parse()
+        .map(Some)
+        .map_err(|_| D::Error::custom(format!("`{text}` is not a whole number of seconds from 1 to 600")))
 }
 
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, ToSchema)]

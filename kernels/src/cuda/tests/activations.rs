@@ -27,7 +27,7 @@ const FUNCTIONS: [Pointwise; 14] = [
 ];
 
 /// What a kernel calls a function, with its two numbers.
-fn code_of(activation: GluActivation) -> (u32, f32, f32) {
+pub(super) fn code_of(activation: GluActivation) -> (u32, f32, f32) {
     match activation {
         GluActivation::Silu => (Pointwise::Silu as u32, 0.0, 0.0),
         GluActivation::Pointwise(function) => (function as u32, 0.0, 0.0),

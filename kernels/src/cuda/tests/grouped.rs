@@ -3,8 +3,9 @@
 use emulator::{Argument, Launch};
 use half::bf16;
 
+use super::activations::code_of;
 use super::linear::{
-    Aligned, DenseWeight, PLAIN_OUTS, PRODUCT_THREADS, QuantWeight, assert_same, dense_name, quantize_rows,
+    Aligned, DenseWeight, PLAIN_OUTS, PRODUCT_THREADS, QuantWeight, TILES, assert_same, dense_name, quantize_rows,
 };
 use super::{Buffer, Number, Output, ROW_THREADS, bits, for_activations, outputs, stored, widened};
 use crate::ops::glu::GluActivation;
@@ -48,11 +49,9 @@ struct DeviceActivation {
 
 impl DeviceActivation {
     fn new(activation: ExpertActivation) -> Self {
-        let (is_gated, function, alpha, limit) = match activation {
-            ExpertActivation::Plain(function) => (0, function as u32, 0.0, 0.0),
-            ExpertActivation::Gated(GluActivation::Silu) => (1, Pointwise::Silu as u32, 0.0, 0.0),
-            ExpertActivation::Gated(GluActivation::Pointwise(function)) => (1, function as u32, 0.0, 0.0),
-            ExpertActivation::Gated(GluActivation::ClampedSwish { alpha, limit }) => (1, u32::MAX, alpha, limit),
+        let (is_gated, (function, alpha, limit)) = match activation {
+            ExpertActivation::Plain(function) => (0, code_of(GluActivation::Pointwise(function))),
+            ExpertActivation::Gated(activation) => (1, code_of(activation)),
         };
         Self { is_gated, function, alpha, limit }
     }
@@ -139,9 +138,6 @@ fn pairs_are_sorted_by_expert() {
         }
     }
 }
-
-/// Tiles of the product: their name, outputs and rows.
-const TILES: [(&str, usize, usize); 2] = [("few", 64, 8), ("many", 128, 32)];
 
 /// The layer as the host runs it.
 struct Layer<'a> {

@@ -12,7 +12,7 @@ use crate::quant::{Codes, QuantFormat, QuantizedRows};
 use crate::testing::{Numbers, QUANTIZED, assert_close, tensor, values};
 use crate::weight::{PackedWeight, WeightFormat};
 
-/// `PRODUCT_THREADS` of `quant_product.cuh`.
+/// `PRODUCT_THREADS` of `product.cuh`.
 pub(super) const PRODUCT_THREADS: usize = 128;
 
 /// Every code with every group that it may have.
@@ -29,7 +29,7 @@ pub(super) fn formats() -> impl Iterator<Item = QuantFormat> {
 
 /// `struct Terms` of `quant.cuh`.
 #[derive(Clone, Copy, Debug)]
-#[repr(C)]
+#[repr(C, align(8))]
 pub(super) struct Terms {
     pub(super) scale: f32,
     pub(super) sum: i32,
@@ -181,7 +181,7 @@ impl QuantWeight {
 }
 
 /// Tiles of the product: their name, outputs and tokens.
-const TILES: [(&str, usize, usize); 2] = [("few", 64, 8), ("many", 128, 32)];
+pub(super) const TILES: [(&str, usize, usize); 2] = [("few", 64, 8), ("many", 128, 32)];
 
 fn device_product<T: Number>(
     (tile, tile_outs, tile_tokens): (&str, usize, usize),
@@ -420,7 +420,7 @@ fn check_dense<X: Number, T: Number>(format: WeightFormat) {
             let kernel = (kernel.as_str(), threads, outs, tokens);
             found.push(device_dense(kernel, &x, num_tokens, &weights));
             assert_close(&widened(found.last().unwrap()), &expected, tolerance::<T>(1e-5));
-            // A row alone, by the kernel for a few.
+            // A row alone.
             let (width, last) = (num_heads * cols, num_tokens - 1);
             let alone: Vec<T> = device_dense(kernel, &x[last * width..], 1, &weights);
             assert_eq!(bits(&alone), bits(&found[0][last * num_heads * rows..]), "{kernel:?}");

@@ -1,4 +1,4 @@
-//! Sampling and log-probabilities, beside the rules of `engine/sampling`.
+//! Sampling and log-probabilities, beside the rules of `engine/sampling`, which are repeated here until they are an op of this crate.
 
 use std::cmp::Ordering;
 

@@ -62,12 +62,10 @@ static __device__ float weigh(const Attention<T, Cache>& op, const Row& row, uns
     const unsigned lane = threadIdx.x % WARP_SIZE;
     const bool sees = row.pair.visible.holds(first + lane);
     const float score = sees ? score_of(op, row.pair, first + lane, product) : -INFINITY;
-    float max = score;
-    for (int lanes = WARP_SIZE / 2; lanes > 0; lanes /= 2) max = fmaxf(max, across(max, lanes));
-    max = fmaxf(max, sum.max);
+    const float of_tile = warp_merge(score, [](float a, float b) { return fmaxf(a, b); });
+    const float max = fmaxf(of_tile, sum.max);
     const float weight = sees ? expf(score - max) : 0;
-    float weight_sum = weight;
-    for (int lanes = WARP_SIZE / 2; lanes > 0; lanes /= 2) weight_sum += across(weight_sum, lanes);
+    const float weight_sum = warp_sum(weight);
     const float factor = expf(sum.max - max);
     sum = {max, __fmaf_rn(sum.sum, factor, weight_sum)};
     row.weights[lane] = weight;

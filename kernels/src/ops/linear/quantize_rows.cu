@@ -66,7 +66,7 @@ static __device__ void quantize_rows(const T* x, signed char* codes, Terms* term
             quad |= (static_cast<unsigned>(code) & 0xff) << (8 * i);
         }
         for (unsigned lanes = group / LANE_QUAD / 2; lanes > 0; lanes /= 2)
-            sum += __shfl_xor_sync(ALL_LANES, sum, lanes);
+            sum += across(sum, static_cast<int>(lanes));
         if (col >= padded_cols) continue;
         *reinterpret_cast<unsigned*>(codes + col) = quad;
         if (col % group == 0) terms[col / group] = {is_number ? top / 127.0f : NAN, sum};
