@@ -13,13 +13,15 @@ pub(crate) struct Input<'a> {
 }
 
 impl Input<'_> {
-    /// f32, on the CPU, contiguous.
+    /// Contiguous, and f32 on the CPU, f32 or bf16 on a CUDA device.
     pub(crate) fn check(&self) -> Result<()> {
         let Self { op, what, tensor } = *self;
-        if tensor.dtype() != DType::F32 {
+        let device = tensor.device();
+        let is_known = tensor.dtype() == DType::F32 || device.is_cuda() && tensor.dtype() == DType::BF16;
+        if !is_known {
             return Err(KernelError::DType { op, what, got: tensor.dtype(), expected: DType::F32 });
         }
-        if !tensor.device().is_cpu() {
+        if !device.is_cpu() && !device.is_cuda() {
             return Err(KernelError::Device { op, what });
         }
         if !tensor.is_contiguous() {

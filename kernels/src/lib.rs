@@ -42,6 +42,8 @@ mod weight;
 /// even by another process that shares a store with this one.
 pub const NUMERICS_VERSION: u32 = 3;
 
+#[cfg(feature = "cuda")]
+pub use cuda::device::open_device;
 pub use dispatch::{choose_isa, isa, isas};
 pub use error::{KernelError, Result};
 pub use freed_memory::keep_freed_memory;

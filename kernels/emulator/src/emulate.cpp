@@ -225,6 +225,8 @@ void add(const char* name, void (*call)(void**)) { kernels()[name] = call; }
 
 }  // namespace emulate
 
+extern "C" bool moesaic_emulates(const char* name) { return emulate::kernels().count(name) != 0; }
+
 // Runs a kernel; gives what is wrong, or null.
 extern "C" const char* moesaic_emulate(const char* name, const unsigned* grid, const unsigned* block_size, std::size_t shared_bytes,
                                        unsigned seed, void** params) {

@@ -24,12 +24,19 @@ unsafe extern "C" {
         seed: u32,
         params: *mut *mut c_void,
     ) -> *const c_char;
+    fn moesaic_emulates(name: *const c_char) -> bool;
 }
 
 /// What is copied to a kernel as it lies in memory: a pointer, a number, a `#[repr(C)]` structure of such.
 pub trait Argument {}
 
 impl<T: Copy> Argument for T {}
+
+/// Whether there is a kernel of this name.
+pub fn has(kernel: &CStr) -> bool {
+    // SAFETY: a string that ends.
+    unsafe { moesaic_emulates(kernel.as_ptr()) }
+}
 
 /// Runs a kernel to its end.
 ///
@@ -42,17 +49,27 @@ pub unsafe fn launch(kernel: &str, launch: Launch, arguments: &[&dyn Argument]) 
     let address = |&argument: &&dyn Argument| std::ptr::from_ref(argument).cast::<c_void>().cast_mut();
     let mut params: Vec<*mut c_void> = arguments.iter().map(address).collect();
     let name = CString::new(kernel).map_err(|error| error.to_string())?;
+    // SAFETY: the arguments are the caller's to answer for.
+    unsafe { launch_with(&name, launch, params.as_mut_ptr()) }
+}
+
+/// The same with the addresses of the arguments.
+///
+/// # Errors
+/// As [`launch`].
+///
+/// # Safety
+/// As [`launch`]; there is an address for each argument of the kernel.
+pub unsafe fn launch_with(kernel: &CStr, launch: Launch, params: *mut *mut c_void) -> Result<(), String> {
     let Launch { grid, block, shared_bytes, seed } = launch;
     // SAFETY: the arrays have three numbers each; the arguments are the caller's to answer for.
-    let fault = unsafe {
-        moesaic_emulate(name.as_ptr(), grid.as_ptr(), block.as_ptr(), shared_bytes, seed, params.as_mut_ptr())
-    };
+    let fault = unsafe { moesaic_emulate(kernel.as_ptr(), grid.as_ptr(), block.as_ptr(), shared_bytes, seed, params) };
     if fault.is_null() {
         return Ok(());
     }
     // SAFETY: a fault is a string constant.
     let fault = unsafe { CStr::from_ptr(fault) };
-    Err(format!("{kernel}: {}", fault.to_string_lossy()))
+    Err(format!("{}: {}", kernel.to_string_lossy(), fault.to_string_lossy()))
 }
 
 #[cfg(test)]

@@ -1,4 +1,13 @@
-//! Device code: what the `.cu` files of all ops share, and their tests on the emulator of `kernels/emulator`.
+//! Device code: what the `.cu` files of all ops share, how it is launched, and its tests on the emulator of `kernels/emulator`.
+
+#[cfg(feature = "cuda")]
+pub(crate) mod device;
+#[cfg(feature = "cuda")]
+pub(crate) mod memory;
 
 #[cfg(test)]
 mod tests;
+
+/// Threads of every block that has a row: `ROW_THREADS` of `device.cuh`.
+#[cfg(any(test, feature = "cuda"))]
+pub(crate) const ROW_THREADS: usize = 256;

@@ -5,6 +5,8 @@ mod attention;
 mod cache;
 mod gated_delta;
 mod grouped;
+#[cfg(feature = "cuda")]
+mod launches;
 mod linear;
 mod norms;
 mod route;
@@ -14,8 +16,8 @@ mod tables;
 use emulator::{Argument, Launch};
 use half::bf16;
 
-/// Threads of every block that has a row: `ROW_THREADS` of `device.cuh`.
-const ROW_THREADS: usize = 256;
+use super::ROW_THREADS;
+
 /// Orders in which the threads of a block run.
 const SEEDS: [u32; 4] = [0, 1, 2, 3];
 /// Numbers before and behind an output that nobody may touch.

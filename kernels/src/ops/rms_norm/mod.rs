@@ -1,11 +1,15 @@
 //! Root-mean-square norm (Zhang and Sennrich, 2019), alone or with the residual addition before it.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
 mod tests;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Shape, Tensor};
 
 use crate::check::{Input, f32_output, f32_slice};
@@ -64,6 +68,17 @@ impl CustomOp2 for RmsNorm {
         cpu::rms_norm(x, weight, self.eps, &mut out);
         Ok(f32_output(out, x_layout.shape().clone()))
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        cuda::rms_norm(self, (x, x_layout), (weight, weight_layout))
+    }
 }
 
 /// The two results one after the other, `[2, .., D]`: a custom op has one output.
@@ -92,5 +107,18 @@ impl CustomOp3 for RmsNorm {
         let mut dims = vec![2];
         dims.extend_from_slice(x_layout.dims());
         Ok(f32_output(out, dims))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        residual: &CudaStorage,
+        residual_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        cuda::rms_norm_residual(self, [(x, x_layout), (residual, residual_layout), (weight, weight_layout)])
     }
 }

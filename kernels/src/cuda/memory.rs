@@ -1,0 +1,90 @@
+//! Where operands of kernels lie.
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
+use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorage, WrapErr};
+use candle_core::{DType, Layout, bail};
+use half::bf16;
+
+/// A place in device memory.
+#[derive(Clone, Copy, Debug)]
+#[repr(transparent)]
+pub(crate) struct Address(u64);
+
+// SAFETY: an address on the device is what kernels take for a pointer.
+unsafe impl DeviceRepr for Address {}
+
+impl Address {
+    /// Of what is left out.
+    pub(crate) const NULL: Self = Self(0);
+
+    /// Of the first number.
+    pub(crate) fn of<T>(slice: &CudaSlice<T>) -> Self {
+        // The guard records an event for other streams; there is one stream.
+        let (address, _guard) = slice.device_ptr(slice.stream());
+        Self(address)
+    }
+
+    /// So many bytes behind it.
+    pub(crate) fn plus(self, bytes: usize) -> Self {
+        Self(self.0 + bytes as u64)
+    }
+}
+
+/// The type of activations, by what kernels call it.
+pub(crate) fn name_of(dtype: DType) -> candle_core::Result<&'static str> {
+    match dtype {
+        DType::F32 => Ok("float"),
+        DType::BF16 => Ok("bf16"),
+        other => bail!("activations are f32 or bf16, not {other:?}"),
+    }
+}
+
+/// The first of a contiguous tensor's numbers, which are f32 or bf16.
+pub(crate) fn activations(storage: &CudaStorage, layout: &Layout) -> candle_core::Result<Address> {
+    match name_of(storage.dtype())? {
+        "float" => numbers::<f32>(storage, layout),
+        _ => numbers::<bf16>(storage, layout),
+    }
+}
+
+/// The first of a contiguous tensor's f32.
+pub(crate) fn floats(storage: &CudaStorage, layout: &Layout) -> candle_core::Result<Address> {
+    numbers::<f32>(storage, layout)
+}
+
+fn numbers<T: CudaDType>(storage: &CudaStorage, layout: &Layout) -> candle_core::Result<Address> {
+    let Some((start, _)) = layout.contiguous_offsets() else { bail!("input is not contiguous") };
+    Ok(Address::of(storage.as_cuda_slice::<T>()?).plus(start * size_of::<T>()))
+}
+
+/// Memory for a result, which a kernel is to write.
+pub(crate) fn output(device: &CudaDevice, dtype: DType, len: usize) -> candle_core::Result<(CudaStorage, Address)> {
+    fn typed<T: CudaDType + DeviceRepr>(
+        device: &CudaDevice,
+        len: usize,
+    ) -> candle_core::Result<(CudaStorage, Address)> {
+        let slice = scratch::<T>(device, len)?;
+        let address = Address::of(&slice);
+        Ok((CudaStorage::wrap_cuda_slice(slice, device.clone()), address))
+    }
+    match name_of(dtype)? {
+        "float" => typed::<f32>(device, len),
+        _ => typed::<bf16>(device, len),
+    }
+}
+
+/// Memory that a kernel is to write; a number at least, as no device gives none.
+pub(crate) fn scratch<T: DeviceRepr>(device: &CudaDevice, len: usize) -> candle_core::Result<CudaSlice<T>> {
+    // SAFETY: kernels write what others read.
+    unsafe { device.alloc::<T>(len.max(1)) }
+}
+
+/// A copy on the device.
+pub(crate) fn upload<T: DeviceRepr + 'static>(device: &CudaDevice, values: &[T]) -> candle_core::Result<CudaSlice<T>> {
+    let mut target = scratch(device, values.len())?;
+    if !values.is_empty() {
+        device.cuda_stream().memcpy_htod(values, &mut target.slice_mut(..values.len())).w()?;
+    }
+    Ok(target)
+}
