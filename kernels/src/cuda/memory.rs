@@ -1,10 +1,15 @@
 //! Where operands of kernels lie.
 
+use std::sync::{Arc, OnceLock};
+
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
-use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorage, WrapErr};
+use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorage, DeviceId, WrapErr};
 use candle_core::{DType, Layout, bail};
 use half::bf16;
+
+/// What candle hands to an op.
+pub(crate) type Operand<'a> = (&'a CudaStorage, &'a Layout);
 
 /// A place in device memory.
 #[derive(Clone, Copy, Debug)]
@@ -41,7 +46,7 @@ pub(crate) fn name_of(dtype: DType) -> candle_core::Result<&'static str> {
 }
 
 /// The first of a contiguous tensor's numbers, which are f32 or bf16.
-pub(crate) fn activations(storage: &CudaStorage, layout: &Layout) -> candle_core::Result<Address> {
+pub(crate) fn activations((storage, layout): Operand<'_>) -> candle_core::Result<Address> {
     match name_of(storage.dtype())? {
         "float" => numbers::<f32>(storage, layout),
         _ => numbers::<bf16>(storage, layout),
@@ -49,7 +54,7 @@ pub(crate) fn activations(storage: &CudaStorage, layout: &Layout) -> candle_core
 }
 
 /// The first of a contiguous tensor's f32.
-pub(crate) fn floats(storage: &CudaStorage, layout: &Layout) -> candle_core::Result<Address> {
+pub(crate) fn floats((storage, layout): Operand<'_>) -> candle_core::Result<Address> {
     numbers::<f32>(storage, layout)
 }
 
@@ -87,4 +92,25 @@ pub(crate) fn upload<T: DeviceRepr + 'static>(device: &CudaDevice, values: &[T])
         device.cuda_stream().memcpy_htod(values, &mut target.slice_mut(..values.len())).w()?;
     }
     Ok(target)
+}
+
+/// Numbers that are uploaded when a device first asks for them.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Uploaded<T>(OnceLock<Arc<(DeviceId, CudaSlice<T>)>>);
+
+impl<T: DeviceRepr + 'static> Uploaded<T> {
+    /// Where they lie. Fails for another device than the first one.
+    pub(crate) fn get(&self, device: &CudaDevice, values: &[T]) -> candle_core::Result<Address> {
+        let found = match self.0.get() {
+            Some(found) => found,
+            None => {
+                let uploaded = Arc::new((device.id(), upload(device, values)?));
+                self.0.get_or_init(|| uploaded)
+            }
+        };
+        if found.0 != device.id() {
+            bail!("what lies on one device is asked for on another");
+        }
+        Ok(Address::of(&found.1))
+    }
 }

@@ -26,19 +26,10 @@ const FUNCTIONS: [Pointwise; 14] = [
     Pointwise::Identity,
 ];
 
-/// What a kernel calls a function, with its two numbers.
-pub(super) fn code_of(activation: GluActivation) -> (u32, f32, f32) {
-    match activation {
-        GluActivation::Silu => (Pointwise::Silu as u32, 0.0, 0.0),
-        GluActivation::Pointwise(function) => (function as u32, 0.0, 0.0),
-        GluActivation::ClampedSwish { alpha, limit } => (u32::MAX, alpha, limit),
-    }
-}
-
 fn device_glu<T: Number>(gate_up: &[T], width: usize, activation: GluActivation) -> Vec<T> {
     let len = gate_up.len() / 2;
     let [out] = outputs(len, |seed, [out]: [*mut T; 1]| {
-        let (function, alpha, limit) = code_of(activation);
+        let (function, alpha, limit) = activation.device_code();
         let (kernel, num_tokens, width) = (format!("glu_{}", T::NAME), (len / width) as i32, width as i32);
         let arguments: [&dyn Argument; 7] = [&gate_up.as_ptr(), &out, &num_tokens, &width, &function, &alpha, &limit];
         // SAFETY: the arguments of the kernel, a thread for each number.

@@ -3,7 +3,6 @@
 use emulator::{Argument, Launch};
 use half::bf16;
 
-use super::activations::code_of;
 use super::linear::{
     Aligned, DenseWeight, PLAIN_OUTS, PRODUCT_THREADS, QuantWeight, TILES, assert_same, dense_name, quantize_rows,
 };
@@ -50,8 +49,8 @@ struct DeviceActivation {
 impl DeviceActivation {
     fn new(activation: ExpertActivation) -> Self {
         let (is_gated, (function, alpha, limit)) = match activation {
-            ExpertActivation::Plain(function) => (0, code_of(GluActivation::Pointwise(function))),
-            ExpertActivation::Gated(activation) => (1, code_of(activation)),
+            ExpertActivation::Plain(function) => (0, GluActivation::Pointwise(function).device_code()),
+            ExpertActivation::Gated(activation) => (1, activation.device_code()),
         };
         Self { is_gated, function, alpha, limit }
     }

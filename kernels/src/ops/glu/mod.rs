@@ -1,6 +1,8 @@
 //! Gated activations, above all `silu(gate) * up` (Shazeer, 2020), over fused gate and up activations.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -10,6 +12,8 @@ pub(crate) use cpu::activate;
 #[cfg(test)]
 pub(crate) use reference::glu as reference;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 
 use super::pointwise::Pointwise;
@@ -28,6 +32,18 @@ pub enum GluActivation {
     Pointwise(Pointwise),
     /// `g * sigmoid(alpha * g) * (u + 1)` with `g = min(gate, limit)` and `u` clamped to `±limit` (gpt-oss).
     ClampedSwish { alpha: f32, limit: f32 },
+}
+
+#[cfg(any(test, feature = "cuda"))]
+impl GluActivation {
+    /// What device code calls it (`glu.cuh`), with its two numbers.
+    pub(crate) fn device_code(self) -> (u32, f32, f32) {
+        match self {
+            Self::Silu => (Pointwise::Silu as u32, 0.0, 0.0),
+            Self::Pointwise(function) => (function as u32, 0.0, 0.0),
+            Self::ClampedSwish { alpha, limit } => (u32::MAX, alpha, limit),
+        }
+    }
 }
 
 /// `act(gate, up)`, where the first half of each row is the gate. Fails unless `x` is f32, contiguous and of even width.
@@ -57,5 +73,10 @@ impl CustomOp1 for Glu {
     fn cpu_fwd(&self, gate_up: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         let out = cpu::glu(f32_slice(gate_up, layout)?, self.intermediate, self.activation);
         Ok(f32_output(out, (self.num_tokens, self.intermediate)))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, gate_up: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        cuda::glu(self, (gate_up, layout))
     }
 }

@@ -1,5 +1,10 @@
 //! Layer norm with weight and bias (Ba et al., 2016).
 
+#[cfg(feature = "cuda")]
+mod cuda;
+
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, Layout, Shape, Tensor};
 
 use crate::check::{Input, f32_output, f32_slice};
@@ -47,6 +52,19 @@ impl CustomOp3 for LayerNorm {
         let mut out = f32_slice(x, x_layout)?.to_vec();
         out.chunks_exact_mut(weight.len().max(1)).for_each(|row| normalize(row, weight, bias, self.eps));
         Ok(f32_output(out, x_layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+        bias: &CudaStorage,
+        bias_layout: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        cuda::layer_norm(self, [(x, x_layout), (weight, weight_layout), (bias, bias_layout)])
     }
 }
 

@@ -1,7 +1,12 @@
 //! Activations of one number.
 
+#[cfg(feature = "cuda")]
+mod cuda;
+
 use std::f64::consts::{FRAC_1_SQRT_2, FRAC_2_SQRT_PI};
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::cpu::erf::erf_f64;
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 
@@ -122,6 +127,11 @@ impl CustomOp1 for Map {
             out.iter_mut().zip(x).for_each(|(out, &x)| *out = self.function.apply(x));
         });
         Ok(f32_output(out, x_layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        cuda::pointwise(self, (x, layout))
     }
 }
 

@@ -1,20 +1,18 @@
 //! A block for each row.
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CudaStorage, Layout, Shape};
+use candle_core::{CudaStorage, Shape};
 
 use super::RmsNorm;
 use crate::cuda::ROW_THREADS;
 use crate::cuda::device::{Launch, launch};
-use crate::cuda::memory::{activations, floats, name_of, output};
-
-type Operand<'a> = (&'a CudaStorage, &'a Layout);
+use crate::cuda::memory::{Operand, activations, floats, name_of, output};
 
 pub(super) fn rms_norm(op: &RmsNorm, x: Operand<'_>, weight: Operand<'_>) -> candle_core::Result<(CudaStorage, Shape)> {
     let (device, dtype) = (x.0.device(), x.0.dtype());
     let (len, width) = (x.1.shape().elem_count(), weight.1.shape().elem_count());
     let (out, target) = output(device, dtype, len)?;
-    let (x_start, weight) = (activations(x.0, x.1)?, floats(weight.0, weight.1)?);
+    let (x_start, weight) = (activations(x)?, floats(weight)?);
     let shape = Launch::rows(len / width.max(1), ROW_THREADS);
     let kernel = format!("rms_norm_{}", name_of(dtype)?);
     // SAFETY: the arguments of the kernel, with rows of `width`.
@@ -31,8 +29,8 @@ pub(super) fn rms_norm_residual(
     let (len, width) = (x.1.shape().elem_count(), weight.1.shape().elem_count());
     let (out, norm) = output(device, dtype, 2 * len)?;
     let sum = norm.plus(len * dtype.size_in_bytes());
-    let (x_start, residual) = (activations(x.0, x.1)?, activations(residual.0, residual.1)?);
-    let weight = floats(weight.0, weight.1)?;
+    let (x_start, residual) = (activations(x)?, activations(residual)?);
+    let weight = floats(weight)?;
     let shape = Launch::rows(len / width.max(1), ROW_THREADS);
     let kernel = format!("rms_norm_residual_{}", name_of(dtype)?);
     // SAFETY: the arguments of the kernel, with rows of `width`; x and residual were checked to be alike.

@@ -1,14 +1,20 @@
 //! Rotary position embedding (Su et al., 2021) from a table of angles.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
 mod tests;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 
 use crate::check::{self, Input, f32_output, f32_slice};
+#[cfg(feature = "cuda")]
+use crate::cuda::memory::Uploaded;
 use crate::error::{KernelError, Result};
 
 const OP: &str = "rope";
@@ -19,6 +25,10 @@ pub struct RopeTable {
     cos: Vec<f32>, // [max_positions, rotary_dim / 2]
     sin: Vec<f32>,
     rotary_dim: usize,
+    #[cfg(feature = "cuda")]
+    device_cos: Uploaded<f32>,
+    #[cfg(feature = "cuda")]
+    device_sin: Uploaded<f32>,
 }
 
 impl RopeTable {
@@ -33,7 +43,15 @@ impl RopeTable {
             let reason = format!("{} cosines are not whole positions of {}", cos.len(), rotary_dim / 2);
             return Err(KernelError::Invalid { op: OP, reason });
         }
-        Ok(Self { cos, sin, rotary_dim })
+        Ok(Self {
+            cos,
+            sin,
+            rotary_dim,
+            #[cfg(feature = "cuda")]
+            device_cos: Uploaded::default(),
+            #[cfg(feature = "cuda")]
+            device_sin: Uploaded::default(),
+        })
     }
 
     /// Positions below this one are in the table.
@@ -93,5 +111,10 @@ impl CustomOp1 for Rope<'_> {
         let mut out = f32_slice(x, x_layout)?.to_vec();
         cpu::rope(self, &mut out);
         Ok(f32_output(out, x_layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        cuda::rope(self, (x, layout))
     }
 }

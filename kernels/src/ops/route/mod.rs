@@ -1,6 +1,10 @@
 //! Router: from logits to the experts of each token and their weights.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(any(test, feature = "cuda"))]
+pub(crate) mod device_router;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -87,8 +91,11 @@ pub fn route(logits: &Tensor /* [num_tokens, num_experts] */, spec: &RouterSpec)
     let [num_tokens, num_experts] = input.dims("[num_tokens, num_experts]")?;
     spec.check(num_experts)?;
     let (storage, layout) = logits.storage_and_layout();
-    let Storage::Cpu(storage) = &*storage else {
-        return Err(KernelError::Device { op: OP, what: "logits" });
+    let storage = match &*storage {
+        Storage::Cpu(storage) => storage,
+        #[cfg(feature = "cuda")]
+        Storage::Cuda(storage) => return Ok(cuda::route((storage, layout), spec)?),
+        _ => return Err(KernelError::Device { op: OP, what: "logits" }),
     };
     let logits = f32_slice(storage, layout)?;
     let (mut experts, mut weights) = (vec![0; num_tokens * spec.top_k], vec![0.0; num_tokens * spec.top_k]);

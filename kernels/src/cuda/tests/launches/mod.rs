@@ -1,7 +1,9 @@
 //! Ops on a CUDA device, or an emulated one, beside the same ops on the CPU: that each launch passes what its kernel takes. What
 //! the kernels make of that is the matter of the other tests.
 
+mod activations;
 mod norms;
+mod route;
 
 use std::sync::LazyLock;
 
@@ -28,10 +30,11 @@ fn moved(tensor: &Tensor) -> Tensor {
     tensor.to_device(&DEVICE).unwrap()
 }
 
-/// The device's result is the CPU's.
+/// The device's result is the CPU's, and of this type.
 #[track_caller]
-fn assert_same(found: &Tensor, expected: &Tensor, tolerance: f32) {
+fn assert_same(found: &Tensor, expected: &Tensor, (dtype, tolerance): (DType, f32)) {
     assert!(found.device().is_cuda());
+    assert_eq!(found.dtype(), dtype);
     assert_eq!(found.dims(), expected.dims());
     let found = found.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
     assert_close(&values(&found), &values(expected), tolerance);

@@ -1,0 +1,38 @@
+//! A block for each token.
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
+
+use super::device_router::DeviceRouter;
+use super::{RouterSpec, TopK};
+use crate::cuda::ROW_THREADS;
+use crate::cuda::device::{Launch, launch};
+use crate::cuda::memory::{Address, Operand, floats, scratch, upload};
+
+/// Dynamic shared memory of an expert: its score, its rank and whether it was taken.
+const EXPERT_BYTES: usize = 9;
+
+// SAFETY: the structure of the kernel, of plain numbers.
+unsafe impl DeviceRepr for DeviceRouter {}
+
+/// `logits`: `[num_tokens, num_experts]`
+pub(super) fn route(logits: Operand<'_>, spec: &RouterSpec) -> candle_core::Result<TopK> {
+    let device = logits.0.device();
+    let [num_tokens, num_experts] = [logits.1.dims()[0], logits.1.dims()[1]];
+    let len = num_tokens * spec.top_k;
+    let (experts, weights) = (scratch::<u32>(device, len)?, scratch::<f32>(device, len)?);
+    let bias = spec.bias.as_ref().map(|bias| upload(device, bias)).transpose()?;
+    let bias_start = bias.as_ref().map_or(Address::NULL, Address::of);
+    let shape = Launch { shared_bytes: EXPERT_BYTES * num_experts, ..Launch::rows(num_tokens, ROW_THREADS) };
+    let [experts_start, weights_start] = [Address::of(&experts), Address::of(&weights)];
+    let router = DeviceRouter::new(spec, num_experts);
+    // SAFETY: the arguments of the kernel; the bias is as long as there are experts.
+    unsafe {
+        launch(device, "route", shape, &[&floats(logits)?, &bias_start, &experts_start, &weights_start, &router])
+    }?;
+    Ok(TopK {
+        experts: device.clone_dtoh(&experts.slice(..len))?,
+        weights: device.clone_dtoh(&weights.slice(..len))?,
+        k: spec.top_k,
+    })
+}
