@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
-use candle_core::{Storage, Tensor};
+use candle_core::{Device, Storage, Tensor};
 use scheduler::{Batch, BlockId, Chunk, Phase, RequestId, Scheduler, Sequence, StateSlot};
 
 use crate::error::EngineError;
@@ -199,10 +199,10 @@ impl Runner {
         let mut outputs: Vec<ChunkOutput> = batch.chunks.iter().map(|_| ChunkOutput::default()).collect();
         for rows in wanted.chunks(LOGIT_ROWS) {
             let indices: Vec<u32> = rows.iter().map(|wanted| wanted.row).collect();
-            let logits = self.model.logits(&gather_rows(&hidden, &indices)?)?.contiguous()?;
+            let logits = self.model.logits(&gather_rows(&hidden, &indices)?)?.to_device(&Device::Cpu)?.contiguous()?;
             let vocab_size = logits.dim(1)?;
             let (storage, layout) = logits.storage_and_layout();
-            let Storage::Cpu(storage) = &*storage else { unreachable!("models compute on the CPU") };
+            let Storage::Cpu(storage) = &*storage else { unreachable!("sampling is on the CPU") };
             let logits = &storage.as_slice::<f32>()?[layout.start_offset()..];
             // Rows are read side by side: a draw over a large vocabulary costs as much as a layer.
             let reads: Vec<OnceLock<RowRead>> = rows.iter().map(|_| OnceLock::new()).collect();

@@ -19,6 +19,7 @@ pub mod bench;
 pub mod block_format;
 mod check;
 mod cuda;
+mod device;
 mod dispatch;
 mod error;
 mod freed_memory;
@@ -42,8 +43,7 @@ mod weight;
 /// even by another process that shares a store with this one.
 pub const NUMERICS_VERSION: u32 = 3;
 
-#[cfg(feature = "cuda")]
-pub use cuda::device::open_device;
+pub use device::{DeviceChoice, open_device};
 pub use dispatch::{choose_isa, isa, isas};
 pub use error::{KernelError, Result};
 pub use freed_memory::keep_freed_memory;

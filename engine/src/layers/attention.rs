@@ -162,7 +162,7 @@ impl Attention {
         let out = Linear::load(loader, &name(names.out), config.hidden_size, q_width, config.out_bias)?;
         let norms = config.qk_norm.map(|kind| {
             if let QkNorm::PerRotatedHeadUnit { eps } = kind {
-                let unit = || Norm::unit(config.head_dim, eps);
+                let unit = || Norm::unit(loader, config.head_dim, eps);
                 return Ok((kind, unit()?, unit()?));
             }
             let (q_len, k_len, eps) = match kind {
@@ -221,7 +221,8 @@ impl Attention {
         }
         if let Some(temperature) = self.config.temperature {
             let factors: Vec<f32> = positions.iter().map(|&position| temperature.factor(position)).collect();
-            q = q.broadcast_mul(&Tensor::from_vec(factors, (num_tokens, 1, 1), q.device())?)?;
+            let factors = Tensor::from_vec(factors, (num_tokens, 1, 1), q.device())?.to_dtype(q.dtype())?;
+            q = q.broadcast_mul(&factors)?;
         }
         let (cache, rows) = context.paged(self.site);
         cache.write_parts(&[&k.reshape((num_tokens, kv_width))?, &v], &rows.slot_mapping)?;

@@ -1,6 +1,6 @@
 //! The pre-norm decoder stack that all causal families share.
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use super::attention::{Attention, AttentionConfig};
 use super::ends::{DecoderConfig, Ends, LayerNorms, Multipliers, enter, scaled};
@@ -256,5 +256,5 @@ fn renormed(x: Tensor, norm: &Option<Norm>) -> Result<Tensor, EngineError> {
 
 /// Rows of a tensor picked by index: `[num_tokens, width]` to `[rows.len(), width]`.
 pub fn gather_rows(x: &Tensor, rows: &[u32]) -> Result<Tensor, EngineError> {
-    Ok(x.index_select(&Tensor::new(rows, &Device::Cpu)?, 0)?)
+    Ok(x.index_select(&Tensor::new(rows, x.device())?, 0)?)
 }

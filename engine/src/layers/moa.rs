@@ -121,13 +121,13 @@ impl MoaAttention {
     fn combine(&self, out: &Tensor, topk: &TopK) -> Result<Tensor, EngineError> {
         let num_pairs = topk.weights.len();
         let num_tokens = num_pairs / topk.k;
-        let weights = Tensor::from_slice(&topk.weights, (num_pairs, 1), out.device())?;
+        let weights = Tensor::from_slice(&topk.weights, (num_pairs, 1), out.device())?.to_dtype(out.dtype())?;
         let weighted = out.broadcast_mul(&weights)?.reshape((num_tokens, topk.k, self.config.hidden_size))?;
         let mut sum = weighted.get_on_dim(1, 0)?;
         for slot in 1..topk.k {
             sum = (sum + weighted.get_on_dim(1, slot)?)?;
         }
-        Ok(sum.broadcast_add(&self.bias)?)
+        Ok(sum.broadcast_add(&self.bias.to_dtype(sum.dtype())?)?)
     }
 }
 

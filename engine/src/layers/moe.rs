@@ -198,7 +198,8 @@ fn weigh_inputs(
             weights: vec![1.0; num_tokens],
             k: 1,
         };
-        let weighted = x.broadcast_mul(&Tensor::from_vec(weights, (num_tokens, 1), x.device())?)?;
+        let weights = Tensor::from_vec(weights, (num_tokens, 1), x.device())?.to_dtype(x.dtype())?;
+        let weighted = x.broadcast_mul(&weights)?;
         let out = compute(&weighted, &choice)?;
         sum = Some(match sum {
             Some(sum) => (sum + out)?,

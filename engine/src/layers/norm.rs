@@ -1,6 +1,6 @@
 //! Normalisation: root-mean-square, or layer norm with a bias in the one family that has it.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 
 use crate::error::EngineError;
 use crate::weights::loader::Loader;
@@ -30,8 +30,8 @@ impl Norm {
     }
 
     /// An RMS norm without weights.
-    pub fn unit(len: usize, eps: f64) -> Result<Self, EngineError> {
-        Ok(Self { weight: Tensor::ones(len, DType::F32, &Device::Cpu)?, bias: None, eps: eps as f32 })
+    pub fn unit(loader: &Loader, len: usize, eps: f64) -> Result<Self, EngineError> {
+        Ok(Self { weight: loader.on_device(vec![1.0; len])?, bias: None, eps: eps as f32 })
     }
 
     /// Either kind.

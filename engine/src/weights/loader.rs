@@ -51,6 +51,8 @@ pub struct Loader<'a> {
     storage: WeightStorage,
     /// Of a folder that has everything as a loader made it before.
     packed: Option<&'a PackedIndex>,
+    /// Where the model computes.
+    device: Device,
     state: RefCell<LoadState<'a>>,
 }
 
@@ -99,7 +101,8 @@ impl<'a> Loader<'a> {
         let is_nested = checkpoint.iter().any(|(name, _)| name.starts_with(NESTED_PREFIX));
         let prefix = if is_nested { NESTED_PREFIX } else { "" };
         let (total_bytes, storage) = (checkpoint.total_bytes(), storage.into());
-        Self { checkpoint, total_bytes, prefix, quantization, storage, packed: None, state: RefCell::new(state) }
+        let (packed, device, state) = (None, Device::Cpu, RefCell::new(state));
+        Self { checkpoint, total_bytes, prefix, quantization, storage, packed, device, state }
     }
 
     /// Over a packed folder: everything is there under the key that it was asked for by.
@@ -295,7 +298,13 @@ impl<'a> Loader<'a> {
 
     /// A vector in f32: norm weights, biases.
     pub fn vector(&self, name: &str, len: usize) -> Result<Tensor, EngineError> {
-        Ok(Tensor::from_vec(self.floats(name, &[len])?, len, &Device::Cpu)?)
+        self.on_device(self.floats(name, &[len])?)
+    }
+
+    /// A vector where the model computes.
+    pub fn on_device(&self, values: Vec<f32>) -> Result<Tensor, EngineError> {
+        let len = values.len();
+        Ok(Tensor::from_vec(values, len, &self.device)?)
     }
 
     /// A small tensor in f32, row-major.

@@ -29,7 +29,7 @@ struct Kernels {
 }
 
 /// Opens a device with a stream of its own. Fails if there is none of this number.
-pub fn open_device(ordinal: usize) -> Result<Device> {
+pub(crate) fn open(ordinal: usize) -> Result<Device> {
     let device = CudaDevice::new_with_stream(ordinal)?;
     // SAFETY: all tensors of a device are used on its one stream, in whose order memory is given back too.
     unsafe { device.disable_event_tracking() };

@@ -9,10 +9,10 @@ use std::sync::LazyLock;
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::cuda::device::open_device;
+use crate::device::{DeviceChoice, open_device};
 use crate::testing::{assert_close, values};
 
-static DEVICE: LazyLock<Device> = LazyLock::new(|| open_device(0).unwrap());
+static DEVICE: LazyLock<Device> = LazyLock::new(|| open_device(DeviceChoice::Cuda(0)).unwrap());
 
 /// Of a result that is rounded to bf16 on its way.
 const BF16_TOLERANCE: f32 = 1.0 / 128.0;
