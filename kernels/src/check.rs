@@ -1,8 +1,9 @@
 //! Checks of op inputs before compute, and the way from candle storage to slices.
 
-use candle_core::{CpuStorage, DType, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, DType, Device, Layout, Shape, Tensor};
 
 use crate::error::{KernelError, Result};
+use crate::weight::PackedWeight;
 
 /// A tensor under check: the op it goes to, its name in the contract, and itself.
 #[derive(Clone, Copy)]
@@ -69,4 +70,9 @@ pub(crate) fn length(op: &'static str, what: &'static str, got: usize, expected:
 /// Refuses an index at or past the limit.
 pub(crate) fn below(op: &'static str, what: &'static str, got: usize, limit: usize) -> Result<()> {
     if got < limit { Ok(()) } else { Err(KernelError::OutOfRange { op, what, got, limit }) }
+}
+
+/// Refuses a weight that does not lie on this device.
+pub(crate) fn lies_on(op: &'static str, what: &'static str, weight: &PackedWeight, device: &Device) -> Result<()> {
+    if weight.device().same_device(device) { Ok(()) } else { Err(KernelError::OtherDevice { op, what }) }
 }

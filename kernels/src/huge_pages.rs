@@ -16,9 +16,9 @@ pub struct HugePages {
 }
 
 impl HugePages {
-    /// Notes a weight. One in a mapped file stays in the page cache's own pages.
+    /// Notes a weight. One in a mapped file stays in the page cache's own pages, one on a device has none.
     pub fn add(&mut self, weight: &PackedWeight) {
-        if weight.is_owned() {
+        if weight.is_owned() && weight.device().is_cpu() {
             let bytes = weight.as_bytes();
             let start = bytes.as_ptr() as usize;
             self.ranges.push((start, start + bytes.len()));

@@ -59,7 +59,7 @@ pub use ops::grouped_swiglu::{
 };
 pub use ops::head_linear::head_linear;
 pub use ops::layer_norm::layer_norm;
-pub use ops::linear::linear;
+pub use ops::linear::{linear, linear_f32};
 pub use ops::mla_attention::{MlaSpec, mla_attention};
 pub use ops::paged_attention::{GqaSpec, LearnedScores, PositionBias, Reach, paged_attention};
 pub use ops::pointwise::{Pointwise, pointwise};

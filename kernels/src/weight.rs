@@ -1,14 +1,21 @@
-//! Weights of hot ops: a format, a shape, and bytes that are owned or lie in a mapped file.
+//! Weights of hot ops: a format, a shape, and bytes that are owned, lie in a mapped file, or are on a device.
 
 use std::fmt;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use candle_core::Device;
+#[cfg(feature = "cuda")]
+use candle_core::cuda_backend::cudarc::driver::CudaSlice;
+#[cfg(feature = "cuda")]
+use candle_core::cuda_backend::{CudaDevice, WrapErr};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::check;
+#[cfg(feature = "cuda")]
+use crate::cuda::memory::{Address, upload};
 use crate::error::{KernelError, Result};
 use crate::mapped_file::MappedFile;
 use crate::memory::{AlignedBytes, Plain, is_aligned, view, view_mut};
@@ -54,11 +61,22 @@ impl WeightFormat {
 enum Bytes {
     Owned(Arc<AlignedBytes>),
     Read(Arc<RangeBytes>),
-    Mapped { file: Arc<MappedFile>, offset: usize },
+    Mapped {
+        file: Arc<MappedFile>,
+        offset: usize,
+    },
+    #[cfg(feature = "cuda")]
+    Cuda {
+        device: CudaDevice,
+        bytes: Arc<CudaSlice<u8>>,
+    },
 }
 
 /// A `[rows, cols]` matrix: `rows` outputs of `cols` inputs each, row-major or, where quantized, in panels of rows. Cloning
 /// shares the bytes.
+///
+/// One on a device is for ops there. The host does not have its bytes: what reads them fails or, where it cannot, panics;
+/// [`Self::to_device`] brings them back.
 #[derive(Clone)]
 pub struct PackedWeight {
     format: WeightFormat,
@@ -147,7 +165,7 @@ impl PackedWeight {
     pub fn into_range(self) -> Option<RangeBytes> {
         match self.bytes {
             Bytes::Read(bytes) => Arc::into_inner(bytes),
-            Bytes::Owned(_) | Bytes::Mapped { .. } => None,
+            _ => None,
         }
     }
 
@@ -155,7 +173,7 @@ impl PackedWeight {
     pub fn place(&self) -> Option<(&Path, u64)> {
         match &self.bytes {
             Bytes::Mapped { file, offset } => Some((file.path(), *offset as u64)),
-            Bytes::Owned(_) | Bytes::Read(_) => None,
+            _ => None,
         }
     }
 
@@ -163,11 +181,70 @@ impl PackedWeight {
     pub(crate) fn mapped_part(&self) -> Option<(Arc<MappedFile>, Range<usize>)> {
         match &self.bytes {
             Bytes::Mapped { file, offset } => Some((file.clone(), *offset..*offset + self.num_bytes())),
-            Bytes::Owned(_) | Bytes::Read(_) => None,
+            _ => None,
         }
     }
 
-    /// Stacks weights of one format and width. Fails on none, or on a mix.
+    /// The same numbers on a device, as they lie here, or back on the CPU; itself if it is there already. Fails if the
+    /// device has no code or no memory.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        if self.device().same_device(device) {
+            return Ok(self.clone());
+        }
+        match device {
+            Device::Cpu => self.to_host(),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => {
+                let host = self.to_host()?;
+                let bytes = Arc::new(upload(device, host.as_bytes())?);
+                Ok(Self { bytes: Bytes::Cuda { device: device.clone(), bytes }, ..host })
+            }
+            other => {
+                let reason = format!("{:?} has no code in this build", other.location());
+                Err(KernelError::Invalid { op: OP, reason })
+            }
+        }
+    }
+
+    fn to_host(&self) -> Result<Self> {
+        match &self.bytes {
+            #[cfg(feature = "cuda")]
+            Bytes::Cuda { device, bytes } => {
+                let mut owned = AlignedBytes::zeroed(self.num_bytes());
+                if owned.len() > 0 {
+                    device.cuda_stream().memcpy_dtoh(&bytes.slice(..owned.len()), owned.as_mut_slice()).w()?;
+                    device.cuda_stream().synchronize().w()?;
+                }
+                Ok(Self::owned(self.format, self.rows, self.cols, owned))
+            }
+            _ => Ok(self.clone()),
+        }
+    }
+
+    /// Where it lies: the CPU, whatever memory or file it is in, or a device.
+    pub fn device(&self) -> Device {
+        match &self.bytes {
+            #[cfg(feature = "cuda")]
+            Bytes::Cuda { device, .. } => Device::Cuda(device.clone()),
+            _ => Device::Cpu,
+        }
+    }
+
+    /// Its first byte on its device. Fails if it is on the CPU.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn address(&self) -> candle_core::Result<Address> {
+        match &self.bytes {
+            Bytes::Cuda { bytes, .. } => Ok(Address::of(bytes)),
+            _ => candle_core::bail!("{self:?} is not on a device"),
+        }
+    }
+
+    /// Refuses one whose bytes the host does not have.
+    fn check_host(&self, what: &'static str) -> Result<()> {
+        check::lies_on(OP, what, self, &Device::Cpu)
+    }
+
+    /// Stacks weights of one format and width, of the CPU. Fails on none, on a mix, or on one on a device.
     pub fn concat_rows(parts: &[&Self]) -> Result<Self> {
         let Some(first) = parts.first() else {
             return Err(KernelError::Invalid { op: OP, reason: "no weights to stack".to_owned() });
@@ -178,6 +255,7 @@ impl PackedWeight {
         }
         for part in parts {
             check::length(OP, "width of a stacked weight", part.cols, first.cols)?;
+            part.check_host("a stacked weight")?;
         }
         let rows = parts.iter().map(|part| part.rows).sum();
         let mut owned = AlignedBytes::zeroed(num_bytes(first.format, rows, first.cols)?);
@@ -189,8 +267,9 @@ impl PackedWeight {
         Ok(Self::owned(first.format, rows, first.cols, owned))
     }
 
-    /// Copies rows in another order, or some of them. Fails if one does not exist.
+    /// Copies rows in another order, or some of them. Fails if one does not exist, or all are on a device.
     pub fn select_rows(&self, rows: &[usize]) -> Result<Self> {
+        self.check_host("a weight to select from")?;
         for &row in rows {
             check::below(OP, "row", row, self.rows)?;
         }
@@ -212,11 +291,12 @@ impl PackedWeight {
     }
 
     /// The same numbers in another format (to nearest, ties to even, or quantized); itself if it is in that format
-    /// already. Fails where a number to quantize is none.
+    /// already. Fails where a number to quantize is none, or where it is on a device.
     pub fn convert(self, format: WeightFormat) -> Result<Self> {
         if self.format == format {
             return Ok(self);
         }
+        self.check_host("a weight to convert")?;
         let mut owned = AlignedBytes::zeroed(num_bytes(format, self.rows, self.cols)?);
         convert_into(format, self.cols, &self.to_f32(), owned.as_mut_slice())?;
         Ok(Self::owned(format, self.rows, self.cols, owned))
@@ -242,12 +322,13 @@ impl PackedWeight {
         self.format
     }
 
-    /// Bytes of the stored numbers, mapped or owned.
+    /// Bytes of the stored numbers, wherever they are.
     pub fn num_bytes(&self) -> usize {
         self.format.bytes_for(self.rows, self.cols)
     }
 
-    /// Widens row `row_idx` into `out`. Panics if the row does not exist or `out` is not `cols` long.
+    /// Widens row `row_idx` into `out`. Panics if the row does not exist, `out` is not `cols` long, or the weight is on a
+    /// device.
     pub fn row_f32(&self, row_idx: usize, out: &mut [f32]) {
         assert!(row_idx < self.rows && out.len() == self.cols, "row {row_idx} of {self:?} into {}", out.len());
         let range = row_idx * self.cols..(row_idx + 1) * self.cols;
@@ -259,7 +340,7 @@ impl PackedWeight {
         }
     }
 
-    /// All numbers widened, row-major.
+    /// All numbers widened, row-major. Panics if the weight is on a device.
     pub fn to_f32(&self) -> Vec<f32> {
         match self.view() {
             WeightView::F32(values) => values.to_vec(),
@@ -274,12 +355,14 @@ impl PackedWeight {
         }
     }
 
-    /// The stored bytes, little-endian.
+    /// The stored bytes, little-endian. Panics if they are on a device.
     pub fn as_bytes(&self) -> &[u8] {
         match &self.bytes {
             Bytes::Owned(bytes) => bytes.as_slice(),
             Bytes::Read(bytes) => bytes.as_slice(),
             Bytes::Mapped { file, offset } => &file[*offset..*offset + self.num_bytes()],
+            #[cfg(feature = "cuda")]
+            Bytes::Cuda { .. } => panic!("the host does not have the bytes of {self:?}"),
         }
     }
 
@@ -303,10 +386,12 @@ impl PackedWeight {
 
 impl fmt::Debug for PackedWeight {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let place = match self.bytes {
+        let place = match &self.bytes {
             Bytes::Owned(_) => "owned",
             Bytes::Read(_) => "read",
             Bytes::Mapped { .. } => "mapped",
+            #[cfg(feature = "cuda")]
+            Bytes::Cuda { .. } => &format!("on {:?}", self.device().location()),
         };
         write!(f, "PackedWeight({} [{}, {}], {place})", self.format.name(), self.rows, self.cols)
     }
@@ -422,5 +507,12 @@ mod tests {
         let base = weight(WeightFormat::F32, 2, 3);
         assert!(PackedWeight::concat_rows(&[&base, &weight(WeightFormat::F32, 2, 4)]).is_err());
         assert!(PackedWeight::concat_rows(&[&base, &weight(WeightFormat::F16, 2, 3)]).is_err());
+    }
+
+    #[test]
+    fn on_the_cpu_a_weight_is_where_it_should_be() {
+        let weight = PackedWeight::from_f32(WeightFormat::F32, 2, 3, &[1.0; 6]).unwrap();
+        assert!(weight.device().is_cpu());
+        assert_eq!(weight.to_device(&Device::Cpu).unwrap().as_bytes().as_ptr(), weight.as_bytes().as_ptr());
     }
 }

@@ -1,9 +1,13 @@
 //! Device code: what the `.cu` files of all ops share, how it is launched, and its tests on the emulator of `kernels/emulator`.
 
+#[cfg(any(test, feature = "cuda"))]
+pub(crate) mod address;
 #[cfg(feature = "cuda")]
 pub(crate) mod device;
 #[cfg(feature = "cuda")]
 pub(crate) mod memory;
+#[cfg(any(test, feature = "cuda"))]
+pub(crate) mod products;
 
 #[cfg(test)]
 mod tests;

@@ -35,6 +35,16 @@ static __device__ __forceinline__ Rows rows_of_head(unsigned num_tokens, unsigne
     return {nullptr, 1, first * gridDim.z + blockIdx.z, gridDim.z, left < block_tokens ? left : block_tokens};
 }
 
+// The weight of a block's head, which is the only one where there is no table of them. It is read from shared memory,
+// where it takes no registers.
+template <class Weight>
+static __device__ __forceinline__ const Weight& weight_of_head(const Weight* weights, const Weight& only,
+                                                               Weight& shared) {
+    if (threadIdx.x == 0) shared = weights == nullptr ? only : weights[blockIdx.z];
+    __syncthreads();
+    return shared;
+}
+
 // The row of inputs of each token of a block.
 template <unsigned TOKENS>
 static __device__ __forceinline__ void find_sources(const Rows& rows, unsigned (&sources)[TOKENS]) {

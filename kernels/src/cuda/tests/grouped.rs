@@ -3,10 +3,9 @@
 use emulator::{Argument, Launch};
 use half::bf16;
 
-use super::linear::{
-    Aligned, DenseWeight, PLAIN_OUTS, PRODUCT_THREADS, QuantWeight, TILES, assert_same, dense_name, quantize_rows,
-};
+use super::linear::{Aligned, assert_same, dense_weight, quant_weight, quantize_rows};
 use super::{Buffer, Number, Output, ROW_THREADS, bits, for_activations, outputs, stored, widened};
+use crate::cuda::products::{DenseWeight, PLAIN_OUTS, PRODUCT_THREADS, QuantWeight, TILES, dense_name};
 use crate::ops::glu::GluActivation;
 use crate::ops::grouped_swiglu::{Expert, ExpertActivation, ExpertBiases, ExpertWeights, grouped_swiglu};
 use crate::ops::pointwise::Pointwise;
@@ -212,17 +211,15 @@ impl<'a> Layer<'a> {
             if let WeightFormat::Quantized(format) = weight.format() {
                 let num_rows = if pairs.is_null() { &raw const aligned.totals[1] } else { std::ptr::null() };
                 let x = quantize_rows(x, cols, (format, num_rows), seed);
-                let table: Vec<_> = own
-                    .map(|own| own.map_or(QuantWeight::NONE, |(weight, bias)| QuantWeight::new(weight, bias)))
-                    .collect();
+                let table: Vec<_> =
+                    own.map(|own| own.map_or(QuantWeight::NONE, |(weight, bias)| quant_weight(weight, bias))).collect();
                 let grid = [out_width.div_ceil(outs), num_tiles];
                 let ins: [&dyn Argument; 2] = [&table.as_ptr(), &x.view()];
                 let kernel = format!("quant_experts_{name}_{}", T::NAME);
                 launch(&kernel, grid, PRODUCT_THREADS, seed, &[&ins[..], &rest].concat());
             } else {
-                let table: Vec<_> = own
-                    .map(|own| own.map_or(DenseWeight::NONE, |(weight, bias)| DenseWeight::new(weight, bias)))
-                    .collect();
+                let table: Vec<_> =
+                    own.map(|own| own.map_or(DenseWeight::NONE, |(weight, bias)| dense_weight(weight, bias))).collect();
                 let x = Aligned::new(x);
                 let ins: [&dyn Argument; 2] = [&table.as_ptr(), &x.as_ptr()];
                 let (kernel, outs, threads) = match (dense_name(weight.format()), T::NAME) {

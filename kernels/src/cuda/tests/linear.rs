@@ -6,14 +6,15 @@ use emulator::{Argument, Launch};
 use half::bf16;
 
 use super::{Buffer, Number, Output, ROW_THREADS, bits, for_activations, outputs, stored, tolerance, widened};
+use crate::cuda::address::Address;
+use crate::cuda::products::{
+    DenseWeight, PLAIN_OUTS, PLAIN_TOKENS, PRODUCT_THREADS, QuantRows, QuantWeight, TILES, dense_name,
+};
 use crate::ops::head_linear::head_linear;
 use crate::ops::linear::linear;
 use crate::quant::{Codes, QuantFormat, QuantizedRows};
 use crate::testing::{Numbers, QUANTIZED, assert_close, tensor, values};
 use crate::weight::{PackedWeight, WeightFormat};
-
-/// `PRODUCT_THREADS` of `product.cuh`.
-pub(super) const PRODUCT_THREADS: usize = 128;
 
 /// Every code with every group that it may have.
 pub(super) fn formats() -> impl Iterator<Item = QuantFormat> {
@@ -42,17 +43,9 @@ pub(super) struct DeviceRows {
     terms: Vec<Terms>,
 }
 
-/// `struct QuantRows` of `quant_product.cuh`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-pub(super) struct QuantRows {
-    codes: *const i8,
-    terms: *const Terms,
-}
-
 impl DeviceRows {
     pub(super) fn view(&self) -> QuantRows {
-        QuantRows { codes: self.codes.as_ptr().cast(), terms: self.terms.as_ptr() }
+        QuantRows { codes: Address::of_host(self.codes.as_ptr()), terms: Address::of_host(self.terms.as_ptr()) }
     }
 
     fn code_bytes(&self) -> Vec<i8> {
@@ -148,40 +141,24 @@ fn rows_are_quantized_as_on_the_cpu() {
     for_activations!(check_quantize_rows);
 }
 
-/// `struct QuantWeight` of `quant.cuh`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-pub(super) struct QuantWeight {
-    bytes: *const u8,
-    bias: *const f32,
-    codes: u32,
-    group: u32,
-    rows: u32,
-    cols: u32,
+pub(super) fn quant_weight(weight: &PackedWeight, bias: Option<&[f32]>) -> QuantWeight {
+    QuantWeight::new(weight, Address::of_host(weight.as_bytes().as_ptr()), bias_of(weight, bias))
 }
 
-impl QuantWeight {
-    pub(super) const NONE: Self =
-        Self { bytes: std::ptr::null(), bias: std::ptr::null(), codes: 0, group: 16, rows: 0, cols: 0 };
+fn bias_of(weight: &PackedWeight, bias: Option<&[f32]>) -> Address {
+    bias.map_or(Address::NULL, |bias| {
+        assert_eq!(bias.len(), weight.rows());
+        Address::of_host(bias.as_ptr())
+    })
+}
 
-    pub(super) fn new(weight: &PackedWeight, bias: Option<&[f32]>) -> Self {
-        let WeightFormat::Quantized(format) = weight.format() else { panic!("not quantized") };
-        if let Some(bias) = bias {
-            assert_eq!(bias.len(), weight.rows());
-        }
-        Self {
-            bytes: weight.as_bytes().as_ptr(),
-            bias: bias.map_or(std::ptr::null(), <[f32]>::as_ptr),
-            codes: format.codes as u32,
-            group: format.group.into(),
-            rows: weight.rows() as u32,
-            cols: weight.cols() as u32,
-        }
+/// One weight by itself, several as a table.
+fn passed<W: Copy>(weights: &[W], none: W) -> (Address, W) {
+    match weights {
+        [only] => (Address::NULL, *only),
+        _ => (Address::of_host(weights.as_ptr()), none),
     }
 }
-
-/// Tiles of the product: their name, outputs and tokens.
-pub(super) const TILES: [(&str, usize, usize); 2] = [("few", 64, 8), ("many", 128, 32)];
 
 fn device_product<T: Number>(
     (tile, tile_outs, tile_tokens): (&str, usize, usize),
@@ -194,7 +171,8 @@ fn device_product<T: Number>(
         let grid = [num_outs.div_ceil(tile_outs), num_tokens.div_ceil(tile_tokens), weights.len()];
         let shape =
             Launch { grid: grid.map(|len| len as u32), block: [PRODUCT_THREADS as u32, 1, 1], shared_bytes: 0, seed };
-        let arguments: [&dyn Argument; 4] = [&weights.as_ptr(), &x.view(), &out, &(num_tokens as u32)];
+        let (table, only) = passed(weights, QuantWeight::NONE);
+        let arguments: [&dyn Argument; 5] = [&table, &only, &x.view(), &out, &(num_tokens as u32)];
         // SAFETY: the arguments of the kernel; the input has a row for each token and weight, in their form.
         unsafe { emulator::launch(&format!("quant_linear_{tile}_{}", T::NAME), shape, &arguments) }.unwrap();
     });
@@ -232,7 +210,7 @@ fn check_quant_linear<T: Number>() {
             let device_x = all_rows(&x, cols, format);
             let x = tensor(&widened(&x), &[num_tokens, cols]);
             let expected = values(&linear(&x, &weight, Some(&tensor(&bias, &[rows]))).unwrap());
-            let device_weight = QuantWeight::new(&weight, Some(&bias));
+            let device_weight = quant_weight(&weight, Some(&bias));
             for tile in TILES {
                 let found = device_product::<T>(tile, &device_x, num_tokens, from_ref(&device_weight));
                 assert_same(&found, &expected, &(format, tile, num_tokens, rows, cols));
@@ -263,7 +241,7 @@ fn the_largest_integers_are_exact() {
         let expected = values(&linear(&tensor(&x, &[3, 256]), &weight, None).unwrap());
         let x = all_rows(&x, 256, format);
         for tile in TILES {
-            let found = device_product::<f32>(tile, &x, 3, &[QuantWeight::new(&weight, None)]);
+            let found = device_product::<f32>(tile, &x, 3, &[quant_weight(&weight, None)]);
             assert_same(&found, &expected, &(format, tile));
         }
     }
@@ -278,7 +256,7 @@ fn heads_have_weights_of_their_own() {
         let x = numbers.normal(num_tokens * num_heads * cols);
         let expected = head_linear(&tensor(&x, &[num_tokens, num_heads, cols]), &weights).unwrap();
         let x = all_rows(&x, cols, format);
-        let device_weights: Vec<_> = weights.iter().map(|weight| QuantWeight::new(weight, None)).collect();
+        let device_weights: Vec<_> = weights.iter().map(|weight| quant_weight(weight, None)).collect();
         for tile in TILES {
             let found = device_product::<f32>(tile, &x, num_tokens, &device_weights);
             assert_same(&found, &values(&expected), &(format, tile));
@@ -291,7 +269,7 @@ fn a_product_does_not_depend_on_its_batch() {
     let mut numbers = Numbers::new(24);
     let (num_tokens, rows, cols) = (21, 40, 160);
     let weight = quantized(&mut numbers, QuantFormat::INT4, [rows, cols]);
-    let weight = QuantWeight::new(&weight, None);
+    let weight = quant_weight(&weight, None);
     let x = numbers.with_outliers(num_tokens * cols);
     let all = all_rows(&x, cols, QuantFormat::INT4);
     for tile in TILES {
@@ -311,47 +289,14 @@ fn without_columns_the_bias_is_left() {
         let bias: Vec<f32> = (0..20).map(|idx| idx as f32).collect();
         let nothing = DeviceRows { codes: Vec::new(), terms: Vec::new() };
         for tile in TILES {
-            let found = device_product::<f32>(tile, &nothing, 3, &[QuantWeight::new(&weight, Some(&bias))]);
+            let found = device_product::<f32>(tile, &nothing, 3, &[quant_weight(&weight, Some(&bias))]);
             assert_eq!(found, bias.repeat(3));
         }
     }
 }
 
-/// `PLAIN_OUTS` and `PLAIN_TOKENS` of `dense_product.cuh`.
-pub(super) const PLAIN_OUTS: usize = 32;
-const PLAIN_TOKENS: usize = 8;
-
-/// `struct DenseWeight` of `dense_product.cuh`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-pub(super) struct DenseWeight {
-    values: *const u8,
-    bias: *const f32,
-    rows: u32,
-    cols: u32,
-}
-
-impl DenseWeight {
-    pub(super) const NONE: Self = Self { values: std::ptr::null(), bias: std::ptr::null(), rows: 0, cols: 0 };
-
-    pub(super) fn new(weight: &PackedWeight, bias: Option<&[f32]>) -> Self {
-        Self {
-            values: weight.as_bytes().as_ptr(),
-            bias: bias.map_or(std::ptr::null(), <[f32]>::as_ptr),
-            rows: weight.rows() as u32,
-            cols: weight.cols() as u32,
-        }
-    }
-}
-
-/// What kernels call a type of weights.
-pub(super) fn dense_name(format: WeightFormat) -> &'static str {
-    match format {
-        WeightFormat::F32 => "float",
-        WeightFormat::F16 => "f16",
-        WeightFormat::Bf16 => "bf16",
-        WeightFormat::Quantized(_) => panic!("quantized"),
-    }
+pub(super) fn dense_weight(weight: &PackedWeight, bias: Option<&[f32]>) -> DenseWeight {
+    DenseWeight::new(weight, Address::of_host(weight.as_bytes().as_ptr()), bias_of(weight, bias))
 }
 
 /// Numbers from a multiple of 16 bytes.
@@ -384,7 +329,8 @@ fn device_dense<X: Number, T: Number>(
     let [out] = outputs(num_tokens * weights.len() * num_outs, |seed, [out]: [*mut T; 1]| {
         let grid = [num_outs.div_ceil(outs), num_tokens.div_ceil(tokens), weights.len()].map(|len| len as u32);
         let shape = Launch { grid, block: [threads as u32, 1, 1], shared_bytes: 0, seed };
-        let arguments: [&dyn Argument; 4] = [&weights.as_ptr(), &x.as_ptr(), &out, &(num_tokens as u32)];
+        let (table, only) = passed(weights, DenseWeight::NONE);
+        let arguments: [&dyn Argument; 5] = [&table, &only, &x.as_ptr(), &out, &(num_tokens as u32)];
         // SAFETY: the arguments of the kernel; the input has a row for each token and weight.
         unsafe { emulator::launch(kernel, shape, &arguments) }.unwrap();
     });
@@ -414,7 +360,7 @@ fn check_dense<X: Number, T: Number>(format: WeightFormat) {
             None => head_linear(&tensor(&widened(&x), &[num_tokens, num_heads, cols]), &weights),
         };
         let expected = values(&expected.unwrap());
-        let weights: Vec<_> = weights.iter().map(|weight| DenseWeight::new(weight, bias.as_deref())).collect();
+        let weights: Vec<_> = weights.iter().map(|weight| dense_weight(weight, bias.as_deref())).collect();
         let mut found: Vec<Vec<T>> = Vec::new();
         for &(kernel, threads, outs, tokens) in &kernels {
             let kernel = (kernel.as_str(), threads, outs, tokens);
@@ -455,7 +401,7 @@ fn a_nan_stays_with_its_row() {
         let mut x = numbers.normal(3 * cols);
         x[cols] = f32::NAN;
         let x = stored::<bf16>(&x);
-        let weights = [DenseWeight::new(&weight, None)];
+        let weights = [dense_weight(&weight, None)];
         let found: Vec<f32> = device_dense(("dense_linear_few_float", PRODUCT_THREADS, 64, 8), &x, 3, &weights);
         for (row, found) in found.chunks(20).enumerate() {
             assert!(found.iter().all(|value| value.is_nan() == (row == 1)), "row {row}: {found:?}");
