@@ -17,6 +17,9 @@ pub enum KernelError {
     /// The op has no code for the device of a tensor.
     #[error("{op}: {what} is not on the CPU")]
     Device { op: &'static str, what: &'static str },
+    /// Operands that do not lie together.
+    #[error("{op}: {what} is on another device")]
+    OtherDevice { op: &'static str, what: &'static str },
     /// A tensor has strides or gaps.
     #[error("{op}: {what} is not contiguous")]
     NotContiguous { op: &'static str, what: &'static str },

@@ -1,35 +1,12 @@
 //! Where operands of kernels lie.
 
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr};
 use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorage, WrapErr};
 use candle_core::{DType, Layout, bail};
 use half::bf16;
 
-/// A place in device memory.
-#[derive(Clone, Copy, Debug)]
-#[repr(transparent)]
-pub(crate) struct Address(u64);
-
-// SAFETY: an address on the device is what kernels take for a pointer.
-unsafe impl DeviceRepr for Address {}
-
-impl Address {
-    /// Of what is left out.
-    pub(crate) const NULL: Self = Self(0);
-
-    /// Of the first number.
-    pub(crate) fn of<T>(slice: &CudaSlice<T>) -> Self {
-        // The guard records an event for other streams; there is one stream.
-        let (address, _guard) = slice.device_ptr(slice.stream());
-        Self(address)
-    }
-
-    /// So many bytes behind it.
-    pub(crate) fn plus(self, bytes: usize) -> Self {
-        Self(self.0 + bytes as u64)
-    }
-}
+pub(crate) use super::address::Address;
 
 /// The type of activations, by what kernels call it.
 pub(crate) fn name_of(dtype: DType) -> candle_core::Result<&'static str> {
@@ -46,6 +23,31 @@ pub(crate) fn activations(storage: &CudaStorage, layout: &Layout) -> candle_core
         "float" => numbers::<f32>(storage, layout),
         _ => numbers::<bf16>(storage, layout),
     }
+}
+
+/// The same for kernels that want it at a multiple of 16 bytes: where it is not, that of a copy, which comes with it.
+pub(crate) fn aligned_activations(
+    storage: &CudaStorage,
+    layout: &Layout,
+) -> candle_core::Result<(Address, Option<CudaStorage>)> {
+    let (dtype, len) = (storage.dtype(), layout.shape().elem_count());
+    let address = activations(storage, layout)?;
+    if (layout.start_offset() * dtype.size_in_bytes()).is_multiple_of(16) {
+        return Ok((address, None));
+    }
+    let (mut copy, address) = output(storage.device(), dtype, len)?;
+    storage.copy_strided_src(&mut copy, 0, layout)?;
+    Ok((address, Some(copy)))
+}
+
+/// The first of a tensor's numbers, which are f32 or bf16, wherever the others are.
+pub(crate) fn first_activation(storage: &CudaStorage, layout: &Layout) -> candle_core::Result<Address> {
+    let offset = layout.start_offset() * storage.dtype().size_in_bytes();
+    let first = match name_of(storage.dtype())? {
+        "float" => Address::of(storage.as_cuda_slice::<f32>()?),
+        _ => Address::of(storage.as_cuda_slice::<bf16>()?),
+    };
+    Ok(first.plus(offset))
 }
 
 /// The first of a contiguous tensor's f32.

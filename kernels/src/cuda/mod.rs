@@ -1,9 +1,15 @@
 //! Device code: what the `.cu` files of all ops share, how it is launched, and its tests on the emulator of `kernels/emulator`.
 
+#[cfg(any(test, feature = "cuda"))]
+pub(crate) mod address;
+#[cfg(feature = "cuda")]
+pub(crate) mod batch;
 #[cfg(feature = "cuda")]
 pub(crate) mod device;
 #[cfg(feature = "cuda")]
 pub(crate) mod memory;
+#[cfg(feature = "cuda")]
+pub(crate) mod slab;
 
 #[cfg(test)]
 mod tests;

@@ -1,6 +1,8 @@
 //! Ops on a CUDA device, or an emulated one, beside the same ops on the CPU: that each launch passes what its kernel takes. What
 //! the kernels make of that is the matter of the other tests.
 
+mod attention;
+mod caches;
 mod norms;
 
 use std::sync::LazyLock;
