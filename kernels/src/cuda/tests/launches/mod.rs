@@ -3,6 +3,7 @@
 
 mod attention;
 mod caches;
+mod gated_delta;
 mod norms;
 
 use std::sync::LazyLock;
