@@ -139,15 +139,20 @@ impl TierExchange {
         }
     }
 
-    /// Fills the blocks of sequences for which something came. Bytes of another length end what is taken.
+    /// Fills the blocks of sequences for which something came. Bytes of another length and failures end what is taken.
     pub(crate) fn finish_loads(&mut self, scheduler: &mut Scheduler, runner: &mut Runner) {
         // Before the look: what comes after it wakes the loop again.
         self.is_woken.store(false, Ordering::Release);
         let coding = self.tier.coding();
         for Loaded { id, blocks } in self.receiver.try_iter() {
             let wanted = scheduler.loading(id).iter();
-            let num_filled =
-                wanted.zip(&blocks).take_while(|&(&block, bytes)| runner.write_block(block, coding, bytes)).count();
+            let mut fill = |block, bytes| {
+                runner.write_block(block, coding, bytes).unwrap_or_else(|error| {
+                    tracing::error!(%error, "a block of a prefix was not written");
+                    false
+                })
+            };
+            let num_filled = wanted.zip(&blocks).take_while(|&(&block, bytes)| fill(block, bytes)).count();
             scheduler.loaded(id, num_filled);
         }
     }
@@ -157,7 +162,10 @@ impl TierExchange {
         // The last first: a place that has no room for all had better lose the end of a prefix.
         for block in computed.iter().rev() {
             if self.tier.wants(&block.name) {
-                self.tier.store(block.name, runner.read_block(block.block, self.tier.coding()));
+                match runner.read_block(block.block, self.tier.coding()) {
+                    Ok(bytes) => self.tier.store(block.name, bytes),
+                    Err(error) => tracing::error!(%error, "a block of a prefix was not read"),
+                }
             }
         }
     }

@@ -161,22 +161,24 @@ impl Runner {
     }
 
     /// All that is kept of the tokens of a full block: keys and values, then their experts, two bytes each.
-    pub fn read_block(&self, block: BlockId, coding: BlockCoding) -> Bytes {
+    /// Fails if a device does.
+    pub fn read_block(&self, block: BlockId, coding: BlockCoding) -> Result<Bytes, EngineError> {
         let mut bytes = Vec::with_capacity(self.block_len(coding));
-        self.arena.read_block(block, coding, &mut bytes);
+        self.arena.read_block(block, coding, &mut bytes)?;
         bytes.extend(self.experts_of_block(block).into_iter().flat_map(u16::to_le_bytes));
-        bytes.into()
+        Ok(bytes.into())
     }
 
-    /// Fills a block with what [`Self::read_block`] gave. False, with nothing changed, where that is not as long.
-    pub fn write_block(&mut self, block: BlockId, coding: BlockCoding, bytes: &[u8]) -> bool {
+    /// Fills a block with what [`Self::read_block`] gave. False, with nothing changed, where that is not as long. Fails
+    /// if a device does.
+    pub fn write_block(&mut self, block: BlockId, coding: BlockCoding, bytes: &[u8]) -> Result<bool, EngineError> {
         let is_whole = bytes.len() == self.block_len(coding);
         if is_whole {
             let (kv, experts) = bytes.split_at(self.arena.block_len(coding));
-            self.arena.write_block(block, coding, kv);
+            self.arena.write_block(block, coding, kv)?;
             self.routed.write_block(block, experts.as_chunks().0.iter().map(|&id| u16::from_le_bytes(id)));
         }
-        is_whole
+        Ok(is_whole)
     }
 
     /// Bytes that [`Self::read_block`] gives.

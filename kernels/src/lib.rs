@@ -33,6 +33,7 @@ mod paged_cache;
 pub mod pool;
 mod quant;
 mod range_file;
+mod slabs;
 mod state_cache;
 #[cfg(test)]
 mod testing;

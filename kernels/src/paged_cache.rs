@@ -1,16 +1,17 @@
 //! Bytes of one cache site in blocks of token slots, and the description of a batch that reads them.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use candle_core::{DType, Device, Layout, Storage, Tensor};
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
-use memmap2::MmapMut;
 
 use crate::check::{self, Input};
 use crate::error::{KernelError, Result};
 use crate::memory::{Plain, view, view_mut};
 use crate::ops::paged_attention::Reach;
+use crate::slabs::Slabs;
 
 const OP: &str = "paged cache";
 
@@ -40,24 +41,36 @@ impl KvFormat {
 }
 
 /// Rows of `width` elements, one per token slot; `slot = block * block_size + offset`. Memory comes in slabs of blocks
-/// that can be added and given back; it is zero, and committed when first written.
+/// that can be added and given back; it is zero, and on the CPU committed when first written.
 pub struct PagedCache {
     format: KvFormat,
     block_size: usize,
     width: usize,
     blocks_per_slab: usize,
-    slabs: Vec<MmapMut>,
+    slabs: Slabs,
 }
 
 impl PagedCache {
-    /// A cache without slabs. Fails if a size is zero or a slab does not fit the address space.
+    /// A cache on the CPU without slabs. Fails if a size is zero or a slab does not fit the address space.
     pub fn new(format: KvFormat, block_size: usize, width: usize, blocks_per_slab: usize) -> Result<Self> {
+        Self::on(&Device::Cpu, format, block_size, width, blocks_per_slab)
+    }
+
+    /// A cache on a device without slabs. On a CUDA device all blocks are to lie in one slab, as attention takes one
+    /// address: there is no second one. Fails as [`Self::new`].
+    pub fn on(
+        device: &Device,
+        format: KvFormat,
+        block_size: usize,
+        width: usize,
+        blocks_per_slab: usize,
+    ) -> Result<Self> {
         let slab_bytes = [block_size, width, blocks_per_slab]
             .iter()
             .try_fold(format.element_bytes(), |product, &size| product.checked_mul(size));
         match slab_bytes {
             Some(bytes) if bytes > 0 && bytes <= isize::MAX as usize => {
-                Ok(Self { format, block_size, width, blocks_per_slab, slabs: Vec::new() })
+                Ok(Self { format, block_size, width, blocks_per_slab, slabs: Slabs::on(OP, device)? })
             }
             _ => Err(KernelError::Invalid {
                 op: OP,
@@ -66,17 +79,15 @@ impl PagedCache {
         }
     }
 
-    /// Adds `blocks_per_slab` blocks behind the others. Fails if the system has no address space for them.
+    /// Adds `blocks_per_slab` blocks behind the others. Fails if there is no memory for them, or a slab on a CUDA
+    /// device.
     pub fn add_slab(&mut self) -> Result<()> {
-        let bytes = self.slab_slots() * self.width * self.format.element_bytes();
-        let slab = MmapMut::map_anon(bytes).map_err(|source| KernelError::Memory { op: OP, bytes, source })?;
-        self.slabs.push(slab);
-        Ok(())
+        self.slabs.add(OP, self.slab_slots() * self.row_len())
     }
 
     /// Gives the memory of the last slab back to the system; false if there was none.
     pub fn remove_last_slab(&mut self) -> bool {
-        self.slabs.pop().is_some()
+        self.slabs.remove_last()
     }
 
     /// Blocks in all slabs.
@@ -99,8 +110,9 @@ impl PagedCache {
         self.format
     }
 
-    /// Stores row `i` of `rows` (f32, rounded to nearest even) at slot `slots[i]`; slots that are named twice keep the
-    /// last row. Fails before writing anything if a slot does not exist.
+    /// Stores row `i` of `rows` (activations of the cache's device, rounded to nearest even) at slot `slots[i]`; slots
+    /// that are named twice keep the last row, on a CUDA device any of them. Fails before writing anything if a slot
+    /// does not exist.
     pub fn write(&mut self, rows: &Tensor /* [num_tokens, width] */, slots: &[u32]) -> Result<()> {
         Input { op: OP, what: "rows", tensor: rows }.has_dims(&[slots.len(), self.width])?;
         self.write_parts(&[rows], slots)
@@ -116,8 +128,15 @@ impl PagedCache {
         let mut width = 0;
         for part in parts {
             width += RowPart::check(part, slots.len())?;
+            if !self.is_on(part.device()) {
+                return Err(KernelError::OtherDevice { op: OP, what: "rows" });
+            }
         }
         check::length(OP, "width of the rows", width, self.width)?;
+        #[cfg(feature = "cuda")]
+        if let Slabs::Device(_) = &self.slabs {
+            return Ok(crate::ops::paged_attention::cache_write::cache_write(self, parts, slots)?);
+        }
         let mut first = 0;
         for part in parts {
             let (storage, layout) = part.storage_and_layout();
@@ -142,56 +161,81 @@ impl PagedCache {
         }
     }
 
-    /// The stored rows at these slots, widened. For tests and for moving blocks; fails if a slot does not exist.
+    /// The stored rows at these slots, widened, on the CPU. For tests; fails if a slot does not exist.
     pub fn read(&self, slots: &[u32]) -> Result<Tensor /* [slots.len(), width] */> {
         let mut rows = vec![0.0; slots.len() * self.width];
         for (row, &slot) in rows.chunks_exact_mut(self.width).zip(slots) {
             check::below(OP, "slot", slot as usize, self.num_blocks() * self.block_size)?;
-            let bytes = self.row_bytes(slot as usize);
+            let (slab, place) = self.place_of_row(slot as usize);
+            let bytes = self.slabs.bytes(slab, place)?;
             match self.format {
-                KvFormat::F32 => row.copy_from_slice(view(bytes)),
-                KvFormat::Bf16 => view::<bf16>(bytes).convert_to_f32_slice(row),
+                KvFormat::F32 => row.iter_mut().zip(bytes.as_chunks().0).for_each(|(value, bytes)| {
+                    *value = f32::from_ne_bytes(*bytes);
+                }),
+                KvFormat::Bf16 => row.iter_mut().zip(bytes.as_chunks().0).for_each(|(value, bytes)| {
+                    *value = bf16::from_ne_bytes(*bytes).to_f32();
+                }),
             }
         }
         Ok(Tensor::from_vec(rows, (slots.len(), self.width), &Device::Cpu)?)
     }
 
-    /// The bytes of the row at a slot that exists.
-    pub(crate) fn row_bytes(&self, slot: usize) -> &[u8] {
-        let row_bytes = self.width * self.format.element_bytes();
-        let start = slot % self.slab_slots() * row_bytes;
-        &self.slabs[slot / self.slab_slots()][start..start + row_bytes]
+    /// All bytes of a block that exists, `block_size` rows. Waits for a device. Fails if the device does.
+    pub fn block_bytes(&self, block: usize) -> Result<Cow<'_, [u8]>> {
+        let (slab, place) = self.place_of(block);
+        self.slabs.bytes(slab, place)
     }
 
-    /// All bytes of a block that exists, `block_size` rows.
-    pub fn block_bytes(&self, block: usize) -> &[u8] {
+    /// Has `fill` write all bytes of a block that exists: what [`Self::block_bytes`] gave, of a cache of the same sizes
+    /// and format. Fails if the device does.
+    pub fn fill_block(&mut self, block: usize, fill: impl FnOnce(&mut [u8])) -> Result<()> {
         let (slab, place) = self.place_of(block);
-        &self.slabs[slab][place]
-    }
-
-    /// The same to write them: bytes that [`Self::block_bytes`] gave, of a cache of the same sizes and format.
-    pub fn block_bytes_mut(&mut self, block: usize) -> &mut [u8] {
-        let (slab, place) = self.place_of(block);
-        &mut self.slabs[slab][place]
+        self.slabs.fill(slab, place, fill)
     }
 
     fn place_of(&self, block: usize) -> (usize, Range<usize>) {
-        let block_bytes = self.block_size * self.width * self.format.element_bytes();
+        let block_bytes = self.block_size * self.row_len();
         let start = block % self.blocks_per_slab * block_bytes;
         (block / self.blocks_per_slab, start..start + block_bytes)
     }
 
-    /// The rows of a block that exists. Panics unless `T` is the type of the format.
+    fn place_of_row(&self, slot: usize) -> (usize, Range<usize>) {
+        let start = slot % self.slab_slots() * self.row_len();
+        (slot / self.slab_slots(), start..start + self.row_len())
+    }
+
+    pub(crate) fn is_on(&self, device: &Device) -> bool {
+        self.slabs.is_on(device)
+    }
+
+    /// Where the first block is on a CUDA device; null if there is none.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn address(&self) -> candle_core::Result<crate::cuda::address::Address> {
+        self.slabs.address()
+    }
+
+    /// The bytes of the row at a slot that exists. Panics unless they are on the CPU.
+    #[cfg(test)]
+    pub(crate) fn row_bytes(&self, slot: usize) -> &[u8] {
+        let (slab, place) = self.place_of_row(slot);
+        &self.slabs.host()[slab][place]
+    }
+
+    /// The rows of a block that exists. Panics unless `T` is the type of the format, and they are on the CPU.
     pub(crate) fn block<T: Plain>(&self, block: usize) -> &[T] {
         assert!(size_of::<T>() == self.format.element_bytes(), "rows are read in their own format");
-        view(self.block_bytes(block))
+        let (slab, place) = self.place_of(block);
+        view(&self.slabs.host()[slab][place])
     }
 
     fn row_bytes_mut(&mut self, slot: usize) -> &mut [u8] {
-        let row_bytes = self.width * self.format.element_bytes();
-        let slab_slots = self.slab_slots();
-        let start = slot % slab_slots * row_bytes;
-        &mut self.slabs[slot / slab_slots][start..start + row_bytes]
+        let (slab, place) = self.place_of_row(slot);
+        &mut self.slabs.host_mut()[slab][place]
+    }
+
+    /// Bytes of a row.
+    fn row_len(&self) -> usize {
+        self.width * self.format.element_bytes()
     }
 
     fn slab_slots(&self) -> usize {
@@ -216,6 +260,36 @@ pub struct PagedBatch {
     pub block_tables: Vec<u32>,
     /// First entry of each sequence in `block_tables`, then their number; `[num_seqs + 1]`.
     pub block_offsets: Vec<u32>,
+    /// Of no consequence for what the batch is.
+    pub on_device: OnDevice,
+}
+
+/// What ops have put on a CUDA device for a batch, for the next ones while the batch stays as it is. A copy of the
+/// batch has none of it.
+#[derive(Default)]
+pub struct OnDevice {
+    #[cfg(feature = "cuda")]
+    latest: std::sync::Mutex<Option<std::sync::Arc<crate::cuda::batch::DeviceBatch>>>,
+}
+
+impl Clone for OnDevice {
+    fn clone(&self) -> Self {
+        Self::default()
+    }
+}
+
+impl PartialEq for OnDevice {
+    fn eq(&self, _other: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for OnDevice {}
+
+impl std::fmt::Debug for OnDevice {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("OnDevice")
+    }
 }
 
 impl PagedBatch {
@@ -224,6 +298,21 @@ impl PagedBatch {
 
     pub(crate) fn num_seqs(&self) -> usize {
         self.context_lens.len()
+    }
+
+    /// On a device: what was copied before, unless the batch was changed since.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_device(
+        &self,
+        device: &candle_core::CudaDevice,
+    ) -> candle_core::Result<std::sync::Arc<crate::cuda::batch::DeviceBatch>> {
+        let mut latest = self.on_device.latest.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(found) = latest.as_ref().filter(|found| found.is_of(self, device)) {
+            return Ok(found.clone());
+        }
+        let made = std::sync::Arc::new(crate::cuda::batch::DeviceBatch::new(self, device)?);
+        *latest = Some(made.clone());
+        Ok(made)
     }
 
     /// Refuses a batch that does not describe `num_rows` rows of its sequences.
@@ -304,7 +393,7 @@ struct RowPart<'a> {
 }
 
 impl RowPart<'_> {
-    /// Refuses what is not f32 on the CPU in so many rows without gaps; returns their width.
+    /// Refuses what are not activations in so many rows without gaps; returns their width.
     fn check(part: &Tensor, num_rows: usize) -> Result<usize> {
         let input = Input { op: OP, what: "rows", tensor: part };
         let &[rows, width] = part.dims() else { return Err(input.shape_error("[num_tokens, part_width]".to_owned())) };
@@ -314,11 +403,9 @@ impl RowPart<'_> {
         if width > 1 && part.stride()[1] != 1 {
             return Err(KernelError::NotContiguous { op: OP, what: "rows" });
         }
-        if part.dtype() != DType::F32 {
+        let is_known = part.dtype() == DType::F32 || part.device().is_cuda() && part.dtype() == DType::BF16;
+        if !is_known {
             return Err(KernelError::DType { op: OP, what: "rows", got: part.dtype(), expected: DType::F32 });
-        }
-        if !part.device().is_cpu() {
-            return Err(KernelError::Device { op: OP, what: "rows" });
         }
         Ok(width)
     }

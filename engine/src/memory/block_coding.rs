@@ -36,38 +36,42 @@ impl BlockCoding {
         }
     }
 
-    /// Adds a block to `bytes`.
-    pub(crate) fn read(self, cache: &PagedCache, block: usize, bytes: &mut Vec<u8>) {
+    /// Adds a block to `bytes`. Fails if the cache's device does.
+    pub(crate) fn read(self, cache: &PagedCache, block: usize, bytes: &mut Vec<u8>) -> kernels::Result<()> {
+        let all = cache.block_bytes(block)?;
         match self {
-            Self::Exact => bytes.extend_from_slice(cache.block_bytes(block)),
+            Self::Exact => bytes.extend_from_slice(&all),
             Self::Int8 => {
                 let row_bytes = cache.width() * cache.format().element_bytes();
                 let mut row = vec![0.0; cache.width()];
-                for stored in cache.block_bytes(block).chunks_exact(row_bytes) {
+                for stored in all.chunks_exact(row_bytes) {
                     widen(cache.format(), stored, &mut row);
                     row.chunks(GROUP).for_each(|group| encode(group, bytes));
                 }
             }
         }
+        Ok(())
     }
 
-    /// Fills a block with what [`Self::read`] gave, [`Self::len`] bytes.
-    pub(crate) fn write(self, cache: &mut PagedCache, block: usize, bytes: &[u8]) {
+    /// Fills a block with what [`Self::read`] gave, [`Self::len`] bytes. Fails if the cache's device does.
+    pub(crate) fn write(self, cache: &mut PagedCache, block: usize, bytes: &[u8]) -> kernels::Result<()> {
         match self {
-            Self::Exact => cache.block_bytes_mut(block).copy_from_slice(bytes),
+            Self::Exact => cache.fill_block(block, |all| all.copy_from_slice(bytes)),
             Self::Int8 => {
                 let (format, row_bytes) = (cache.format(), cache.width() * cache.format().element_bytes());
                 let mut row = vec![0.0; cache.width()];
                 let mut rest = bytes;
-                for stored in cache.block_bytes_mut(block).chunks_exact_mut(row_bytes) {
-                    for group in row.chunks_mut(GROUP) {
-                        let (scale, codes) = rest.split_first_chunk().expect("the caller checked the length");
-                        let (codes, behind) = codes.split_at(group.len());
-                        decode(f32::from_le_bytes(*scale), codes, group);
-                        rest = behind;
+                cache.fill_block(block, |all| {
+                    for stored in all.chunks_exact_mut(row_bytes) {
+                        for group in row.chunks_mut(GROUP) {
+                            let (scale, codes) = rest.split_first_chunk().expect("the caller checked the length");
+                            let (codes, behind) = codes.split_at(group.len());
+                            decode(f32::from_le_bytes(*scale), codes, group);
+                            rest = behind;
+                        }
+                        narrow(format, &row, stored);
                     }
-                    narrow(format, &row, stored);
-                }
+                })
             }
         }
     }
@@ -123,15 +127,17 @@ mod tests {
         let mut cache = PagedCache::new(format, 4, width, 3).unwrap();
         cache.add_slab().unwrap();
         let row: Vec<f32> = (0..4 * width).map(value).collect();
-        row.chunks(width)
-            .zip(cache.block_bytes_mut(1).chunks_exact_mut(width * format.element_bytes()))
-            .for_each(|(row, stored)| narrow(format, row, stored));
+        let fill = |all: &mut [u8]| {
+            let rows = all.chunks_exact_mut(width * format.element_bytes());
+            row.chunks(width).zip(rows).for_each(|(row, stored)| narrow(format, row, stored));
+        };
+        cache.fill_block(1, fill).unwrap();
         cache
     }
 
     fn numbers(cache: &PagedCache, block: usize) -> Vec<f32> {
         let mut values = vec![0.0; 4 * cache.width()];
-        widen(cache.format(), cache.block_bytes(block), &mut values);
+        widen(cache.format(), &cache.block_bytes(block).unwrap(), &mut values);
         values
     }
 
@@ -142,9 +148,9 @@ mod tests {
             let stored = numbers(&cache, 1);
             for coding in [BlockCoding::Exact, BlockCoding::Int8] {
                 let mut bytes = Vec::new();
-                coding.read(&cache, 1, &mut bytes);
+                coding.read(&cache, 1, &mut bytes).unwrap();
                 assert_eq!(bytes.len(), coding.len(&cache), "{format:?} {width} {coding:?}");
-                coding.write(&mut cache, 2, &bytes);
+                coding.write(&mut cache, 2, &bytes).unwrap();
                 let read = numbers(&cache, 2);
                 // Half a step of 50 / 127, and the rounding to eight bits of a mantissa.
                 let most = if coding == BlockCoding::Exact { 0.0 } else { 0.2 + 50.0 / 256.0 };
@@ -158,8 +164,8 @@ mod tests {
     fn zeros_stay_and_what_is_no_number_spoils_its_group_alone() {
         let mut cache = filled(KvFormat::F32, 128, |idx| if idx == 70 { f32::INFINITY } else { 0.0 });
         let mut bytes = Vec::new();
-        BlockCoding::Int8.read(&cache, 1, &mut bytes);
-        BlockCoding::Int8.write(&mut cache, 2, &bytes);
+        BlockCoding::Int8.read(&cache, 1, &mut bytes).unwrap();
+        BlockCoding::Int8.write(&mut cache, 2, &bytes).unwrap();
         let read = numbers(&cache, 2);
         assert!(read[64..128].iter().all(|value| value.is_nan()));
         assert!(read[..64].iter().chain(&read[128..]).all(|&value| value == 0.0));

@@ -71,21 +71,23 @@ impl KvArena {
         self.paged().map(|cache| coding.len(cache)).sum()
     }
 
-    /// Adds the bytes of a block, site after site, to `bytes`.
-    pub fn read_block(&self, block: BlockId, coding: BlockCoding, bytes: &mut Vec<u8>) {
-        self.paged().for_each(|cache| coding.read(cache, block.0 as usize, bytes));
+    /// Adds the bytes of a block, site after site, to `bytes`. Fails if a device does.
+    pub fn read_block(&self, block: BlockId, coding: BlockCoding, bytes: &mut Vec<u8>) -> Result<(), EngineError> {
+        self.paged().try_for_each(|cache| Ok(coding.read(cache, block.0 as usize, bytes)?))
     }
 
-    /// Fills a block with what [`Self::read_block`] gave. Panics unless there are [`Self::block_len`] bytes.
-    pub fn write_block(&mut self, block: BlockId, coding: BlockCoding, mut bytes: &[u8]) {
+    /// Fills a block with what [`Self::read_block`] gave. Fails if a device does. Panics unless there are
+    /// [`Self::block_len`] bytes.
+    pub fn write_block(&mut self, block: BlockId, coding: BlockCoding, mut bytes: &[u8]) -> Result<(), EngineError> {
         for site in &mut self.sites {
             if let SiteCache::Paged { cache, .. } = site {
                 let (own, rest) = bytes.split_at(coding.len(cache));
-                coding.write(cache, block.0 as usize, own);
+                coding.write(cache, block.0 as usize, own)?;
                 bytes = rest;
             }
         }
         assert!(bytes.is_empty(), "{} bytes belong to no site", bytes.len());
+        Ok(())
     }
 
     fn paged(&self) -> impl Iterator<Item = &PagedCache> {

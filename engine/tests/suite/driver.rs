@@ -81,7 +81,9 @@ impl Driver {
             let num_filled = wanted
                 .iter()
                 .zip(found)
-                .filter(|(block, bytes)| runner.write_block(**block, BlockCoding::Exact, bytes))
+                .filter(|(block, bytes)| {
+                    runner.write_block(**block, BlockCoding::Exact, bytes).expect("there is no device")
+                })
                 .count();
             scheduler.loaded(load.id, num_filled);
         }
@@ -104,9 +106,8 @@ impl Driver {
         let progress = scheduler.complete(&batch, &outcomes);
         if let Some(outside) = &mut self.outside {
             let blocks = scheduler.computed_blocks();
-            outside.extend(
-                blocks.iter().map(|computed| (computed.name, runner.read_block(computed.block, BlockCoding::Exact))),
-            );
+            let read = |block| runner.read_block(block, BlockCoding::Exact).expect("there is no device");
+            outside.extend(blocks.iter().map(|computed| (computed.name, read(computed.block))));
         }
         for (progress, sampled) in progress.into_iter().zip(sampled) {
             let job = self.jobs.get_mut(&progress.id.0).expect("a known job");

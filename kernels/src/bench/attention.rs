@@ -52,9 +52,9 @@ impl Step {
             cu_seqlens: ends(self.rows),
             context_lens: vec![self.context_len as u32; self.num_seqs],
             source_lens: vec![0; self.num_seqs],
-            state_slots: Vec::new(),
             block_tables: (first as u32..(first + per_step) as u32).collect(),
             block_offsets: ends(self.blocks_per_seq()),
+            ..PagedBatch::default()
         }
     }
 }

@@ -43,6 +43,16 @@ pub(crate) fn aligned_activations(x: Operand<'_>) -> candle_core::Result<(Addres
     Ok((address, Some(copy)))
 }
 
+/// The first of a tensor's numbers, which are f32 or bf16, wherever the others are.
+pub(crate) fn first_activation((storage, layout): Operand<'_>) -> candle_core::Result<Address> {
+    let offset = layout.start_offset() * storage.dtype().size_in_bytes();
+    let first = match name_of(storage.dtype())? {
+        "float" => Address::of(storage.as_cuda_slice::<f32>()?),
+        _ => Address::of(storage.as_cuda_slice::<bf16>()?),
+    };
+    Ok(first.plus(offset))
+}
+
 /// The first of a contiguous tensor's f32.
 pub(crate) fn floats((storage, layout): Operand<'_>) -> candle_core::Result<Address> {
     numbers::<f32>(storage, layout)

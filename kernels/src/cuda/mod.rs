@@ -3,11 +3,15 @@
 #[cfg(any(test, feature = "cuda"))]
 pub(crate) mod address;
 #[cfg(feature = "cuda")]
+pub(crate) mod batch;
+#[cfg(feature = "cuda")]
 pub(crate) mod device;
 #[cfg(feature = "cuda")]
 pub(crate) mod memory;
 #[cfg(any(test, feature = "cuda"))]
 pub(crate) mod products;
+#[cfg(feature = "cuda")]
+pub(crate) mod slab;
 
 #[cfg(test)]
 mod tests;

@@ -3,21 +3,14 @@
 use candle_core::Tensor;
 use half::bf16;
 
+use super::super::address::Address;
 use super::{Number, bits, launch, outputs, stored, widened};
+use crate::ops::paged_attention::cache_write::{Part, Parts};
 use crate::paged_cache::{KvFormat, PagedCache};
 use crate::testing::{Numbers, tensor, values};
 
 const BLOCK_SIZE: usize = 5;
 const NUM_BLOCKS: usize = 4;
-
-/// `struct Part` of `cache_write.cu`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Part<T> {
-    rows: *const T,
-    stride: usize,
-    width: u32,
-}
 
 /// Writes columns of one wide matrix: parts by their first column and their number of columns.
 fn device_write<T: Number, Cache: Number>(
@@ -28,10 +21,12 @@ fn device_write<T: Number, Cache: Number>(
 ) -> Vec<Cache> {
     let width: usize = parts.iter().map(|part| part.1).sum();
     let [cache] = outputs(NUM_BLOCKS * BLOCK_SIZE * width, |seed, [cache]: [*mut Cache; 1]| {
-        let mut all = [Part::<T> { rows: std::ptr::null(), stride: 0, width: 0 }; 3];
-        for (part, &(first, width)) in all.iter_mut().zip(parts) {
-            *part = Part { rows: wide[first..].as_ptr(), stride, width: width as u32 };
-        }
+        let part = |&(first, width): &(usize, usize)| Part {
+            rows: Address::of_host(wide[first..].as_ptr()),
+            stride,
+            width: width as u32,
+        };
+        let all = Parts::new(&parts.iter().map(part).collect::<Vec<_>>());
         let (kernel, width) = (format!("cache_write_{}_{}", T::NAME, Cache::NAME), width as i32);
         // SAFETY: the arguments of the kernel; every part has a row for each slot, and every slot is in the cache.
         unsafe { launch(&kernel, slots.len(), seed, &[&all, &slots.as_ptr(), &cache, &width]) };

@@ -8,62 +8,28 @@ use half::bf16;
 use super::{
     Number, ROW_THREADS, SEEDS, assert_rounded, bits, for_activations, outputs_in, stored, tolerance, widened,
 };
+use crate::cuda::address::Address;
+use crate::ops::gated_delta::arguments::{COLUMNS, CONV_ROWS, Delta, Sequences, recurrence};
 use crate::ops::gated_delta::{DeltaSpec, DeltaWeights, gated_delta};
 use crate::ops::pointwise::Pointwise;
 use crate::paged_cache::PagedBatch;
 use crate::state_cache::StateCache;
 use crate::testing::{Numbers, assert_close, tensor, values};
 
-/// `CONV_ROWS` and `COLUMNS` of `gated_delta.cu`.
-const CONV_ROWS: usize = 32;
-const COLUMNS: usize = 32;
-
 /// The first and the last are nobody's.
 const NUM_SLOTS: usize = 5;
 /// Rows of each sequence.
 const LENS: [usize; 3] = [1, 35, 9];
 
-/// `struct Delta`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct DeviceSpec {
-    num_key_heads: u32,
-    num_value_heads: u32,
-    key_dim: u32,
-    value_dim: u32,
-    conv_kernel: u32,
-    activation: u32,
-}
-
-/// `struct Sequences`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Sequences {
-    cu_seqlens: *const u32,
-    context_lens: *const u32,
-    source_lens: *const u32,
-    state_slots: *const u32,
-    num_seqs: u32,
-}
-
-impl DeviceSpec {
-    fn new(spec: &DeltaSpec) -> Self {
-        let &DeltaSpec { num_key_heads, num_value_heads, key_dim, value_dim, conv_kernel, activation } = spec;
-        let [num_key_heads, num_value_heads, key_dim, value_dim, conv_kernel] =
-            [num_key_heads, num_value_heads, key_dim, value_dim, conv_kernel].map(|size| size as u32);
-        Self { num_key_heads, num_value_heads, key_dim, value_dim, conv_kernel, activation: activation as u32 }
-    }
-}
-
-impl Sequences {
-    fn new(batch: &PagedBatch) -> Self {
-        Self {
-            cu_seqlens: batch.cu_seqlens.as_ptr(),
-            context_lens: batch.context_lens.as_ptr(),
-            source_lens: batch.source_lens.as_ptr(),
-            state_slots: batch.state_slots.as_ptr(),
-            num_seqs: batch.num_seqs() as u32,
-        }
+/// Where the lists of a batch are.
+fn sequences(batch: &PagedBatch) -> Sequences {
+    let of = |numbers: &Vec<u32>| Address::of_host(numbers.as_ptr());
+    Sequences {
+        cu_seqlens: of(&batch.cu_seqlens),
+        context_lens: of(&batch.context_lens),
+        source_lens: of(&batch.source_lens),
+        state_slots: of(&batch.state_slots),
+        num_seqs: batch.num_seqs() as u32,
     }
 }
 
@@ -128,7 +94,7 @@ impl<T: Number> World<T> {
     fn run(&self, states: &mut Vec<f32>, chunks: &[Chunk], seeds: &[u32]) -> Vec<T> {
         let DeltaSpec { num_key_heads, num_value_heads, key_dim, value_dim, .. } = self.spec;
         let ([qkv, gates], batch) = self.step(chunks);
-        let (spec, sequences) = (DeviceSpec::new(&self.spec), Sequences::new(&batch));
+        let (spec, sequences) = (Delta::from(self.spec), sequences(&batch));
         let launch = |name: &str, grid: [usize; 3], threads: usize, seed, arguments: &[&dyn Argument]| {
             let block = [threads as u32, 1, 1];
             let shape = Launch { grid: grid.map(|size| size as u32), block, shared_bytes: 0, seed };
@@ -158,9 +124,9 @@ impl<T: Number> World<T> {
             launch("gated_delta_keep_inputs", [channel_blocks, chunks.len(), 1], ROW_THREADS, seed, &arguments);
             let arguments: [&dyn Argument; 6] =
                 [&convolved.as_ptr(), &scales.as_ptr(), &own_states, &out, &spec, &sequences];
-            let (name, slices) = if key_dim <= 128 { ("gated_delta_128", 4) } else { ("gated_delta_256", 8) };
+            let (name, threads) = recurrence(key_dim).unwrap();
             let grid = [value_dim.div_ceil(COLUMNS), num_value_heads, chunks.len()];
-            launch(name, grid, COLUMNS * slices, seed, &arguments);
+            launch(name, grid, threads, seed, &arguments);
             if let Some(before) = after.replace(Some(own.clone())) {
                 assert_eq!(bits(&before), bits(&own), "another order of threads gives another state");
             }

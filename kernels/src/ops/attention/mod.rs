@@ -1,7 +1,13 @@
 //! The attention that grouped and latent heads share: scores, softmax and weighted sum over one cache row per position.
 
+#[cfg(any(test, feature = "cuda"))]
+pub(crate) mod arguments;
 mod band;
 mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
+#[cfg(any(test, feature = "cuda"))]
+pub(crate) mod plan;
 #[cfg(test)]
 mod reference;
 mod scratch;
@@ -9,6 +15,8 @@ mod scratch;
 mod tests;
 mod tile;
 mod transpose;
+#[cfg(any(test, feature = "cuda"))]
+pub(crate) mod variant;
 
 use std::ops::Range;
 
@@ -89,9 +97,7 @@ impl Attention<'_> {
 
     /// Positions that the row at `position` of a sequence sees, as a half-open range.
     fn visible(&self, seq_idx: usize, position: usize) -> Range<usize> {
-        let source_len = self.batch.source_lens[seq_idx] as usize;
-        let end = if self.reach == Reach::Source { source_len } else { position + 1 };
-        self.reach.start(position, source_len)..end
+        self.reach.visible(position, self.batch.source_lens[seq_idx] as usize)
     }
 }
 

@@ -1,6 +1,10 @@
 //! Gated DeltaNet (Yang, Kautz, Hatamizadeh, 2024): a linear attention whose state is corrected by what it got wrong.
 
+#[cfg(any(test, feature = "cuda"))]
+pub(crate) mod arguments;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -66,6 +70,8 @@ pub struct DeltaWeights {
     decay: Vec<f32>,
     /// `[num_value_heads]`
     dt_bias: Vec<f32>,
+    #[cfg(feature = "cuda")]
+    on_device: cuda::OnDevice,
 }
 
 impl DeltaWeights {
@@ -84,7 +90,15 @@ impl DeltaWeights {
         check::length(OP, "length of conv", conv.len(), spec.num_channels() * conv_kernel)?;
         check::length(OP, "length of a_log", a_log.len(), num_value_heads)?;
         check::length(OP, "length of dt_bias", dt_bias.len(), num_value_heads)?;
-        Ok(Self { spec, conv, decay: a_log.iter().map(|a_log| -a_log.exp()).collect(), dt_bias })
+        let decay = a_log.iter().map(|a_log| -a_log.exp()).collect();
+        Ok(Self {
+            spec,
+            conv,
+            decay,
+            dt_bias,
+            #[cfg(feature = "cuda")]
+            on_device: cuda::OnDevice::default(),
+        })
     }
 
     pub fn spec(&self) -> DeltaSpec {
@@ -101,8 +115,9 @@ impl DeltaWeights {
 /// ```
 ///
 /// The rows of a sequence run one after the other from its state, zero at its first position, and leave the state behind:
-/// cut anywhere, they give the same bits. Fails before anything is changed if the shapes do not fit, or the batch names
-/// a state that does not exist or names one twice.
+/// cut anywhere, they give the same bits. Fails before anything is changed if the shapes do not fit, the operands are
+/// not on one device, the batch names a state that does not exist or names one twice, or on a CUDA device if keys have more
+/// than 256 elements.
 pub fn gated_delta(
     qkv: &Tensor,   /* [num_tokens, num_channels]: queries of all key heads, their keys, then the values */
     gates: &Tensor, /* [num_tokens, 2 * num_value_heads]: b of all value heads, then a */
@@ -117,8 +132,15 @@ pub fn gated_delta(
     check::length(OP, "width of the state", states.width(), spec.state_width())?;
     batch.check_rows(OP, num_tokens)?;
     check_slots(&batch.state_slots, batch.num_seqs(), states.num_slots())?;
+    if !states.is_on(qkv.device()) {
+        return Err(KernelError::OtherDevice { op: OP, what: "states" });
+    }
     let (qkv, qkv_layout) = qkv.storage_and_layout();
     let (gates, gates_layout) = gates.storage_and_layout();
+    #[cfg(feature = "cuda")]
+    if let (Storage::Cuda(qkv), Storage::Cuda(gates)) = (&*qkv, &*gates) {
+        return cuda::gated_delta((qkv, qkv_layout), (gates, gates_layout), weights, states, batch);
+    }
     let (Storage::Cpu(qkv), Storage::Cpu(gates)) = (&*qkv, &*gates) else {
         return Err(KernelError::Device { op: OP, what: "qkv or gates" });
     };

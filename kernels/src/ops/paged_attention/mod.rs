@@ -1,7 +1,16 @@
 //! Attention of grouped query heads over keys and values in blocks.
 
+#[cfg(any(test, feature = "cuda"))]
+pub(crate) mod cache_write;
+
+use std::ops::Range;
+
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 
+#[cfg(feature = "cuda")]
+use super::attention::cuda::Call;
 use super::attention::{self, Attention, HeadLayout};
 use crate::check::{self, Input, f32_output, f32_slice};
 use crate::error::{KernelError, Result};
@@ -46,6 +55,12 @@ impl Reach {
         }
     }
 
+    /// Positions that the row at `position` of such a sequence sees. Neither end is ever less for a later row.
+    pub(crate) fn visible(self, position: usize, source_len: usize) -> Range<usize> {
+        let end = if self == Self::Source { source_len } else { position + 1 };
+        self.start(position, source_len)..end
+    }
+
     /// Positions that a row sees at most, its own included, where that is less than all.
     pub fn window(self) -> Option<usize> {
         match self {
@@ -73,8 +88,8 @@ pub struct PositionBias {
 }
 
 /// `softmax(scale * q · Kᵀ) · V` for each row over the part of its sequence that it reaches. A row of the cache holds the
-/// keys `[num_kv_heads * head_dim]`, then the values. Fails if the shapes do not fit, or the batch names rows or blocks that
-/// do not exist.
+/// keys `[num_kv_heads * head_dim]`, then the values. Fails if the shapes do not fit, the cache is on another device, or
+/// the batch names rows or blocks that do not exist.
 pub fn paged_attention(
     q: &Tensor,         /* [num_tokens, num_heads, head_dim] */
     cache: &PagedCache, /* width 2 * num_kv_heads * head_dim */
@@ -97,6 +112,9 @@ pub fn paged_attention(
         let expected = spec.num_heads * (2 * bias.max_distance + 1);
         check::length(OP, "length of the position bias", bias.table.len(), expected)?;
     }
+    if !cache.is_on(q.device()) {
+        return Err(KernelError::OtherDevice { op: OP, what: "cache" });
+    }
     batch.check(OP, num_tokens, cache, spec.reach)?;
     Ok(q.apply_op1_no_bwd(&PagedAttention { cache, batch, spec, learned })?)
 }
@@ -108,31 +126,43 @@ struct PagedAttention<'a> {
     learned: LearnedScores<'a>,
 }
 
-impl CustomOp1 for PagedAttention<'_> {
-    fn name(&self) -> &'static str {
-        OP
-    }
-
-    fn cpu_fwd(&self, q: &CpuStorage, q_layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let GqaSpec { num_heads, num_kv_heads, head_dim, scale, reach } = *self.spec;
-        let heads = HeadLayout {
+impl PagedAttention<'_> {
+    fn heads(&self) -> HeadLayout {
+        let GqaSpec { num_heads, num_kv_heads, head_dim, .. } = *self.spec;
+        HeadLayout {
             num_heads,
             group_size: num_heads / num_kv_heads,
             key_start: 0,
             key_dim: head_dim,
             value_start: num_kv_heads * head_dim,
             value_dim: head_dim,
-        };
+        }
+    }
+
+    fn out_shape(&self, q_layout: &Layout) -> Shape {
+        (q_layout.dims()[0], self.spec.num_heads * self.spec.head_dim).into()
+    }
+}
+
+impl CustomOp1 for PagedAttention<'_> {
+    fn name(&self) -> &'static str {
+        OP
+    }
+
+    fn cpu_fwd(&self, q: &CpuStorage, q_layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let &Self { cache, batch, spec: &GqaSpec { head_dim, scale, reach, .. }, learned } = self;
         let q = [(f32_slice(q, q_layout)?, head_dim)];
-        let out = attention::forward(&Attention {
-            q: &q,
-            cache: self.cache,
-            batch: self.batch,
-            heads,
-            scale,
-            reach,
-            learned: self.learned,
-        });
-        Ok(f32_output(out, (q_layout.dims()[0], num_heads * head_dim)))
+        let heads = self.heads();
+        let out = attention::forward(&Attention { q: &q, cache, batch, heads, scale, reach, learned });
+        Ok(f32_output(out, self.out_shape(q_layout)))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, q: &CudaStorage, q_layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        let &Self { cache, batch, spec: &GqaSpec { head_dim, scale, reach, .. }, learned } = self;
+        let q = [(q, q_layout, head_dim)];
+        let heads = self.heads();
+        let out = attention::cuda::forward(&Call { q: &q, cache, batch, heads, scale, reach, learned })?;
+        Ok((out, self.out_shape(q_layout)))
     }
 }

@@ -5,9 +5,11 @@ mod world;
 use std::ops::Range;
 
 use half::bf16;
-use world::{Case, Chunk, Kernel, Rows, SPLIT, Stored, World, on_tensor_cores, plain};
+use world::{Case, Chunk, Rows, Stored, World, plain};
 
 use super::{Number, assert_rounded, bits, stored, tolerance, widened};
+use crate::ops::attention::plan::SPLIT;
+use crate::ops::attention::variant::{Kernel, on_tensor_cores};
 use crate::ops::paged_attention::Reach;
 use crate::testing::{Numbers, assert_close};
 
@@ -58,7 +60,7 @@ fn sources_are_seen_whole_or_not_at_all() {
         let world = World::<f32, f32>::new(&case, &rows, 16);
         assert_close(&world.on_device(&plain::<f32, f32>(&case), &decoder), &world.on_cpu(&decoder), 2e-6);
         let world = World::<bf16, bf16>::new(&case, &rows, 16);
-        for kernel in on_tensor_cores(&case) {
+        for kernel in on_tensor_cores(case.heads) {
             let found = widened(&world.on_device_in(2, &kernel, &decoder, false));
             assert_close(&found, &world.on_cpu(&decoder), tolerance::<bf16>(0.0));
         }
@@ -150,7 +152,7 @@ fn check_short<T: Number, Cache: Stored>(case: &Case, kernels: &[Kernel]) {
 fn check_long<T: Number, Cache: Stored>(case: &Case, kernels: &[Kernel]) {
     let len = 2 * SPLIT + 37;
     let rows = Rows::new(&mut Numbers::new(33), case, &[len]);
-    // Of the first rows, those of a task see nothing of the second split.
+    // Of the rows of a task, some see nothing of the second split.
     for range in [SPLIT - 9..SPLIT + 2, len - 6..len] {
         let whole = [Chunk { seq: 0, first: range.start, end: range.end }];
         let world = World::<T, Cache>::new(case, &rows, 16);
@@ -206,7 +208,7 @@ fn tensor_cores_agree_with_the_cpu() {
         let rows = Rows::new(&mut numbers, &case, &LENS);
         let world = World::<bf16, bf16>::new(&case, &rows, 16);
         let expected = world.on_cpu(&CHUNKS);
-        for kernel in on_tensor_cores(&case) {
+        for kernel in on_tensor_cores(case.heads) {
             let found = world.on_device_in(2, &kernel, &CHUNKS, false);
             assert_close(&widened(&found), &expected, tolerance::<bf16>(0.0));
         }
@@ -222,7 +224,7 @@ fn tensor_cores_give_a_row_the_same_bits_in_a_prefill_a_chunk_and_a_decode_step(
         Case::latent([3, 24, 8]),
         Case::latent([3, 256, 16]),
     ] {
-        check_short::<bf16, bf16>(&case, &on_tensor_cores(&case));
+        check_short::<bf16, bf16>(&case, &on_tensor_cores(case.heads));
     }
 }
 
@@ -230,7 +232,7 @@ fn tensor_cores_give_a_row_the_same_bits_in_a_prefill_a_chunk_and_a_decode_step(
 fn tensor_cores_join_splits_in_one_way() {
     let mut numbers = Numbers::new(38);
     for case in long_cases(&mut numbers) {
-        check_long::<bf16, bf16>(&case, &on_tensor_cores(&case));
+        check_long::<bf16, bf16>(&case, &on_tensor_cores(case.heads));
     }
 }
 
@@ -277,5 +279,5 @@ fn check_spoiled<T: Number, Cache: Stored>(case: &Case, kernels: &[Kernel]) {
 fn what_is_no_number_spoils_no_row_that_cannot_see_it() {
     let case = Case::grouped([4, 2, 16], Reach::Full);
     check_spoiled::<f32, f32>(&case, &[plain::<f32, f32>(&case)]);
-    check_spoiled::<bf16, bf16>(&case, &on_tensor_cores(&case));
+    check_spoiled::<bf16, bf16>(&case, &on_tensor_cores(case.heads));
 }

@@ -2,6 +2,9 @@
 //! the kernels make of that is the matter of the other tests.
 
 mod activations;
+mod attention;
+mod caches;
+mod gated_delta;
 mod linear;
 mod norms;
 mod route;
