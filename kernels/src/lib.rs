@@ -56,7 +56,8 @@ pub use ops::embedding::embedding;
 pub use ops::gated_delta::{DeltaSpec, DeltaWeights, gated_delta};
 pub use ops::glu::{GluActivation, glu};
 pub use ops::grouped_swiglu::{
-    Expert, ExpertActivation, ExpertBiases, ExpertPass, ExpertSlots, ExpertWeights, grouped_experts, grouped_swiglu,
+    Expert, ExpertActivation, ExpertBiases, ExpertPass, ExpertSlots, ExpertWeights, Experts, grouped_experts,
+    grouped_swiglu,
 };
 pub use ops::head_linear::head_linear;
 pub use ops::layer_norm::layer_norm;

@@ -1,7 +1,9 @@
 //! The mixture-of-experts layer: router, routed experts, shared expert.
 
 use candle_core::Tensor;
-use kernels::{Expert, ExpertActivation, ExpertWeights, GluActivation, PackedWeight, Pointwise, RouterSpec, TopK};
+use kernels::{
+    Expert, ExpertActivation, ExpertWeights, Experts, GluActivation, PackedWeight, Pointwise, RouterSpec, TopK,
+};
 
 use super::linear::{Bias, Linear};
 use super::mlp::Mlp;
@@ -32,7 +34,7 @@ pub struct Moe {
     spec: RouterSpec,
     num_experts: usize,
     /// None where the store has them.
-    experts: Vec<Expert>,
+    experts: Experts,
     shared: Option<SharedExpert>,
     weighting: Weighting,
     /// Tokens of a sequence that an expert takes; the others get nothing from the layer.
@@ -113,7 +115,7 @@ impl Moe {
         spec.check(num_experts).map_err(EngineError::Router)?;
         let cost = ExpertCost::of(&experts);
         let router = || RouterParts { gate: gate.clone(), spec: spec.clone() };
-        let experts = loader.keep_experts(moe_idx, router, experts)?;
+        let experts = Experts::new(loader.keep_experts(moe_idx, router, experts)?)?;
         Ok(Self { gate, spec, num_experts, experts, shared, weighting, capacity: None, moe_idx, cost })
     }
 

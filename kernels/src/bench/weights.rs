@@ -7,7 +7,7 @@ use super::models::{DEEPSEEK_V2_LITE, GRANITE_1B, MODELS, Model, NUM_TOKENS};
 use super::session::{Session, Work, numbers, tensor};
 use crate::error::Result;
 use crate::ops::embedding::embedding;
-use crate::ops::grouped_swiglu::{Expert, ExpertWeights, grouped_swiglu};
+use crate::ops::grouped_swiglu::{Expert, ExpertWeights, Experts, grouped_swiglu};
 use crate::ops::head_linear::head_linear;
 use crate::ops::linear::linear;
 use crate::ops::route::TopK;
@@ -151,7 +151,8 @@ fn measure_experts(session: &mut Session<'_>, model: &Model, format: WeightForma
         .zip(downs)
         .map(|(gate_up, down)| Expert::Glu(ExpertWeights::swiglu(gate_up, down)))
         .collect();
-    let layers: Vec<_> = experts.chunks_exact(num_experts).collect();
+    let layers = experts.chunks_exact(num_experts).map(|of_layer| Experts::new(of_layer.to_vec()));
+    let layers = layers.collect::<Result<Vec<_>>>()?;
     for num_tokens in NUM_TOKENS {
         let x = tensor(&[num_tokens, hidden_size])?;
         // One token takes other experts in each call; what many tokens take hardly changes.
@@ -169,7 +170,7 @@ fn measure_experts(session: &mut Session<'_>, model: &Model, format: WeightForma
             units: units(format),
         };
         session.time(work, |call| {
-            black_box(grouped_swiglu(&x, layers[call % layers.len()], &choices[call % choices.len()])?);
+            black_box(grouped_swiglu(&x, &layers[call % layers.len()], &choices[call % choices.len()])?);
             Ok(())
         })?;
     }

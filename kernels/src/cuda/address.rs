@@ -30,6 +30,12 @@ impl Address {
         Self(pointer.expose_provenance() as u64)
     }
 
+    /// Whether nothing is there.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn is_null(self) -> bool {
+        self.0 == 0
+    }
+
     /// So many bytes behind it.
     #[cfg(feature = "cuda")]
     pub(crate) fn plus(self, bytes: usize) -> Self {

@@ -7,7 +7,8 @@ use super::linear::{Aligned, assert_same, dense_weight, quant_weight, quantize_r
 use super::{Buffer, Number, Output, ROW_THREADS, bits, for_activations, outputs, stored, widened};
 use crate::cuda::products::{DenseWeight, PLAIN_OUTS, PRODUCT_THREADS, QuantWeight, TILES, dense_name};
 use crate::ops::glu::GluActivation;
-use crate::ops::grouped_swiglu::{Expert, ExpertActivation, ExpertBiases, ExpertWeights, grouped_swiglu};
+use crate::ops::grouped_swiglu::device_activation::DeviceActivation;
+use crate::ops::grouped_swiglu::{Expert, ExpertActivation, ExpertBiases, ExpertWeights, Experts, grouped_swiglu};
 use crate::ops::pointwise::Pointwise;
 use crate::ops::route::TopK;
 use crate::quant::{Codes, QuantFormat, RowForm};
@@ -32,26 +33,6 @@ impl Output for Tile {
 
     fn bits(self) -> u32 {
         self.expert ^ self.first.rotate_left(11) ^ self.end.rotate_left(22)
-    }
-}
-
-/// `struct ExpertActivation` of `combine_experts.cu`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct DeviceActivation {
-    is_gated: u32,
-    function: u32,
-    alpha: f32,
-    limit: f32,
-}
-
-impl DeviceActivation {
-    fn new(activation: ExpertActivation) -> Self {
-        let (is_gated, (function, alpha, limit)) = match activation {
-            ExpertActivation::Plain(function) => (0, GluActivation::Pointwise(function).device_code()),
-            ExpertActivation::Gated(activation) => (1, activation.device_code()),
-        };
-        Self { is_gated, function, alpha, limit }
     }
 }
 
@@ -238,10 +219,9 @@ impl<'a> Layer<'a> {
         let aligned = align(&topk.experts, &is_identity, tile_rows, seed);
         let width = 2 * intermediate;
         let gate_up = self.multiply((&aligned, seed), (x, hidden), aligned.pairs.as_ptr(), gate_up, width);
-        let none = DeviceActivation { is_gated: 0, function: 0, alpha: 0.0, limit: 0.0 };
         let activations: Vec<DeviceActivation> = self
             .weights()
-            .map(|expert| expert.map_or(none, |expert| DeviceActivation::new(expert.activation)))
+            .map(|expert| expert.map_or(DeviceActivation::NONE, |expert| DeviceActivation::new(expert.activation)))
             .collect();
         let mut activated = Buffer::new(topk.experts.len() * intermediate);
         let arguments: [&dyn Argument; 7] = [
@@ -276,12 +256,17 @@ impl<'a> Layer<'a> {
 
     fn cpu<T: Number>(&self, x: &[T]) -> Vec<f32> {
         let x = tensor(&widened(x), &[x.len() / self.hidden, self.hidden]);
-        values(&grouped_swiglu(&x, self.experts, self.topk).unwrap())
+        let experts = Experts::new(self.experts.to_vec()).unwrap();
+        values(&grouped_swiglu(&x, &experts, self.topk).unwrap())
     }
 }
 
 /// Experts of these formats in turn, with and without biases and a gate; the last one gives back its input.
-fn experts(numbers: &mut Numbers, formats: &[WeightFormat], [num, hidden, intermediate]: [usize; 3]) -> Vec<Expert> {
+pub(super) fn experts(
+    numbers: &mut Numbers,
+    formats: &[WeightFormat],
+    [num, hidden, intermediate]: [usize; 3],
+) -> Vec<Expert> {
     let mut experts: Vec<Expert> = (0..num - 1)
         .map(|idx| {
             let format = formats[idx % formats.len()];
@@ -307,7 +292,7 @@ fn experts(numbers: &mut Numbers, formats: &[WeightFormat], [num, hidden, interm
 }
 
 /// Of skewed popularity, some slots empty, of one token all.
-fn choose(numbers: &mut Numbers, num_tokens: usize, num_experts: usize, k: usize) -> TopK {
+pub(super) fn choose(numbers: &mut Numbers, num_tokens: usize, num_experts: usize, k: usize) -> TopK {
     let mut chosen = Vec::new();
     for token in 0..num_tokens {
         let first = numbers.below(num_experts) * numbers.below(num_experts) / num_experts;

@@ -1,22 +1,30 @@
 //! The expert layer: each token through its experts, grouped so that an expert's tokens are one matrix product.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(any(test, feature = "cuda"))]
+pub(crate) mod device_activation;
+mod experts;
 mod pass;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
 mod tests;
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
+use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Tensor};
 
 use cpu::Sizes;
+pub use experts::Experts;
 pub use pass::{ExpertPass, ExpertSlots, grouped_experts};
 
 use super::glu::GluActivation;
 use super::pointwise::Pointwise;
 use super::route::TopK;
 use crate::check::{self, Input, f32_output, f32_slice};
-use crate::error::Result;
+use crate::error::{KernelError, Result};
 use crate::weight::PackedWeight;
 
 const OP: &str = "grouped_swiglu";
@@ -46,7 +54,20 @@ impl ExpertWeights {
         Self { gate_up, down, biases: None, activation: ExpertActivation::Gated(GluActivation::Silu) }
     }
 
-    fn check(&self, sizes: Sizes) -> Result<()> {
+    /// The same expert on a device. Biases stay on the host; [`Experts`] there has them too.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        let (gate_up, down) = (self.gate_up.to_device(device)?, self.down.to_device(device)?);
+        Ok(Self { gate_up, down, biases: self.biases.clone(), activation: self.activation })
+    }
+
+    fn sizes(&self) -> Sizes {
+        Sizes { hidden: self.gate_up.cols(), intermediate: self.down.cols() }
+    }
+
+    /// Refuses one that has other sizes or lies elsewhere.
+    fn check(&self, sizes: Sizes, device: &Device) -> Result<()> {
+        check::lies_on(OP, "gate_up", &self.gate_up, device)?;
+        check::lies_on(OP, "down", &self.down, device)?;
         check::length(OP, "width of gate_up", self.gate_up.cols(), sizes.hidden)?;
         let gate_up_rows = self.activation.num_parts() * sizes.intermediate;
         check::length(OP, "rows of gate_up", self.gate_up.rows(), gate_up_rows)?;
@@ -88,17 +109,18 @@ impl ExpertActivation {
 }
 
 /// `Σ weight * expert(x)` over the slots of each token, summed in slot order. Experts without a token are not read, and
-/// slots with [`TopK::NO_EXPERT`] are no part of the sum. Fails if the experts' shapes do not fit `x`, or `topk` names an expert that does not
-/// exist.
+/// slots with [`TopK::NO_EXPERT`] are no part of the sum. Fails if `x` is of another width or elsewhere than the experts, or `topk` names
+/// an expert that does not exist.
 pub fn grouped_swiglu(
     x: &Tensor, /* [num_tokens, hidden_size] */
-    experts: &[Expert],
+    experts: &Experts,
     topk: &TopK,
 ) -> Result<Tensor /* [num_tokens, hidden_size] */> {
     let [num_tokens, hidden_size] = Input { op: OP, what: "x", tensor: x }.dims("[num_tokens, hidden_size]")?;
-    let intermediate = experts.iter().find_map(Expert::glu).map_or(0, |expert| expert.down.cols());
-    let sizes = Sizes { hidden: hidden_size, intermediate };
-    experts.iter().filter_map(Expert::glu).try_for_each(|expert| expert.check(sizes))?;
+    let sizes = experts.sizes(hidden_size)?;
+    if !experts.device().same_device(x.device()) {
+        return Err(KernelError::OtherDevice { op: OP, what: "an expert" });
+    }
     check_choices(topk, num_tokens, experts.len())?;
     Ok(x.apply_op1_no_bwd(&GroupedSwiglu { num_tokens, sizes, experts, topk })?)
 }
@@ -112,6 +134,14 @@ fn check_choices(topk: &TopK, num_tokens: usize, num_experts: usize) -> Result<(
 }
 
 impl Expert {
+    /// The same expert on a device.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        match self {
+            Self::Glu(expert) => Ok(Self::Glu(expert.to_device(device)?)),
+            Self::Identity => Ok(Self::Identity),
+        }
+    }
+
     fn glu(&self) -> Option<&ExpertWeights> {
         match self {
             Self::Glu(expert) => Some(expert),
@@ -123,7 +153,7 @@ impl Expert {
 struct GroupedSwiglu<'a> {
     num_tokens: usize,
     sizes: Sizes,
-    experts: &'a [Expert],
+    experts: &'a Experts,
     topk: &'a TopK,
 }
 
@@ -135,5 +165,10 @@ impl CustomOp1 for GroupedSwiglu<'_> {
     fn cpu_fwd(&self, x: &CpuStorage, x_layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         let out = cpu::grouped_swiglu(self, f32_slice(x, x_layout)?);
         Ok(f32_output(out, (self.num_tokens, self.sizes.hidden)))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, x_layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        cuda::grouped_swiglu(self, (x, x_layout))
     }
 }

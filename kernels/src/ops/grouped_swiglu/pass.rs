@@ -1,6 +1,6 @@
 //! The expert layer for experts that are not all there: they are computed as they come, in any order, each once.
 
-use candle_core::{Storage, Tensor};
+use candle_core::{Device, Storage, Tensor};
 
 use super::cpu::{MAX_BUFFER_FLOATS, Pairs, Sizes};
 use super::{ExpertWeights, OP, check_choices};
@@ -36,7 +36,7 @@ pub struct ExpertPass<'a> {
 /// one, and computes or gives up each expert that the part needs.
 ///
 /// # Errors
-/// As [`super::grouped_swiglu`], what `supply` fails with, and an expert that was left out.
+/// As [`super::grouped_swiglu`], what `supply` fails with, an expert that was left out, and rows or experts that are not on the CPU.
 pub fn grouped_experts<E: From<KernelError>>(
     x: &Tensor, /* [num_tokens, hidden_size] */
     slots: &ExpertSlots,
@@ -48,7 +48,7 @@ pub fn grouped_experts<E: From<KernelError>>(
     let mut out = vec![0.0; num_tokens * hidden];
     if !out.is_empty() && topk.k > 0 {
         let (storage, layout) = x.storage_and_layout();
-        let Storage::Cpu(storage) = &*storage else { unreachable!("the check found it on the CPU") };
+        let Storage::Cpu(storage) = &*storage else { return Err(KernelError::Device { op: OP, what: "x" }.into()) };
         let x = f32_slice(storage, layout).map_err(KernelError::from)?;
         let is_identity: Vec<bool> = slots.formats.iter().map(Option::is_none).collect();
         let in_use = topk.experts.iter().filter_map(|&expert| *slots.formats.get(expert as usize)?);
@@ -86,7 +86,7 @@ impl ExpertPass<'_> {
     pub fn compute(&mut self, experts: &[(usize, &ExpertWeights)]) -> Result<()> {
         for &(idx, expert) in experts {
             check::below(OP, "expert", idx, self.formats.len())?;
-            expert.check(self.sizes)?;
+            expert.check(self.sizes, &Device::Cpu)?;
             let found = expert.gate_up.format();
             if self.formats[idx] != Some(found) {
                 let expected = self.formats[idx].map_or("none", WeightFormat::name);

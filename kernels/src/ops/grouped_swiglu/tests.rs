@@ -1,8 +1,8 @@
 //! Parity with the oracle, row invariance to the bit, and refused inputs.
 
 use super::{
-    Expert, ExpertActivation, ExpertBiases, ExpertPass, ExpertSlots, ExpertWeights, GroupedSwiglu, Sizes, TopK,
-    grouped_experts, grouped_swiglu, reference,
+    Expert, ExpertActivation, ExpertBiases, ExpertPass, ExpertSlots, ExpertWeights, Experts, GroupedSwiglu, Sizes,
+    TopK, grouped_experts, grouped_swiglu, reference,
 };
 use crate::error::KernelError;
 use crate::ops::glu::GluActivation;
@@ -33,6 +33,10 @@ fn choose(numbers: &mut Numbers, num_tokens: usize, num_experts: usize, k: usize
     TopK { experts: chosen, weights: numbers.normal(num_tokens * k), k }
 }
 
+fn layer(experts: Vec<Expert>) -> Experts {
+    Experts::new(experts).unwrap()
+}
+
 #[test]
 fn agrees_with_the_reference() {
     let mut numbers = Numbers::new(1);
@@ -45,7 +49,7 @@ fn agrees_with_the_reference() {
         [3, 8, 576, 192, 2],
     ] {
         for format in [WeightFormat::F32, WeightFormat::F16, WeightFormat::Bf16] {
-            let experts = experts(&mut numbers, format, [num_experts, hidden_size, intermediate]);
+            let experts = layer(experts(&mut numbers, format, [num_experts, hidden_size, intermediate]));
             let topk = choose(&mut numbers, num_tokens, num_experts, k);
             let x = numbers.with_outliers(num_tokens * hidden_size);
             let sizes = Sizes { hidden: hidden_size, intermediate };
@@ -83,7 +87,7 @@ fn identity_biases_and_clamps_agree_with_the_reference() {
     for [num_tokens, num_experts, hidden_size, intermediate, k] in
         [[1, 2, 8, 8, 2], [70, 5, 35, 19, 3], [9, 1, 6, 4, 1]]
     {
-        let experts = varied(&mut numbers, [num_experts, hidden_size, intermediate]);
+        let experts = layer(varied(&mut numbers, [num_experts, hidden_size, intermediate]));
         let topk = choose(&mut numbers, num_tokens, num_experts, k);
         let x = numbers.normal(num_tokens * hidden_size);
         let sizes = Sizes { hidden: hidden_size, intermediate };
@@ -96,13 +100,13 @@ fn identity_biases_and_clamps_agree_with_the_reference() {
 #[test]
 fn a_row_does_not_depend_on_its_batch() {
     let mut numbers = Numbers::new(2);
-    let plain = experts(&mut numbers, WeightFormat::Bf16, [6, 75, 50]);
-    let varied = varied(&mut numbers, [6, 75, 50]);
+    let plain = layer(experts(&mut numbers, WeightFormat::Bf16, [6, 75, 50]));
+    let varied = layer(varied(&mut numbers, [6, 75, 50]));
     check_rows(&mut numbers, &plain);
     check_rows(&mut numbers, &varied);
 }
 
-fn check_rows(numbers: &mut Numbers, experts: &[Expert]) {
+fn check_rows(numbers: &mut Numbers, experts: &Experts) {
     let topk = choose(numbers, 150, 6, 3);
     let x = numbers.tensor(&[150, 75]);
     let part = |first: usize, len: usize| {
@@ -120,7 +124,7 @@ fn check_rows(numbers: &mut Numbers, experts: &[Expert]) {
 #[test]
 fn a_nan_row_spoils_no_other() {
     let mut numbers = Numbers::new(4);
-    let experts = experts(&mut numbers, WeightFormat::F32, [2, 16, 16]);
+    let experts = layer(experts(&mut numbers, WeightFormat::F32, [2, 16, 16]));
     let topk = TopK { experts: vec![0; 8], weights: vec![1.0; 8], k: 1 };
     let mut x = numbers.normal(8 * 16);
     x[3 * 16] = f32::NAN;
@@ -133,7 +137,7 @@ fn a_nan_row_spoils_no_other() {
 #[test]
 fn refuses_what_does_not_fit() {
     let mut numbers = Numbers::new(3);
-    let experts = experts(&mut numbers, WeightFormat::F32, [2, 8, 4]);
+    let experts = layer(experts(&mut numbers, WeightFormat::F32, [2, 8, 4]));
     let topk = |experts: Vec<u32>, k| TopK { weights: vec![1.0; experts.len()], experts, k };
     let x = numbers.tensor(&[2, 8]);
     assert!(grouped_swiglu(&x, &experts, &topk(vec![0, 1], 1)).is_ok());
@@ -141,8 +145,13 @@ fn refuses_what_does_not_fit() {
     assert!(grouped_swiglu(&x, &experts, &topk(vec![0], 1)).is_err());
     assert!(grouped_swiglu(&numbers.tensor(&[2, 9]), &experts, &topk(vec![0, 1], 1)).is_err());
     let Expert::Glu(first) = &experts[0] else { unreachable!("all are gated") };
-    let swapped = [Expert::Glu(ExpertWeights::swiglu(first.down.clone(), first.gate_up.clone()))];
-    assert!(grouped_swiglu(&x, &swapped, &topk(vec![0, 0], 1)).is_err());
+    let swapped = Expert::Glu(ExpertWeights::swiglu(first.down.clone(), first.gate_up.clone()));
+    assert!(Experts::new(vec![swapped]).is_err());
+    let [mut of_one_size, of_another] =
+        [[1, 8, 4], [1, 8, 6]].map(|shape| self::experts(&mut numbers, WeightFormat::F32, shape));
+    of_one_size.extend(of_another);
+    assert!(Experts::new(of_one_size).is_err());
+    assert!(Experts::new(Vec::new()).unwrap().device().is_cpu());
 }
 
 /// Gives all experts that a part needs in random groups, in random order.
@@ -169,20 +178,21 @@ fn experts_may_come_in_any_groups_and_order() {
     let quantized = QUANTIZED.map(WeightFormat::Quantized);
     let formats = [WeightFormat::F32, WeightFormat::F16, WeightFormat::Bf16].into_iter().chain(quantized);
     for format in formats {
-        let experts = experts(&mut numbers, format, [7, 70, 40]);
+        let experts = layer(experts(&mut numbers, format, [7, 70, 40]));
         check_groups(&mut numbers, &experts, [90, 70, 40]);
     }
-    let varied = varied(&mut numbers, [7, 35, 19]);
+    let varied = layer(varied(&mut numbers, [7, 35, 19]));
     check_groups(&mut numbers, &varied, [1, 35, 19]);
     check_groups(&mut numbers, &varied, [200, 35, 19]);
     // Neighbours of other formats in one layer.
     let mut mixed = experts(&mut numbers, WeightFormat::F32, [5, 64, 32]);
     mixed.extend(experts(&mut numbers, quantized[0], [3, 64, 32]));
+    let mixed = layer(mixed);
     check_groups(&mut numbers, &mixed, [50, 64, 32]);
     check_groups(&mut numbers, &mixed, [0, 64, 32]);
 }
 
-fn check_groups(numbers: &mut Numbers, experts: &[Expert], [num_tokens, hidden_size, intermediate]: [usize; 3]) {
+fn check_groups(numbers: &mut Numbers, experts: &Experts, [num_tokens, hidden_size, intermediate]: [usize; 3]) {
     let topk = choose(numbers, num_tokens, experts.len(), 3);
     let x = numbers.tensor(&[num_tokens, hidden_size]);
     let whole = bits(&grouped_swiglu(&x, experts, &topk).unwrap());
@@ -197,7 +207,7 @@ fn check_groups(numbers: &mut Numbers, experts: &[Expert], [num_tokens, hidden_s
 fn long_inputs_go_in_parts() {
     let mut numbers = Numbers::new(7);
     let [num_tokens, hidden_size, intermediate, k] = [700, 16_384, 3, 8];
-    let experts = experts(&mut numbers, WeightFormat::Bf16, [9, hidden_size, intermediate]);
+    let experts = layer(experts(&mut numbers, WeightFormat::Bf16, [9, hidden_size, intermediate]));
     let topk = choose(&mut numbers, num_tokens, 9, k);
     let x = numbers.tensor(&[num_tokens, hidden_size]);
     let mut num_parts = 0;
@@ -212,7 +222,7 @@ fn long_inputs_go_in_parts() {
 #[test]
 fn an_expert_that_cannot_be_had_spoils_the_tokens_that_chose_it() {
     let mut numbers = Numbers::new(8);
-    let experts = experts(&mut numbers, WeightFormat::F32, [4, 16, 8]);
+    let experts = layer(experts(&mut numbers, WeightFormat::F32, [4, 16, 8]));
     let topk = choose(&mut numbers, 40, 4, 2);
     let x = numbers.tensor(&[40, 16]);
     let whole = values(&grouped_swiglu(&x, &experts, &topk).unwrap());
@@ -261,7 +271,7 @@ fn empty_slots_give_nothing() {
     for [num_tokens, num_experts, hidden_size, intermediate, k] in
         [[1, 2, 8, 8, 2], [70, 5, 35, 19, 3], [300, 4, 64, 96, 2]]
     {
-        let experts = varied(&mut numbers, [num_experts, hidden_size, intermediate]);
+        let experts = layer(varied(&mut numbers, [num_experts, hidden_size, intermediate]));
         let mut topk = choose(&mut numbers, num_tokens, num_experts, k);
         empty_some(&mut numbers, &mut topk);
         // What is in an empty slot beside the expert does not matter.
@@ -283,7 +293,7 @@ fn empty_slots_give_nothing() {
 fn a_token_with_an_empty_slot_is_one_that_never_had_it() {
     let mut numbers = Numbers::new(11);
     for format in [WeightFormat::Bf16, WeightFormat::Quantized(QUANTIZED[0])] {
-        let experts = experts(&mut numbers, format, [6, 64, 32]);
+        let experts = layer(experts(&mut numbers, format, [6, 64, 32]));
         let full = choose(&mut numbers, 40, 6, 3);
         let x = numbers.tensor(&[40, 64]);
         let mut emptied = full.clone();

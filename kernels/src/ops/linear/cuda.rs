@@ -17,7 +17,7 @@ use crate::cuda::memory::{
 use crate::cuda::products::{
     DenseWeight, PLAIN_OUTS, PLAIN_TOKENS, PRODUCT_THREADS, QuantRows, QuantWeight, TILES, dense_name,
 };
-use crate::quant::QuantFormat;
+use crate::quant::{QuantFormat, RowForm};
 use crate::weight::{PackedWeight, WeightFormat};
 
 /// `struct Terms` of `quant.cuh`.
@@ -66,7 +66,7 @@ impl Product<'_> {
             count: self.num_tokens * self.weights.len(),
             cols: self.weights[0].cols(),
         };
-        let quantized = x.quantized(self.x.0.device(), format, Address::NULL)?;
+        let quantized = x.quantized(self.x.0.device(), format.row_form(), Address::NULL)?;
         let of = |weight: &PackedWeight| Ok(QuantWeight::new(weight, weight.address()?, self.bias));
         let tile = tile_for(self.num_tokens);
         let kernel = format!("quant_linear_{}_{}", tile.0, name_of(self.out)?);
@@ -140,11 +140,11 @@ impl Rows {
     pub(crate) fn quantized(
         &self,
         device: &CudaDevice,
-        format: QuantFormat,
+        form: RowForm,
         num_there: Address,
     ) -> candle_core::Result<QuantizedRows> {
-        let num_groups = self.cols.div_ceil(format.group());
-        let code_bytes = self.count * num_groups * format.group();
+        let num_groups = self.cols.div_ceil(form.group);
+        let code_bytes = self.count * num_groups * form.group;
         let memory = scratch::<u8>(device, code_bytes + self.count * num_groups * TERMS_BYTES)?;
         let codes = Address::of(&memory);
         // Groups have a multiple of 16 codes.
@@ -154,8 +154,8 @@ impl Rows {
             &view.codes,
             &view.terms,
             &(self.cols as u32),
-            &u32::from(format.group),
-            &u32::from(format.codes.are_rotated()),
+            &(form.group as u32),
+            &u32::from(form.is_rotated),
             &num_there,
         ];
         let kernel = format!("quantize_rows_{}", name_of(self.dtype)?);
