@@ -1,7 +1,7 @@
 //! Ops that mixture-of-experts models need beyond plain candle: each with a reference, a fast CPU path, and checks.
 //!
 //! Map: `weight` and `mapped_file` hold weights, `range_file` reads parts of files for them, `huge_pages` backs them, `freed_memory` keeps what steps give back, `paged_cache` holds keys and values, `state_cache` what recurrent layers
-//! carry, `pool` runs tasks on the compute threads, `dispatch` and `lanes` choose and wrap the instruction set, `amx` has
+//! carry, `slabs` their memory, `pool` runs tasks on the compute threads, `dispatch` and `lanes` choose and wrap the instruction set, `amx` has
 //! its matrix tiles, `quant` has the quantized formats and their product, `ops` has one folder per op, and `bench` measures
 //! them beside the machine's limits.
 //!

@@ -31,6 +31,15 @@ impl KvFormat {
         }
     }
 
+    /// What it is on a device.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+        }
+    }
+
     /// The name used in configuration and reports.
     pub fn name(self) -> &'static str {
         match self {

@@ -66,10 +66,7 @@ enum Bytes {
         offset: usize,
     },
     #[cfg(feature = "cuda")]
-    Cuda {
-        device: CudaDevice,
-        bytes: Arc<CudaSlice<u8>>,
-    },
+    Cuda(Arc<(CudaDevice, CudaSlice<u8>)>),
 }
 
 /// A `[rows, cols]` matrix: `rows` outputs of `cols` inputs each, row-major or, where quantized, in panels of rows. Cloning
@@ -196,8 +193,8 @@ impl PackedWeight {
             #[cfg(feature = "cuda")]
             Device::Cuda(device) => {
                 let host = self.to_host()?;
-                let bytes = Arc::new(upload(device, host.as_bytes())?);
-                Ok(Self { bytes: Bytes::Cuda { device: device.clone(), bytes }, ..host })
+                let bytes = upload(device, host.as_bytes())?;
+                Ok(Self { bytes: Bytes::Cuda(Arc::new((device.clone(), bytes))), ..host })
             }
             other => {
                 let reason = format!("{:?} has no code in this build", other.location());
@@ -209,7 +206,8 @@ impl PackedWeight {
     fn to_host(&self) -> Result<Self> {
         match &self.bytes {
             #[cfg(feature = "cuda")]
-            Bytes::Cuda { device, bytes } => {
+            Bytes::Cuda(found) => {
+                let (device, bytes) = &**found;
                 let mut owned = AlignedBytes::zeroed(self.num_bytes());
                 if owned.len() > 0 {
                     device.cuda_stream().memcpy_dtoh(&bytes.slice(..owned.len()), owned.as_mut_slice()).w()?;
@@ -225,7 +223,7 @@ impl PackedWeight {
     pub fn device(&self) -> Device {
         match &self.bytes {
             #[cfg(feature = "cuda")]
-            Bytes::Cuda { device, .. } => Device::Cuda(device.clone()),
+            Bytes::Cuda(found) => Device::Cuda(found.0.clone()),
             _ => Device::Cpu,
         }
     }
@@ -234,7 +232,7 @@ impl PackedWeight {
     #[cfg(feature = "cuda")]
     pub(crate) fn address(&self) -> candle_core::Result<Address> {
         match &self.bytes {
-            Bytes::Cuda { bytes, .. } => Ok(Address::of(bytes)),
+            Bytes::Cuda(found) => Ok(Address::of(&found.1)),
             _ => candle_core::bail!("{self:?} is not on a device"),
         }
     }
@@ -362,7 +360,7 @@ impl PackedWeight {
             Bytes::Read(bytes) => bytes.as_slice(),
             Bytes::Mapped { file, offset } => &file[*offset..*offset + self.num_bytes()],
             #[cfg(feature = "cuda")]
-            Bytes::Cuda { .. } => panic!("the host does not have the bytes of {self:?}"),
+            Bytes::Cuda(_) => panic!("the host does not have the bytes of {self:?}"),
         }
     }
 
@@ -391,7 +389,7 @@ impl fmt::Debug for PackedWeight {
             Bytes::Read(_) => "read",
             Bytes::Mapped { .. } => "mapped",
             #[cfg(feature = "cuda")]
-            Bytes::Cuda { .. } => &format!("on {:?}", self.device().location()),
+            Bytes::Cuda(_) => &format!("on {:?}", self.device().location()),
         };
         write!(f, "PackedWeight({} [{}, {}], {place})", self.format.name(), self.rows, self.cols)
     }

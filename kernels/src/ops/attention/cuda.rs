@@ -12,10 +12,10 @@ use super::plan::{Limits, Plan, Shape, SplitRow, Task, fair_splits};
 use super::variant::{Kernel, Operands, choose};
 use crate::cuda::ROW_THREADS;
 use crate::cuda::batch::DevicePlan;
-use crate::cuda::device::{Launch, launch};
+use crate::cuda::device::{Argument, Launch, launch};
 use crate::cuda::memory::{Address, aligned_activations, name_of, output, scratch, upload};
 use crate::ops::paged_attention::{LearnedScores, Reach};
-use crate::paged_cache::{KvFormat, PagedBatch, PagedCache};
+use crate::paged_cache::{PagedBatch, PagedCache};
 
 /// Blocks that a multiprocessor is to have at a time, before contexts are left in one piece.
 const BLOCKS_OF_MULTIPROCESSOR: usize = 2;
@@ -47,9 +47,6 @@ pub(crate) struct Call<'a> {
 pub(crate) fn forward(call: &Call<'_>) -> candle_core::Result<CudaStorage> {
     let Call { q, cache, batch, heads, scale, reach, learned } = *call;
     let (device, dtype) = (q[0].0.device(), q[0].0.dtype());
-    if q.iter().any(|part| part.0.dtype() != dtype) {
-        bail!("parts of a query are of one type");
-    }
     let kernels = choose(&call.operands()?);
     let on_device = batch.on_device(device)?;
     let shape = Shape {
@@ -60,20 +57,13 @@ pub(crate) fn forward(call: &Call<'_>) -> candle_core::Result<CudaStorage> {
     };
     let plan = on_device.plan(shape, |batch, shape| planned(device, batch, shape, heads.value_dim))?;
 
+    // What is allocated here lives until the launches, behind which it is given back.
     let num_tokens = batch.cu_seqlens[batch.num_seqs()] as usize;
     let (out, target) = output(device, dtype, num_tokens * heads.num_heads * heads.value_dim)?;
     let sums = scratch::<[f32; 2]>(device, plan.num_slots)?;
     let values = scratch::<f32>(device, plan.num_slots * heads.value_dim)?;
-    let learned_memory = learned_on_device(device, learned)?;
-    let mut queries = [Address::NULL; 2];
-    let mut query_dims = [0; 2];
-    // What is copied lives until the launches.
-    let mut copies = Vec::new();
-    for (idx, &(storage, layout, dim)) in q.iter().enumerate() {
-        let (address, copy) = aligned_activations((storage, layout))?;
-        (queries[idx], query_dims[idx]) = (address, dim as u32);
-        copies.push(copy);
-    }
+    let (_learned, learned) = learned_on_device(device, learned)?;
+    let (_copies, queries, query_dims) = call.queries()?;
     let op = DeviceAttention {
         queries,
         query_dims,
@@ -89,14 +79,13 @@ pub(crate) fn forward(call: &Call<'_>) -> candle_core::Result<CudaStorage> {
         },
         heads: heads.into(),
         reach: reach.into(),
-        learned: learned_memory.1,
+        learned,
         scale,
         tasks: Address::NULL,
         partials: Partials { sums: Address::of(&sums), values: Address::of(&values) },
         out: target,
     };
-    for (kernel, (tasks, num_tasks)) in kernels.iter().zip(&plan.tasks) {
-        let Kernel { name, threads, shared_bytes, .. } = kernel;
+    for (Kernel { name, threads, shared_bytes, .. }, (tasks, num_tasks)) in kernels.iter().zip(&plan.tasks) {
         let grid = [*num_tasks, heads.num_heads / heads.group_size, 1];
         let launched = Launch { grid, threads: *threads, shared_bytes: *shared_bytes };
         let op = DeviceAttention { tasks: Address::of(tasks), ..op };
@@ -104,30 +93,39 @@ pub(crate) fn forward(call: &Call<'_>) -> candle_core::Result<CudaStorage> {
         unsafe { launch(device, name, launched, &[&op]) }?;
     }
     let (rows, num_rows) = &plan.split_rows;
-    let launched = Launch { grid: [*num_rows, heads.num_heads, 1], threads: ROW_THREADS, shared_bytes: 0 };
-    let merge = format!("attention_merge_{}", name_of(dtype)?);
-    let (rows, num_heads, value_dim) = (Address::of(rows), heads.num_heads as i32, heads.value_dim as i32);
+    let merged = Launch { grid: [*num_rows, heads.num_heads, 1], threads: ROW_THREADS, shared_bytes: 0 };
+    let (kernel, rows) = (format!("attention_merge_{}", name_of(dtype)?), Address::of(rows));
+    let (num_heads, value_dim) = (heads.num_heads as i32, heads.value_dim as i32);
+    let arguments: [&dyn Argument; 6] = [&rows, &op.partials, &learned.sinks, &target, &num_heads, &value_dim];
     // SAFETY: the arguments of the kernel; the tasks of the plan have written all that it merges.
-    unsafe {
-        launch(device, &merge, launched, &[&rows, &op.partials, &op.learned.sinks, &target, &num_heads, &value_dim])
-    }?;
+    unsafe { launch(device, &kernel, merged, &arguments) }?;
     Ok(out)
 }
 
 impl Call<'_> {
     fn operands(&self) -> candle_core::Result<Operands> {
-        let cache = match self.cache.format() {
-            KvFormat::F32 => "float",
-            KvFormat::Bf16 => "bf16",
-        };
         let attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         Ok(Operands {
-            types: [name_of(self.q[0].0.dtype())?, cache],
+            types: [name_of(self.q[0].0.dtype())?, name_of(self.cache.format().dtype())?],
             heads: self.heads,
             query_dims: [self.q[0].2, self.q.get(1).map_or(0, |part| part.2)],
             width: self.cache.width(),
             most_shared_bytes: number(self.q[0].0.device(), attribute)?,
         })
+    }
+
+    /// Where the parts of the queries are, with copies of those that begin where no kernel takes them, and their sizes.
+    fn queries(&self) -> candle_core::Result<(Vec<CudaStorage>, [Address; 2], [u32; 2])> {
+        let (mut copies, mut queries, mut query_dims) = (Vec::new(), [Address::NULL; 2], [0; 2]);
+        for (idx, &(storage, layout, dim)) in self.q.iter().enumerate() {
+            if storage.dtype() != self.q[0].0.dtype() {
+                bail!("parts of a query are of one type");
+            }
+            let (address, copy) = aligned_activations((storage, layout))?;
+            (queries[idx], query_dims[idx]) = (address, dim as u32);
+            copies.extend(copy);
+        }
+        Ok((copies, queries, query_dims))
     }
 }
 

@@ -11,7 +11,7 @@ use candle_core::{CudaStorage, Layout, Storage, Tensor};
 use super::arguments::{COLUMNS, CONV_ROWS, Delta, Sequences, recurrence};
 use super::{DeltaWeights, OP};
 use crate::cuda::ROW_THREADS;
-use crate::cuda::device::{Launch, launch};
+use crate::cuda::device::{Argument, Launch, launch};
 use crate::cuda::memory::{Address, activations, name_of, output, scratch, upload};
 use crate::error::{KernelError, Result};
 use crate::paged_cache::PagedBatch;
@@ -99,7 +99,7 @@ pub(super) fn gated_delta(
     // SAFETY: the arguments of the kernel; the batch was checked to have these rows, and states that there are.
     unsafe { launch(device, &kernel, of_rows, &[&qkv, &conv, &states, &convolved, &delta, &sequences]) }?;
     let kernel = named("gated_delta_scales")?;
-    let arguments: [&dyn crate::cuda::device::Argument; 6] = [&convolved, &gates, &decay, &dt_bias, &scales, &delta];
+    let arguments: [&dyn Argument; 6] = [&convolved, &gates, &decay, &dt_bias, &scales, &delta];
     // SAFETY: the arguments of the kernel, with rows of the convolution and as many of the gates.
     unsafe { launch(device, &kernel, Launch::rows(num_tokens, ROW_THREADS), &arguments) }?;
     let kernel = named("gated_delta_keep_inputs")?;

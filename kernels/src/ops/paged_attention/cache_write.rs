@@ -13,7 +13,7 @@ use crate::cuda::{
     memory::{first_activation, name_of, upload},
 };
 #[cfg(feature = "cuda")]
-use crate::paged_cache::{KvFormat, PagedCache};
+use crate::paged_cache::PagedCache;
 
 /// Of a launch.
 const MOST_PARTS: usize = 3;
@@ -48,10 +48,7 @@ impl Parts {
 /// Parts of rows whose elements follow each other, which were checked to fit the slots, and these the cache.
 #[cfg(feature = "cuda")]
 pub(crate) fn cache_write(cache: &mut PagedCache, parts: &[&Tensor], slots: &[u32]) -> candle_core::Result<()> {
-    let stored = match cache.format() {
-        KvFormat::F32 => "float",
-        KvFormat::Bf16 => "bf16",
-    };
+    let stored = name_of(cache.format().dtype())?;
     let Some(device) = parts.first().map(|part| part.device().as_cuda_device()).transpose()? else { return Ok(()) };
     let device_slots = upload(device, slots)?;
     let (slots_start, width) = (Address::of(&device_slots), cache.width() as i32);

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device};
 
-use super::{DEVICE, assert_same, moved, on_both};
+use super::{DEVICE, F32_TOLERANCE, assert_same, moved, on_both};
 use crate::ops::gated_delta::{DeltaSpec, DeltaWeights, gated_delta};
 use crate::ops::pointwise::Pointwise;
 use crate::paged_cache::PagedBatch;
@@ -72,7 +72,7 @@ fn steps_are_those_of_the_cpu() {
                 let expected = gated_delta(&qkv, &gates, &weights, &mut states, &batch).unwrap();
                 let found = gated_delta(&device_qkv, &device_gates, &weights, &mut device_states, &batch).unwrap();
                 assert_same(&found, &expected, (device_qkv.dtype(), tolerance));
-                assert_close(&device_states.read(), &states.read(), 1e-5);
+                assert_close(&device_states.read(), &states.read(), F32_TOLERANCE);
             }
         }
     }
