@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use kernels::ReadMode;
+use kernels::{DeviceChoice, ReadMode};
 
 use crate::experts::{ExpertPolicy, RoutingOptions};
 
-/// Storage type of the weights in memory. Activations are f32 on the CPU whatever this says.
+/// Storage type of the weights in memory. Activations are f32 on the CPU whatever this says, on other devices bf16 unless this says
+/// f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WeightDtype {
     /// As the checkpoint stores them.
@@ -116,6 +117,8 @@ impl Default for ExpertConfig {
 pub struct EngineConfig {
     /// Hugging Face folder (`config.json`, `*.safetensors`, `generation_config.json`), or a GGUF file.
     pub model_dir: PathBuf,
+    /// Where the model computes.
+    pub device: DeviceChoice,
     pub dtype: WeightDtype,
     pub quant: WeightQuant,
     pub experts: ExpertConfig,
@@ -163,6 +166,7 @@ impl EngineConfig {
     pub fn new(model_dir: impl Into<PathBuf>) -> Self {
         Self {
             model_dir: model_dir.into(),
+            device: DeviceChoice::default(),
             dtype: WeightDtype::Auto,
             quant: WeightQuant::None,
             experts: ExpertConfig::default(),

@@ -49,6 +49,8 @@ pub enum EngineError {
          this model is none; hint: make one with `moesaic quantize`, and serve that"
     )]
     ExpertsNotPacked,
+    #[error("--expert-memory is for models that compute on the CPU; hint: leave it out, or take --device cpu")]
+    ExpertsOnDevice,
     #[error("{} cannot be read: {}; hint: copy the folder again", .0.id, .0.reason)]
     Expert(ExpertFault),
     #[error("{what} is {value}, allowed are {allowed}")]

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 
+use candle_core::Device;
 use kernels::KvFormat;
 use scheduler::{Scheduler, SchedulerConfig};
 
@@ -74,6 +75,7 @@ fn load_files(
 ) -> Result<LoadedModel, EngineError> {
     config.isa.map_or(Ok(()), kernels::choose_isa)?;
     let threads = kernels::pool::init(config.threads);
+    let device = kernels::open_device(config.device)?;
     let inspection = inspect_files(files)?;
     let model_config = files.config()?;
     let positions = (models::architecture(model_config.model_type()?)?.positions)(&model_config)?;
@@ -87,7 +89,7 @@ fn load_files(
     let max_table_bytes = config.available_memory / TABLE_SHARE;
     let len = ContextLen { configured, reachable: max_len, max_table_bytes };
     let Loaded { model, experts, expert_bytes, weights, weight_bytes, weight_formats } =
-        load_weights(config, (files, &model_config), (len, &inspection), progress)?;
+        load_weights(config, (files, &model_config, &device), (len, &inspection), progress)?;
     let kv_dtype = resolve_kv_dtype(config, &inspection);
     let routed = RoutedLayout::of(model.shape());
     let demand = budget::KvDemand {
@@ -101,7 +103,7 @@ fn load_files(
     warn_of_surprises(config, &kv, positions.default);
     let shape = model.shape();
     let format = if kv_dtype == KvDtype::F32 { KvFormat::F32 } else { KvFormat::Bf16 };
-    let settings = numerics(config, (&model_config, &weight_formats), format, configured);
+    let settings = numerics(config, &device, (&model_config, &weight_formats), format, configured);
     let fingerprint = Fingerprint::new(&settings, weights);
     let can_resume = kv.num_state_slots == 0 || kv.num_snapshot_slots > 0;
     let has_prefix_cache = config.caches_prefixes() && shape.prefill == Prefill::Causal && can_resume;
@@ -123,7 +125,7 @@ fn load_files(
     let num_blocks = kv.num_blocks;
     let num_state_slots = kv.num_state_slots + kv.num_snapshot_slots;
     let size = ArenaSize { format, block_size: config.block_size, num_blocks, window: kv.window, num_state_slots };
-    let arena = KvArena::new(&shape.cache_sites, size)?;
+    let arena = KvArena::new(&shape.cache_sites, size, &device)?;
     let routed_rows = RoutedRows::new(routed.clone(), num_blocks, config.block_size);
     let routing_bytes_per_token = demand.routing_bytes_per_token;
     let expert_memory_bytes = experts.as_ref().map_or(expert_bytes, ExpertStore::capacity_bytes);
@@ -171,6 +173,7 @@ fn load_files(
 /// What the bits of an output depend on beside request and weights.
 fn numerics(
     config: &EngineConfig,
+    device: &Device,
     (model_config, weight_formats): (&ModelConfig, &[&'static str]),
     kv_format: KvFormat,
     max_model_len: usize,
@@ -188,6 +191,9 @@ fn numerics(
         // Some rotary tables follow from it.
         ("max_model_len", max_model_len.to_string()),
     ];
+    if !device.is_cpu() {
+        settings.push(("device", "cuda".to_owned()));
+    }
     if config.routing.is_on() {
         settings.push(("routing", format!("{:?}", config.routing)));
     }
@@ -243,18 +249,21 @@ struct Loaded {
 /// The weights in memory, but for experts where these have a budget that is less than they take.
 fn load_weights(
     config: &EngineConfig,
-    (files, model_config): (&ModelFiles, &ModelConfig),
+    (files, model_config, device): (&ModelFiles, &ModelConfig, &Device),
     (max_model_len, inspection): (ContextLen, &Inspection),
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded, EngineError> {
     let is_packed = files.packed(model_config)?.is_some();
     let whole = |progress: &mut dyn FnMut(LoadProgress)| {
-        load_parts(config, (files, model_config), (max_model_len, Experts::InMemory), progress)
+        load_parts(config, (files, model_config, device), (max_model_len, Experts::InMemory), progress)
     };
     let Some(memory) = config.experts.memory else { return whole(progress) };
+    if !device.is_cpu() {
+        return Err(EngineError::ExpertsOnDevice);
+    }
     if is_packed {
         // What all experts take is known when the layers have asked for them, and that reads nothing.
-        let parts = load_parts(config, (files, model_config), (max_model_len, Experts::LeftInFiles), progress)?;
+        let parts = load_parts(config, (files, model_config, device), (max_model_len, Experts::LeftInFiles), progress)?;
         if parts.experts.is_some() {
             return Ok(parts);
         }
@@ -286,7 +295,7 @@ enum Experts {
 
 fn load_parts(
     config: &EngineConfig,
-    (files, model_config): (&ModelFiles, &ModelConfig),
+    (files, model_config, device): (&ModelFiles, &ModelConfig, &Device),
     (max_model_len, place): (ContextLen, Experts),
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded, EngineError> {
@@ -296,7 +305,7 @@ fn load_parts(
     let packed = files.packed(model_config)?;
     packed.as_ref().map_or(Ok(()), |packed| packed.check(config))?;
     let storage = WeightStorage { dtype: config.dtype, quant: config.quant };
-    let loader = Loader::new(&checkpoint, quantization, storage, progress).with_packed(packed.as_ref());
+    let loader = Loader::new(&checkpoint, quantization, storage, progress).with_packed(packed.as_ref()).on(device);
     let loader = if place == Experts::LeftInFiles { loader.leaving_experts() } else { loader };
     let num_mtp_layers = if config.load_mtp { architecture.mtp.wanted(model_config, &loader)? } else { 0 };
     let source = ModelSource { config: model_config, loader: &loader, max_model_len, num_mtp_layers };

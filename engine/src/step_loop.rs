@@ -408,7 +408,7 @@ mod tests {
     use std::path::Path;
     use std::sync::mpsc::sync_channel;
 
-    use candle_core::Tensor;
+    use candle_core::{Device, Tensor};
     use kernels::KvFormat;
 
     use super::*;
@@ -486,7 +486,7 @@ mod tests {
             };
             let size =
                 ArenaSize { format: KvFormat::F32, block_size: 16, num_blocks: 1, window: None, num_state_slots: 0 };
-            let arena = KvArena::new(&[], size).unwrap();
+            let arena = KvArena::new(&[], size, &Device::Cpu).unwrap();
             let routed = RoutedRows::new(RoutedLayout::of(&shape), 1, 16);
             let places = TokenPlaces { routed, block_size: 16 };
             let runner = Runner::new(Box::new(Broken { shape, fail }), arena, places, RoutingOptions::default());

@@ -5,6 +5,7 @@ use kernels::{GluActivation, PackedWeight, Pointwise, WeightFormat};
 
 use super::mtp::MtpLayout;
 use super::norm::{Norm, NormKind};
+use super::table::Table;
 use crate::error::EngineError;
 use crate::weights::Role;
 use crate::weights::loader::Loader;
@@ -92,10 +93,10 @@ impl DecoderConfig {
 
 #[derive(Debug)]
 pub struct Ends {
-    embedding: PackedWeight,
+    embedding: Table,
     norm: Norm,
     /// `None`: the embedding serves as the output projection too.
-    lm_head: Option<PackedWeight>,
+    lm_head: Option<Table>,
     lm_head_bias: Option<Tensor>,
     multipliers: Multipliers,
 }
@@ -104,17 +105,16 @@ impl Ends {
     /// The embedding, `model.norm`, and `lm_head` where it is not tied.
     pub fn load(loader: &Loader, config: DecoderConfig) -> Result<Self, EngineError> {
         let DecoderConfig { vocab_size, hidden_size, .. } = config;
-        let embedding = loader.table(config.embedding_name, vocab_size, hidden_size)?;
+        let shape = [vocab_size, hidden_size];
+        let embedding = Table::load(loader, config.embedding_name, shape)?;
         let norm = Norm::load_kind(loader, "model.norm", hidden_size, (config.norm_kind, config.rms_norm_eps))?;
         let lm_head = match (config.head, config.tie_word_embeddings) {
             (HeadKind::ColumnNormalized, is_tied) => {
                 let name = if is_tied { config.embedding_name } else { "lm_head.weight" };
-                Some(load_normalized(loader, name, [vocab_size, hidden_size])?)
+                Some(Table::of(loader, load_normalized(loader, name, shape)?))
             }
             (HeadKind::Plain | HeadKind::Biased, true) => None,
-            (HeadKind::Plain | HeadKind::Biased, false) => {
-                Some(loader.table("lm_head.weight", vocab_size, hidden_size)?)
-            }
+            (HeadKind::Plain | HeadKind::Biased, false) => Some(Table::load(loader, "lm_head.weight", shape)?),
         };
         let lm_head_bias = match config.head {
             HeadKind::Biased => Some(loader.vector("lm_head.bias", vocab_size)?),
@@ -129,7 +129,7 @@ impl Ends {
 
     /// `[num_tokens, hidden_size]`
     pub fn embed(&self, input_ids: &[u32]) -> Result<Tensor, EngineError> {
-        scaled(kernels::embedding(input_ids, &self.embedding)?, self.multipliers.embedding)
+        scaled(self.embedding.embed(input_ids)?, self.multipliers.embedding)
     }
 
     /// The normalised last hidden state, of what the last layer left over and the stream.
@@ -139,8 +139,8 @@ impl Ends {
 
     /// `[rows, hidden_size]` to `[rows, vocab_size]`.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor, EngineError> {
-        let weight = self.lm_head.as_ref().unwrap_or(&self.embedding);
-        scaled(kernels::linear(hidden, weight, self.lm_head_bias.as_ref())?, self.multipliers.logits)
+        let head = self.lm_head.as_ref().unwrap_or(&self.embedding);
+        scaled(head.logits(hidden, self.lm_head_bias.as_ref())?, self.multipliers.logits)
     }
 }
 

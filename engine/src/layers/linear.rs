@@ -11,6 +11,8 @@ use crate::weights::loader::Loader;
 pub struct Linear {
     weight: PackedWeight,
     bias: Option<Tensor>,
+    /// Whether its output is f32 whatever layers compute in.
+    gives_f32: bool,
 }
 
 impl Linear {
@@ -29,7 +31,7 @@ impl Linear {
         Self::load_as(loader, Role::Layer, (parts, cols), bias)
     }
 
-    /// What chooses or gates, and is never quantized: `{name}.weight [rows, cols]` and, if `bias`, `{name}.bias [rows]`.
+    /// What chooses or gates, is never quantized and gives f32: `{name}.weight [rows, cols]` and, if `bias`, `{name}.bias [rows]`.
     pub fn load_router(loader: &Loader, name: &str, [rows, cols]: [usize; 2], bias: Bias) -> Result<Self, EngineError> {
         Self::load_as(loader, Role::Router, (&[(name.to_owned(), rows)], cols), bias)
     }
@@ -50,7 +52,7 @@ impl Linear {
                 Some(Tensor::cat(&biases?, 0)?)
             }
         };
-        Ok(Self { weight, bias })
+        Ok(Self { weight, bias, gives_f32: role == Role::Router })
     }
 
     /// Maps made of the rows of `{name}.weight`, of this shape, each in an order of its own.
@@ -61,12 +63,13 @@ impl Linear {
         picks: &[Vec<usize>],
     ) -> Result<Vec<Self>, EngineError> {
         let weights = loader.picked_weights((&format!("{name}.weight"), role), shape, picks)?;
-        Ok(weights.into_iter().map(|weight| Self { weight, bias: None }).collect())
+        Ok(weights.into_iter().map(|weight| Self { weight, bias: None, gives_f32: false }).collect())
     }
 
     /// `[num_tokens, cols]` to `[num_tokens, rows]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor, EngineError> {
-        Ok(kernels::linear(x, &self.weight, self.bias.as_ref())?)
+        let linear = if self.gives_f32 { kernels::linear_f32 } else { kernels::linear };
+        Ok(linear(x, &self.weight, self.bias.as_ref())?)
     }
 }
 

@@ -14,3 +14,4 @@ pub mod norm;
 pub mod position_bias;
 pub mod rope;
 pub mod t5_attention;
+pub mod table;

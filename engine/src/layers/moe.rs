@@ -218,7 +218,7 @@ impl SharedExpert {
             None => Ok(out),
             Some(gate) => {
                 let openness = kernels::pointwise(&gate.forward(x)?, Pointwise::Sigmoid)?;
-                Ok(out.broadcast_mul(&openness)?)
+                Ok(out.broadcast_mul(&openness.to_dtype(out.dtype())?)?)
             }
         }
     }

@@ -10,12 +10,12 @@
 //! `longcat_flash_mtp.py` of vLLM. vLLM zeroes the embedding at position 0, the paper and the others do not; nor do we.
 
 use candle_core::Tensor;
-use kernels::PackedWeight;
 
 use super::decoder::{DecoderLayer, gather_rows};
 use super::ends::{DecoderConfig, Ends};
 use super::linear::{Bias, Linear};
 use super::norm::Norm;
+use super::table::Table;
 use crate::error::EngineError;
 use crate::models::{Draft, DraftInput, ForwardContext};
 use crate::weights::loader::Loader;
@@ -29,9 +29,9 @@ pub struct MtpLayer {
     layer: DecoderLayer,
     norm: Norm,
     /// `None`: the model's.
-    embedding: Option<PackedWeight>,
+    embedding: Option<Table>,
     /// `None`: the model's.
-    head: Option<PackedWeight>,
+    head: Option<Table>,
     passes_on: PassesOn,
 }
 
@@ -100,7 +100,7 @@ impl MtpLayer {
         let [embed_norm, hidden_norm, norm] = names.norms.each_ref().map(|name| config.load_norm(loader, name));
         let own = |name: &Option<String>| {
             let stored = name.as_ref().filter(|name| loader.has(name));
-            stored.map(|name| loader.table(name, vocab_size, hidden_size)).transpose()
+            stored.map(|name| Table::load(loader, name, [vocab_size, hidden_size])).transpose()
         };
         Ok(Self {
             embed_norm: embed_norm?,
@@ -122,7 +122,7 @@ impl MtpLayer {
     pub fn forward(&self, ends: &Ends, input: &DraftInput, context: &mut ForwardContext) -> Result<Draft, EngineError> {
         let input_ids = &context.input.input_ids;
         let embedded = match &self.embedding {
-            Some(embedding) => kernels::embedding(input_ids, embedding)?,
+            Some(embedding) => embedding.embed(input_ids)?,
             None => ends.embed(input_ids)?,
         };
         let halves = [self.embed_norm.forward(&embedded)?, self.hidden_norm.forward(input.hidden)?];
@@ -131,7 +131,7 @@ impl MtpLayer {
         let (normed, stream) = self.norm.forward_residual(&delta, &residual)?;
         let wanted = gather_rows(&normed, input.rows)?;
         let logits = match &self.head {
-            Some(head) => kernels::linear(&wanted, head, None)?,
+            Some(head) => head.logits(&wanted, None)?,
             None => ends.logits(&wanted)?,
         };
         let hidden = match self.passes_on {

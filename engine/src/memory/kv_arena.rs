@@ -1,6 +1,7 @@
 //! The bytes behind the scheduler's blocks and state slots: one cache per site of the model. All sites of a kind have the
 //! same numbers: those that keep every position, those that keep a window, those that keep a state.
 
+use candle_core::Device;
 use kernels::{KvFormat, PagedCache, StateCache};
 
 use scheduler::{BlockId, StateCopy, WindowConfig};
@@ -9,7 +10,7 @@ use crate::error::EngineError;
 use crate::memory::BlockCoding;
 use crate::models::CacheSite;
 
-/// Slabs are the unit of growth; a slab's memory is committed by the system when it is first written.
+/// Slabs are the unit of growth; a slab's memory is committed by the system when it is first written. Other devices have one slab.
 const BLOCKS_PER_SLAB: usize = 1024;
 
 pub struct KvArena {
@@ -36,15 +37,16 @@ pub struct ArenaSize {
 impl KvArena {
     /// Room for at least `size.num_blocks` or `size.window.num_blocks` blocks at every site that keeps something per token,
     /// and for `size.num_state_slots` states at the others.
-    pub fn new(sites: &[CacheSite], size: ArenaSize) -> Result<Self, EngineError> {
+    pub fn new(sites: &[CacheSite], size: ArenaSize, device: &Device) -> Result<Self, EngineError> {
         let new_site = |site: &CacheSite| {
             if let CacheSite::Recurrent { width } = *site {
-                return Ok(SiteCache::State(StateCache::new(width, size.num_state_slots)?));
+                return Ok(SiteCache::State(StateCache::on(device, width, size.num_state_slots)?));
             }
             let window = size.window.filter(|window| site.has_window_within(Some(window.len)));
             let num_blocks = window.map_or(size.num_blocks, |window| window.num_blocks);
-            let blocks_per_slab = num_blocks.clamp(1, BLOCKS_PER_SLAB);
-            let mut cache = PagedCache::new(size.format, size.block_size, site.token_width(), blocks_per_slab)?;
+            let most = if device.is_cpu() { BLOCKS_PER_SLAB } else { num_blocks.max(1) };
+            let (blocks_per_slab, width) = (num_blocks.clamp(1, most), site.token_width());
+            let mut cache = PagedCache::on(device, size.format, size.block_size, width, blocks_per_slab)?;
             while cache.num_blocks() < num_blocks {
                 cache.add_slab()?;
             }

@@ -6,7 +6,7 @@
 //! the encoder runs, the source's positions of the first site lend it room for its own.
 
 use candle_core::Tensor;
-use kernels::{Expert, ExpertActivation, ExpertWeights, PackedWeight, Pointwise, PositionBias, RouterSpec, Scoring};
+use kernels::{Expert, ExpertActivation, ExpertWeights, Pointwise, PositionBias, RouterSpec, Scoring};
 
 use super::footprint::{Footprint, Positions};
 use super::{ForwardContext, Model, ModelShape, ModelSource, Prefill};
@@ -19,6 +19,7 @@ use crate::layers::moe::{Moe, MoeParts, Weighting};
 use crate::layers::norm::Norm;
 use crate::layers::position_bias::Buckets;
 use crate::layers::t5_attention::{AttentionSize, CrossAttention, SelfAttention};
+use crate::layers::table::Table;
 use crate::weights::loader::Loader;
 use crate::weights::model_config::ModelConfig;
 
@@ -29,7 +30,7 @@ const MOST_POSITIONS: usize = 1 << 16;
 struct Switch {
     encoder: Stack,
     decoder: Stack,
-    lm_head: Option<PackedWeight>,
+    lm_head: Option<Table>,
     /// On the hidden state before a tied head.
     head_scale: f64,
     shape: ModelShape,
@@ -37,7 +38,7 @@ struct Switch {
 
 /// Encoder or decoder.
 struct Stack {
-    embedding: PackedWeight,
+    embedding: Table,
     blocks: Vec<Block>,
     norm: Norm,
     /// Of all its self-attentions.
@@ -73,15 +74,16 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let ModelSource { config, loader, .. } = *source;
     let sizes = Sizes::from_config(config)?;
     let vocab_size = config.size("vocab_size")?;
+    let table_shape = [vocab_size, sizes.attention.hidden_size];
     let is_tied = config.flag_or("tie_word_embeddings", false)?;
     let [num_encoder, num_decoder] = num_layers(config)?;
     let shared = match is_tied || ["encoder", "decoder"].iter().any(|stack| !loader.has(&own_embedding(stack))) {
-        true => Some(loader.table("shared.weight", vocab_size, sizes.attention.hidden_size)?),
+        true => Some(Table::load(loader, "shared.weight", table_shape)?),
         false => None,
     };
     let embedding = |stack: &str| match &shared {
         Some(shared) if is_tied || !loader.has(&own_embedding(stack)) => Ok(shared.clone()),
-        _ => loader.table(&own_embedding(stack), vocab_size, sizes.attention.hidden_size),
+        _ => Table::load(loader, &own_embedding(stack), table_shape),
     };
     let stack = |name: &'static str, num_blocks, first_moe| {
         let step = sparse_step(config, name, num_blocks)?;
@@ -92,7 +94,7 @@ pub fn load(source: &ModelSource) -> Result<Box<dyn Model>, EngineError> {
     let decoder = stack("decoder", num_decoder, encoder.num_moe())?;
     let lm_head = match is_tied {
         true => None,
-        false => Some(loader.table("lm_head.weight", vocab_size, sizes.attention.hidden_size)?),
+        false => Some(Table::load(loader, "lm_head.weight", table_shape)?),
     };
     let shape = ModelShape {
         vocab_size,
@@ -192,12 +194,7 @@ struct StackPlace {
 }
 
 impl Stack {
-    fn load(
-        source: &ModelSource,
-        sizes: &Sizes,
-        embedding: PackedWeight,
-        place: StackPlace,
-    ) -> Result<Self, EngineError> {
+    fn load(source: &ModelSource, sizes: &Sizes, embedding: Table, place: StackPlace) -> Result<Self, EngineError> {
         let ModelSource { config, loader, .. } = *source;
         let StackPlace { name, num_blocks, sparse_step, first_moe } = place;
         let mut moe_idx = first_moe;
@@ -316,7 +313,7 @@ fn load_moe(loader: &Loader, prefix: &str, sizes: &Sizes) -> Result<MoeParts, En
 impl Switch {
     /// Leaves what every decoder layer reads of the source in that layer's site.
     fn encode(&self, context: &mut ForwardContext) -> Result<Tensor, EngineError> {
-        let mut x = kernels::embedding(&context.input.input_ids, &self.encoder.embedding)?;
+        let mut x = self.encoder.embedding.embed(&context.input.input_ids)?;
         for block in &self.encoder.blocks {
             x = block.forward(x, (0, &self.encoder.bias), context)?;
         }
@@ -330,7 +327,7 @@ impl Switch {
     }
 
     fn decode(&self, context: &mut ForwardContext) -> Result<Tensor, EngineError> {
-        let mut x = kernels::embedding(&context.input.input_ids, &self.decoder.embedding)?;
+        let mut x = self.decoder.embedding.embed(&context.input.input_ids)?;
         for (site, block) in self.decoder.blocks.iter().enumerate() {
             x = block.forward(x, (site, &self.decoder.bias), context)?;
         }
@@ -352,6 +349,6 @@ impl Model for Switch {
 
     fn logits(&self, hidden: &Tensor) -> Result<Tensor, EngineError> {
         let head = self.lm_head.as_ref().unwrap_or(&self.decoder.embedding);
-        Ok(kernels::linear(&scaled(hidden.clone(), self.head_scale)?, head, None)?)
+        head.logits(&scaled(hidden.clone(), self.head_scale)?, None)
     }
 }

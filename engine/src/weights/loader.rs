@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use kernels::block_format::BlockFormat;
 use kernels::{Expert, HugePages, KernelError, MappedParts, PackedWeight, WeightFormat};
 use safetensors::Dtype;
@@ -13,7 +13,7 @@ use super::gguf_model::blocks::BlockMatrix;
 use super::packed_folder::PackedIndex;
 use super::quantization::Quantization;
 use super::storage::Role;
-use crate::config::WeightStorage;
+use crate::config::{WeightDtype, WeightStorage};
 use crate::error::EngineError;
 use crate::experts::{ExpertCatalog, RouterParts};
 
@@ -105,6 +105,19 @@ impl<'a> Loader<'a> {
         Self { checkpoint, total_bytes, prefix, quantization, storage, packed, device, state }
     }
 
+    /// For a model that computes there.
+    pub(crate) fn on(self, device: &Device) -> Self {
+        Self { device: device.clone(), ..self }
+    }
+
+    /// What layers compute in: f32 on the CPU; on other devices bf16, unless weights are to be f32.
+    pub fn activations(&self) -> DType {
+        match self.device.is_cpu() || self.storage.dtype == WeightDtype::F32 {
+            true => DType::F32,
+            false => DType::BF16,
+        }
+    }
+
     /// Over a packed folder: everything is there under the key that it was asked for by.
     pub(crate) fn with_packed(self, packed: Option<&'a PackedIndex>) -> Self {
         Self { packed, ..self }
@@ -189,7 +202,7 @@ impl<'a> Loader<'a> {
         let key = parts.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join("+");
         let rows = parts.iter().map(|(_, rows)| rows).sum();
         if let Some(packed) = self.packed_weight((&key, role), [rows, cols])? {
-            return Ok(packed);
+            return Ok(packed.to_device(&self.device)?);
         }
         let formats = self.block_formats(parts);
         let parts = parts.iter().map(|(name, rows)| self.borrow_beside(name, [*rows, cols], &formats));
@@ -263,7 +276,8 @@ impl<'a> Loader<'a> {
         let key = |idx: usize| format!("{name}/{idx}");
         if self.packed.is_some() {
             let weights = shapes.enumerate().map(|(idx, shape)| self.packed_weight((&key(idx), role), shape));
-            return weights.map(|weight| Ok(weight?.expect("a packed folder"))).collect();
+            let placed = |weight: PackedWeight| Ok(weight.to_device(&self.device)?);
+            return weights.map(|weight| placed(weight?.expect("a packed folder"))).collect();
         }
         let source = open()?;
         (0..shapes.len()).map(|idx| self.keep(&key(idx), role, std::iter::once(make(&source, idx)))).collect()
@@ -467,8 +481,11 @@ impl<'a> Loader<'a> {
         if role != Role::Expert || state.catalog.is_none() {
             state.weight_bytes += bytes;
         }
-        state.huge_pages.add(weight);
-        state.mapped.add(weight);
+        // What goes to another device is read now, and once.
+        if self.device.is_cpu() {
+            state.huge_pages.add(weight);
+            state.mapped.add(weight);
+        }
         if weight.rows() > 1 {
             *state.format_bytes.entry(weight.format().name()).or_default() += bytes;
         }
@@ -530,7 +547,7 @@ impl<'a> Loader<'a> {
         };
         self.count((&kept, role));
         match &mut self.state.borrow_mut().sink {
-            None => Ok(kept),
+            None => Ok(kept.to_device(&self.device)?),
             Some(sink) => sink(key, kept),
         }
     }
