@@ -2,6 +2,7 @@
 //! the kernels make of that is the matter of the other tests.
 
 mod activations;
+mod embedding;
 mod experts;
 mod linear;
 mod norms;
