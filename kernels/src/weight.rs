@@ -66,10 +66,13 @@ enum Bytes {
         offset: usize,
     },
     #[cfg(feature = "cuda")]
-    Cuda {
-        device: CudaDevice,
-        bytes: Arc<CudaSlice<u8>>,
-    },
+    Cuda(Arc<DeviceBytes>),
+}
+
+#[cfg(feature = "cuda")]
+struct DeviceBytes {
+    device: CudaDevice,
+    bytes: CudaSlice<u8>,
 }
 
 /// A `[rows, cols]` matrix: `rows` outputs of `cols` inputs each, row-major or, where quantized, in panels of rows. Cloning
@@ -196,8 +199,8 @@ impl PackedWeight {
             #[cfg(feature = "cuda")]
             Device::Cuda(device) => {
                 let host = self.to_host()?;
-                let bytes = Arc::new(upload(device, host.as_bytes())?);
-                Ok(Self { bytes: Bytes::Cuda { device: device.clone(), bytes }, ..host })
+                let there = DeviceBytes { device: device.clone(), bytes: upload(device, host.as_bytes())? };
+                Ok(Self { bytes: Bytes::Cuda(Arc::new(there)), ..host })
             }
             other => {
                 let reason = format!("{:?} has no code in this build", other.location());
@@ -209,11 +212,12 @@ impl PackedWeight {
     fn to_host(&self) -> Result<Self> {
         match &self.bytes {
             #[cfg(feature = "cuda")]
-            Bytes::Cuda { device, bytes } => {
+            Bytes::Cuda(there) => {
                 let mut owned = AlignedBytes::zeroed(self.num_bytes());
                 if owned.len() > 0 {
-                    device.cuda_stream().memcpy_dtoh(&bytes.slice(..owned.len()), owned.as_mut_slice()).w()?;
-                    device.cuda_stream().synchronize().w()?;
+                    let stream = there.device.cuda_stream();
+                    stream.memcpy_dtoh(&there.bytes.slice(..owned.len()), owned.as_mut_slice()).w()?;
+                    stream.synchronize().w()?;
                 }
                 Ok(Self::owned(self.format, self.rows, self.cols, owned))
             }
@@ -225,7 +229,7 @@ impl PackedWeight {
     pub fn device(&self) -> Device {
         match &self.bytes {
             #[cfg(feature = "cuda")]
-            Bytes::Cuda { device, .. } => Device::Cuda(device.clone()),
+            Bytes::Cuda(there) => Device::Cuda(there.device.clone()),
             _ => Device::Cpu,
         }
     }
@@ -234,7 +238,7 @@ impl PackedWeight {
     #[cfg(feature = "cuda")]
     pub(crate) fn address(&self) -> candle_core::Result<Address> {
         match &self.bytes {
-            Bytes::Cuda { bytes, .. } => Ok(Address::of(bytes)),
+            Bytes::Cuda(there) => Ok(Address::of(&there.bytes)),
             _ => candle_core::bail!("{self:?} is not on a device"),
         }
     }
@@ -362,7 +366,7 @@ impl PackedWeight {
             Bytes::Read(bytes) => bytes.as_slice(),
             Bytes::Mapped { file, offset } => &file[*offset..*offset + self.num_bytes()],
             #[cfg(feature = "cuda")]
-            Bytes::Cuda { .. } => panic!("the host does not have the bytes of {self:?}"),
+            Bytes::Cuda(_) => panic!("the host does not have the bytes of {self:?}"),
         }
     }
 
@@ -391,7 +395,7 @@ impl fmt::Debug for PackedWeight {
             Bytes::Read(_) => "read",
             Bytes::Mapped { .. } => "mapped",
             #[cfg(feature = "cuda")]
-            Bytes::Cuda { .. } => &format!("on {:?}", self.device().location()),
+            Bytes::Cuda(_) => &format!("on {:?}", self.device().location()),
         };
         write!(f, "PackedWeight({} [{}, {}], {place})", self.format.name(), self.rows, self.cols)
     }
