@@ -52,7 +52,7 @@ pub use huge_pages::HugePages;
 pub use mapped_file::{MappedFile, MappedParts};
 pub use ops::argmax::argmax;
 pub use ops::boltzmann::boltzmann;
-pub use ops::embedding::embedding;
+pub use ops::embedding::{embedding, embedding_as};
 pub use ops::gated_delta::{DeltaSpec, DeltaWeights, gated_delta};
 pub use ops::glu::{GluActivation, glu};
 pub use ops::grouped_swiglu::{

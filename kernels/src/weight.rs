@@ -66,7 +66,13 @@ enum Bytes {
         offset: usize,
     },
     #[cfg(feature = "cuda")]
-    Cuda(Arc<(CudaDevice, CudaSlice<u8>)>),
+    Cuda(Arc<DeviceBytes>),
+}
+
+#[cfg(feature = "cuda")]
+struct DeviceBytes {
+    device: CudaDevice,
+    bytes: CudaSlice<u8>,
 }
 
 /// A `[rows, cols]` matrix: `rows` outputs of `cols` inputs each, row-major or, where quantized, in panels of rows. Cloning
@@ -193,8 +199,8 @@ impl PackedWeight {
             #[cfg(feature = "cuda")]
             Device::Cuda(device) => {
                 let host = self.to_host()?;
-                let bytes = upload(device, host.as_bytes())?;
-                Ok(Self { bytes: Bytes::Cuda(Arc::new((device.clone(), bytes))), ..host })
+                let there = DeviceBytes { device: device.clone(), bytes: upload(device, host.as_bytes())? };
+                Ok(Self { bytes: Bytes::Cuda(Arc::new(there)), ..host })
             }
             other => {
                 let reason = format!("{:?} has no code in this build", other.location());
@@ -206,12 +212,12 @@ impl PackedWeight {
     fn to_host(&self) -> Result<Self> {
         match &self.bytes {
             #[cfg(feature = "cuda")]
-            Bytes::Cuda(found) => {
-                let (device, bytes) = &**found;
+            Bytes::Cuda(there) => {
                 let mut owned = AlignedBytes::zeroed(self.num_bytes());
                 if owned.len() > 0 {
-                    device.cuda_stream().memcpy_dtoh(&bytes.slice(..owned.len()), owned.as_mut_slice()).w()?;
-                    device.cuda_stream().synchronize().w()?;
+                    let stream = there.device.cuda_stream();
+                    stream.memcpy_dtoh(&there.bytes.slice(..owned.len()), owned.as_mut_slice()).w()?;
+                    stream.synchronize().w()?;
                 }
                 Ok(Self::owned(self.format, self.rows, self.cols, owned))
             }
@@ -223,7 +229,7 @@ impl PackedWeight {
     pub fn device(&self) -> Device {
         match &self.bytes {
             #[cfg(feature = "cuda")]
-            Bytes::Cuda(found) => Device::Cuda(found.0.clone()),
+            Bytes::Cuda(there) => Device::Cuda(there.device.clone()),
             _ => Device::Cpu,
         }
     }
@@ -232,7 +238,7 @@ impl PackedWeight {
     #[cfg(feature = "cuda")]
     pub(crate) fn address(&self) -> candle_core::Result<Address> {
         match &self.bytes {
-            Bytes::Cuda(found) => Ok(Address::of(&found.1)),
+            Bytes::Cuda(there) => Ok(Address::of(&there.bytes)),
             _ => candle_core::bail!("{self:?} is not on a device"),
         }
     }

@@ -26,7 +26,7 @@ impl Table {
 
     /// The rows of these tokens: `[ids.len(), hidden_size]`.
     pub fn embed(&self, ids: &[u32]) -> Result<Tensor, EngineError> {
-        Ok(kernels::embedding(ids, &self.weight)?.to_dtype(self.activations)?)
+        Ok(kernels::embedding_as(ids, &self.weight, self.activations)?)
     }
 
     /// `[rows, hidden_size]` to `[rows, vocab_size]`, in f32.

@@ -26,11 +26,14 @@ struct QuantWeight {
     unsigned group, rows, cols;
 };
 
-// How codes become factors, and what is taken off these. `codes` is what is at a lane's rows, from its first column on.
+// How codes become factors, and what is taken off these: `factors` of what is at a lane's rows, from its first column
+// on, `factor` of a single one.
 
 struct BytesOfCodes {
     static constexpr int LOADS = 2;
     static constexpr bool ARE_NIBBLES = false;
+
+    static __device__ __forceinline__ unsigned factor(unsigned code) { return code; }
 
     static __device__ __forceinline__ void factors(const uint2 (&codes)[LOADS], unsigned (&a)[4]) {
         a[0] = codes[0].x, a[1] = codes[0].y, a[2] = codes[1].x, a[3] = codes[1].y;
@@ -40,6 +43,8 @@ struct BytesOfCodes {
 struct NibblesOfCodes {
     static constexpr int LOADS = 1;
     static constexpr bool ARE_NIBBLES = true;
+
+    static __device__ __forceinline__ unsigned factor(unsigned code) { return code; }
 
     static __device__ __forceinline__ void factors(const uint2 (&codes)[LOADS], unsigned (&a)[4]) {
         constexpr unsigned LOWER = 0x0f0f0f0fu;
@@ -58,6 +63,8 @@ struct NibblesOfFp4 : NibblesOfCodes {
         const unsigned is_negative = permute_bytes(0x80808080u, 0, halves & 0x8888u);
         return (positive & ~is_negative) | (negative & is_negative);
     }
+
+    static __device__ __forceinline__ unsigned factor(unsigned code) { return look_up(code) & 0xff; }
 
     static __device__ __forceinline__ void factors(const uint2 (&codes)[LOADS], unsigned (&a)[4]) {
         const unsigned first[2] = {look_up(codes[0].x), look_up(codes[0].y)};

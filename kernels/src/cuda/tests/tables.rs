@@ -2,9 +2,11 @@
 
 use half::{bf16, f16};
 
-use super::{Number, bits, launch, outputs, stored};
+use super::linear::{formats, quant_weight};
+use super::{Number, bits, for_activations, launch, outputs, stored};
 use crate::ops::argmax::argmax;
 use crate::ops::embedding::embedding;
+use crate::quant::Codes;
 use crate::testing::{Numbers, values};
 use crate::weight::{PackedWeight, WeightFormat};
 
@@ -31,6 +33,52 @@ fn embeddings_are_the_rows_of_the_table() {
     check_embedding::<_, bf16>(WeightFormat::F16, "f16", &halves, &rows);
     check_embedding::<_, f32>(WeightFormat::Bf16, "bf16", &brains, &rows);
     check_embedding::<_, bf16>(WeightFormat::Bf16, "bf16", &brains, &rows);
+}
+
+fn check_quantized_embedding<T: Number>() {
+    let mut numbers = Numbers::new(8);
+    // Across panels, of a part of a group, of all warps and beyond.
+    for [rows, cols] in [[40, 63], [17, 200], [3, 1100]] {
+        let ids: Vec<u32> = [0, rows - 1, 1, rows / 2, rows - 1].map(|id| id as u32).to_vec();
+        let table = numbers.with_outliers(rows * cols);
+        for format in formats() {
+            let table = PackedWeight::from_f32(WeightFormat::Quantized(format), rows, cols, &table).unwrap();
+            let expected = embedding(&ids, &table).unwrap();
+            let [out] = outputs(ids.len() * cols, |seed, [out]: [*mut T; 1]| {
+                let kernel = format!("embedding_quant_{}", T::NAME);
+                let table = quant_weight(&table, None);
+                // SAFETY: the arguments of the kernel; all ids are in the table.
+                unsafe { launch(&kernel, ids.len(), seed, &[&ids.as_ptr(), &table, &out]) };
+            });
+            assert_eq!(bits(&out), bits(&stored::<T>(&values(&expected))), "{format:?} [{rows}, {cols}]");
+        }
+    }
+}
+
+#[test]
+fn embeddings_of_a_quantized_table_are_those_of_the_cpu_to_the_bit() {
+    for_activations!(check_quantized_embedding);
+}
+
+/// Every code, with scales below zero too.
+#[test]
+fn every_code_is_read_as_on_the_cpu() {
+    for format in formats().filter(|format| format.codes != Codes::Int4Double) {
+        let table = PackedWeight::from_groups(format, 18, 256, |row_idx, row| {
+            row.codes = (0..256).map(|col| (col + row_idx) as u8 & format.codes.largest()).collect();
+            row.scales = (0..256 / format.group()).map(|idx| (idx + row_idx) as f32 * 0.3 - 2.0).collect();
+            row.mins = row.scales.iter().map(|scale| 1.0 - 2.0 * scale).collect();
+        })
+        .unwrap();
+        let ids: Vec<u32> = (0..18).collect();
+        let expected = embedding(&ids, &table).unwrap();
+        let [out] = outputs(18 * 256, |seed, [out]: [*mut f32; 1]| {
+            let table = quant_weight(&table, None);
+            // SAFETY: the arguments of the kernel; all ids are in the table.
+            unsafe { launch("embedding_quant_float", 18, seed, &[&ids.as_ptr(), &table, &out]) };
+        });
+        assert_eq!(bits(&out), bits(&values(&expected)), "{format:?}");
+    }
 }
 
 /// Numbers through a table of one row.

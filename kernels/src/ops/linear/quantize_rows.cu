@@ -2,28 +2,9 @@
 // for each row, four columns for each thread: a warp has whole groups, and whole blocks of those that are turned.
 
 #include "quant.cuh"
+#include "rotation.cuh"
 
-constexpr int LANE_QUAD = 4;
 constexpr int WARP_COLS = WARP_SIZE * LANE_QUAD;
-
-// Columns that are turned together.
-constexpr int ROTATED_COLS = 64;
-
-// Multiplies 64 columns of 16 lanes by the Hadamard matrix: sums and differences of numbers 1, 2, … 32 apart.
-static __device__ __forceinline__ void rotate(float (&x)[LANE_QUAD], int lane) {
-    UNROLL for (int distance = 1; distance < LANE_QUAD; distance *= 2) {
-        float turned[LANE_QUAD];
-        UNROLL for (int i = 0; i < LANE_QUAD; i++)
-            turned[i] = i & distance ? x[i - distance] - x[i] : x[i] + x[i + distance];
-        UNROLL for (int i = 0; i < LANE_QUAD; i++) x[i] = turned[i];
-    }
-    UNROLL for (int lanes = 1; lanes < ROTATED_COLS / LANE_QUAD; lanes *= 2)
-        UNROLL for (int i = 0; i < LANE_QUAD; i++) {
-            const float other = across(x[i], lanes);
-            x[i] = lane & lanes ? other - x[i] : x[i] + other;
-        }
-    UNROLL for (int i = 0; i < LANE_QUAD; i++) x[i] *= 0.125f;
-}
 
 // x: [num_rows, cols]; codes: [num_rows, padded cols], from a multiple of 4 bytes; terms: [num_rows, num_groups].
 // Groups are 16, 32, 64 or 128 columns, of turned rows 64 or 128. Rows from `num_rows[0]` on are left alone where it is

@@ -4,6 +4,7 @@
 mod activations;
 mod attention;
 mod caches;
+mod embedding;
 mod experts;
 mod gated_delta;
 mod linear;
