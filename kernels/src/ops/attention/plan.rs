@@ -103,8 +103,8 @@ impl Plan {
     }
 }
 
-/// Splits that a task may have where sequences with larger ones are split, for all of the `num_blocks` that run at a time
-/// to have as much to do.
+/// Splits that a task may have where sequences with larger ones are split, for all of the `num_blocks` that run at a
+/// time to have as much to do.
 pub(crate) fn fair_splits(batch: &PagedBatch, shape: &Shape, num_blocks: usize) -> usize {
     let of_sequence =
         |seq_idx| Sequence { batch, shape, seq_idx }.tasks().map(|(_, splits)| splits.len()).sum::<usize>();
