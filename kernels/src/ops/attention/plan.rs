@@ -103,8 +103,8 @@ impl Plan {
     }
 }
 
-/// Splits that a task may have where sequences with larger ones are split, for all of the `num_blocks` that run at a time
-/// to have as much to do.
+/// Splits that a task may have where sequences with larger ones are split, for all of the `num_blocks` that run at a
+/// time to have as much to do.
 pub(crate) fn fair_splits(batch: &PagedBatch, shape: &Shape, num_blocks: usize) -> usize {
     let of_sequence =
         |seq_idx| Sequence { batch, shape, seq_idx }.tasks().map(|(_, splits)| splits.len()).sum::<usize>();
@@ -245,7 +245,7 @@ mod tests {
     fn every_pair_is_in_one_task_of_each_split() {
         let batches = [
             batch(&[(1, 1, 0), (0, 7, 0), (37, 37, 0), (3, 1500, 0), (1, 2048, 0), (200, 900, 0)]),
-            batch(&[(2, 1027, 0), (130, 1600, 40), (5, 600, 595)]),
+            batch(&[(2, 1027, 0), (130, 1600, 40), (5, 600, 595), (40, 530, 0)]),
         ];
         for (num_heads, group_size, pairs) in [(4, 4, &[8][..]), (6, 3, &[16, 64]), (5, 5, &[8]), (40, 20, &[16, 32])] {
             for reach in [Reach::Full, Reach::Window(7), Reach::Window(600), Reach::Chunk(500)] {
@@ -280,6 +280,10 @@ mod tests {
         assert_eq!(fair_splits(&alike, &shape, 16), 16);
         let plan = check(&alike, &shape, Limits { most_splits: 16, ..NO_SPLITS });
         assert_eq!((plan.tasks[0].len(), plan.num_slots), (32, 0));
+        for (most_splits, num_tasks) in [(4, 32), (3, 4 * 32)] {
+            let plan = check(&alike, &shape, Limits { most_splits, ..NO_SPLITS });
+            assert_eq!(plan.tasks[0].len(), num_tasks);
+        }
         let one_is_long = [&[(1, 9000, 0)][..], &[(1, 300, 0); 32]].concat();
         let one_is_long = batch(&one_is_long);
         let most_splits = fair_splits(&one_is_long, &shape, 16);
@@ -292,10 +296,12 @@ mod tests {
     #[test]
     fn what_has_no_room_is_not_split() {
         let shape = shape(8, 4, Reach::Full, &[16, 64]);
-        let limits = Limits { most_splits: 1, most_slots: 8 * (3 + 2) };
-        let plan = check(&batch(&[(1, 1500, 0), (1, 2000, 0), (1, 1000, 0)]), &shape, limits);
-        assert_eq!(plan.split_rows.iter().map(|row| row.row).collect::<Vec<_>>(), [0, 2]);
-        assert_eq!(plan.num_slots, limits.most_slots);
+        let batch = batch(&[(1, 1500, 0), (1, 2000, 0), (1, 1000, 0)]);
+        for (most_slots, rows) in [(8 * (3 + 2), &[0, 2][..]), (8 * (3 + 2) - 1, &[0])] {
+            let plan = check(&batch, &shape, Limits { most_splits: 1, most_slots });
+            assert_eq!(plan.split_rows.iter().map(|row| row.row).collect::<Vec<_>>(), rows);
+            assert!(plan.num_slots <= most_slots);
+        }
     }
 
     /// Where a split begins does not depend on what else is computed.

@@ -1,4 +1,4 @@
-//! `gated_delta` on a CUDA device: convolution, what the recurrence reads beside it, what is kept of inputs, recurrence.
+//! `gated_delta` on a CUDA device: convolution, what the recurrence reads beside it, what is kept, recurrence.
 
 use std::sync::{Arc, Mutex, PoisonError};
 

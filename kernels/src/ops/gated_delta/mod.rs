@@ -116,8 +116,8 @@ impl DeltaWeights {
 ///
 /// The rows of a sequence run one after the other from its state, zero at its first position, and leave the state behind:
 /// cut anywhere, they give the same bits. Fails before anything is changed if the shapes do not fit, the operands are
-/// not on one device, the batch names a state that does not exist or names one twice, or on a CUDA device if keys have more
-/// than 256 elements.
+/// not on one device, the batch names a state that does not exist or names one twice, or on a CUDA device if keys have
+/// more than 256 elements.
 pub fn gated_delta(
     qkv: &Tensor,   /* [num_tokens, num_channels]: queries of all key heads, their keys, then the values */
     gates: &Tensor, /* [num_tokens, 2 * num_value_heads]: b of all value heads, then a */

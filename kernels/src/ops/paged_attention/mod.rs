@@ -88,8 +88,8 @@ pub struct PositionBias {
 }
 
 /// `softmax(scale * q · Kᵀ) · V` for each row over the part of its sequence that it reaches. A row of the cache holds the
-/// keys `[num_kv_heads * head_dim]`, then the values. Fails if the shapes do not fit, the cache is on another device, or
-/// the batch names rows or blocks that do not exist.
+/// keys `[num_kv_heads * head_dim]`, then the values. Fails if the shapes do not fit, the cache is on another device,
+/// or the batch names rows or blocks that do not exist.
 pub fn paged_attention(
     q: &Tensor,         /* [num_tokens, num_heads, head_dim] */
     cache: &PagedCache, /* width 2 * num_kv_heads * head_dim */

@@ -243,7 +243,7 @@ fn a_batch_is_copied_once_and_again_when_it_changes() {
     world.check_gqa(&q, &batch, &spec, LearnedScores::default());
     let first = batch.on_device(device).unwrap();
     // Other heads and another reach want plans of their own.
-    for spec in [GqaSpec { reach: Reach::Window(5), ..spec }, gqa([8, 2, 16], Reach::Full), spec] {
+    for spec in [GqaSpec { reach: Reach::Window(5), ..spec }, gqa([64, 2, 16], Reach::Full), spec] {
         let q = numbers.tensor(&[2, spec.num_heads, 16]);
         world.check_gqa(&q, &batch, &spec, LearnedScores::default());
     }
