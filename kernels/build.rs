@@ -16,14 +16,14 @@ fn main() {
     // Asked at run time: two checkouts may share what was built.
     let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
     let out_dir = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
-    let (ops, headers) = (root.join("src/ops"), root.join("src/cuda"));
-    for path in [&ops, &headers] {
+    let (ops, bench, headers) = (root.join("src/ops"), root.join("src/bench"), root.join("src/cuda"));
+    for path in [&ops, &bench, &headers] {
         println!("cargo::rerun-if-changed={}", path.display());
     }
     for variable in ["NVCC", "CUDA_HOME", "PATH"] {
         println!("cargo::rerun-if-env-changed={variable}");
     }
-    let folders = entries(&ops).into_iter().filter(|path| path.is_dir());
+    let folders = entries(&ops).into_iter().filter(|path| path.is_dir()).chain([bench]);
     let mut sources: Vec<PathBuf> = folders.flat_map(|op| entries(&op)).collect();
     sources.retain(|path| path.extension().is_some_and(|extension| extension == "cu"));
     let compiled: Vec<(PathBuf, PathBuf)> = sources

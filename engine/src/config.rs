@@ -119,12 +119,14 @@ pub struct EngineConfig {
     pub model_dir: PathBuf,
     /// Where the model computes.
     pub device: DeviceChoice,
+    /// Share of a CUDA device's memory that weights, KV cache and steps may take, beside what others have of it.
+    pub gpu_memory_utilization: f64,
     pub dtype: WeightDtype,
     pub quant: WeightQuant,
     pub experts: ExpertConfig,
     pub kv_dtype: KvDtype,
     /// Bytes of the KV block pool; `None` takes what `max_num_seqs` full sequences need, at most 40 % of
-    /// `available_memory` after the weights.
+    /// `available_memory` after the weights; on a CUDA device all that these and the steps leave of its share.
     pub kv_cache_memory: Option<u64>,
     /// Bytes of memory the process may use, as the host reports it.
     pub available_memory: u64,
@@ -167,6 +169,7 @@ impl EngineConfig {
         Self {
             model_dir: model_dir.into(),
             device: DeviceChoice::default(),
+            gpu_memory_utilization: 0.9,
             dtype: WeightDtype::Auto,
             quant: WeightQuant::None,
             experts: ExpertConfig::default(),

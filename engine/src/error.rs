@@ -31,6 +31,12 @@ pub enum EngineError {
     TensorShape { name: String, found: Vec<usize>, expected: Vec<usize>, path: PathBuf },
     #[error("tensor `{name}` is stored as {dtype}, which is not supported, in {path}", path = path.display())]
     TensorDtype { name: String, dtype: String, path: PathBuf },
+    #[error(
+        "{what} {} on the device, {} are left for them: it has {}, {} were free, and {utilization} of all may be used \
+         (--gpu-memory-utilization); hint: --quant int4 makes weights smaller, --max-num-batched-tokens steps, and --device cpu computes beside it",
+        gib(*.needed), gib(*.left), gib(.memory.total_bytes), gib(.memory.free_bytes)
+    )]
+    DeviceMemory { what: &'static str, needed: u64, left: u64, memory: kernels::DeviceMemory, utilization: f64 },
     #[error("the KV cache has room for {capacity} tokens, fewer than one block of {block_size}")]
     KvTooSmall { capacity: usize, block_size: usize },
     #[error(
@@ -101,4 +107,8 @@ pub enum GenerationError {
     ShuttingDown,
     #[error("the engine stopped after a device error: {0}")]
     Device(String),
+}
+
+fn gib(bytes: u64) -> String {
+    format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30))
 }

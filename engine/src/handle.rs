@@ -199,6 +199,10 @@ pub struct ModelSummary {
     pub threads: usize,
     /// Instruction set of the kernels.
     pub isa: &'static str,
+    /// `cpu`, or a CUDA device with its name.
+    pub device: String,
+    /// Of a CUDA device, when the model was loaded.
+    pub device_memory: Option<kernels::DeviceMemory>,
     pub generation_defaults: GenerationDefaults,
 }
 

@@ -46,8 +46,8 @@ pub use handle::{
     EngineHandle, EngineStats, Event, FinishReason, GenerateRequest, Generation, GenerationDefaults, LearnedBlock,
     ModelSummary, PromptLogprob, SampledToken, StopCriteria,
 };
-pub use kernels::ReadMode;
 pub use kernels::bench as kernel_bench;
+pub use kernels::{DeviceChoice, DeviceMemory, ReadMode};
 pub use load::{LoadedModel, load, load_model};
 pub use memory::BlockCoding;
 pub use prefix_tier::{BlockName, LoadTicket, PrefixHint, PrefixTier};

@@ -14,6 +14,7 @@ use crate::experts::{ExpertStore, RoutedLayout, RoutedRows};
 use crate::fingerprint::{Fingerprint, Weights};
 use crate::handle::{EngineHandle, ModelSummary};
 use crate::layers::rope::ContextLen;
+use crate::memory::room::Room;
 use crate::memory::{ArenaSize, BlockCoding, KvArena, budget};
 use crate::models::{self, CacheSite, MAX_MODEL_LEN, Model, ModelShape, ModelSource, Prefill};
 use crate::runner::{Runner, TokenPlaces};
@@ -76,6 +77,7 @@ fn load_files(
     config.isa.map_or(Ok(()), kernels::choose_isa)?;
     let threads = kernels::pool::init(config.threads);
     let device = kernels::open_device(config.device)?;
+    let room = Room::new(config, &device)?;
     let inspection = inspect_files(files)?;
     let model_config = files.config()?;
     let positions = (models::architecture(model_config.model_type()?)?.positions)(&model_config)?;
@@ -85,25 +87,32 @@ fn load_files(
         return Err(EngineError::Limit { what: "max_model_len", value: configured as u64, allowed });
     }
     // Half of what was inspected, which may have been f32 where bf16 will be kept.
-    let max_len = configured.min(budget::longest_sequence(config, inspection.least_kv_bytes_per_token / 2));
+    let max_len = configured.min(budget::longest_sequence(config, &room, inspection.least_kv_bytes_per_token / 2));
     let max_table_bytes = config.available_memory / TABLE_SHARE;
     let len = ContextLen { configured, reachable: max_len, max_table_bytes };
+    if config.quant == WeightQuant::None {
+        let needed =
+            if config.dtype == WeightDtype::F32 { inspection.memory_bytes_f32 } else { inspection.memory_bytes };
+        room.check_weights(needed, None)?;
+    }
     let Loaded { model, experts, expert_bytes, weights, weight_bytes, weight_formats } =
         load_weights(config, (files, &model_config, &device), (len, &inspection), progress)?;
+    room.check_weights(weight_bytes, config.kv_cache_memory)?;
     let kv_dtype = resolve_kv_dtype(config, &inspection);
     let routed = RoutedLayout::of(model.shape());
     let demand = budget::KvDemand {
         sites: &model.shape().cache_sites,
         routing_bytes_per_token: routed.bytes_per_token() as u64,
         dtype: kv_dtype,
-        weight_bytes,
+        most_bytes: room.for_cache(weight_bytes),
         max_position_embeddings: max_len,
     };
     let kv = budget::plan(config, &demand)?;
-    warn_of_surprises(config, &kv, positions.default);
+    warn_of_surprises(config, &room, (&kv, positions.default));
     let shape = model.shape();
     let format = if kv_dtype == KvDtype::F32 { KvFormat::F32 } else { KvFormat::Bf16 };
-    let settings = numerics(config, &device, (&model_config, &weight_formats), format, configured);
+    let settings =
+        numerics(config, kernels::device_kind(&device)?, (&model_config, &weight_formats), format, configured);
     let fingerprint = Fingerprint::new(&settings, weights);
     let can_resume = kv.num_state_slots == 0 || kv.num_snapshot_slots > 0;
     let has_prefix_cache = config.caches_prefixes() && shape.prefill == Prefill::Causal && can_resume;
@@ -165,6 +174,8 @@ fn load_files(
         kv_dtype: format.name(),
         threads,
         isa: kernels::isa(),
+        device: kernels::device_name(&device)?,
+        device_memory: kernels::device_memory(&device)?,
         generation_defaults: files.generation_defaults(&model_config)?,
     };
     Ok(LoadedModel { summary, fingerprint, scheduler, runner })
@@ -173,7 +184,7 @@ fn load_files(
 /// What the bits of an output depend on beside request and weights.
 fn numerics(
     config: &EngineConfig,
-    device: &Device,
+    device_kind: Option<String>,
     (model_config, weight_formats): (&ModelConfig, &[&'static str]),
     kv_format: KvFormat,
     max_model_len: usize,
@@ -191,9 +202,7 @@ fn numerics(
         // Some rotary tables follow from it.
         ("max_model_len", max_model_len.to_string()),
     ];
-    if !device.is_cpu() {
-        settings.push(("device", "cuda".to_owned()));
-    }
+    settings.extend(device_kind.map(|kind| ("device", kind)));
     if config.routing.is_on() {
         settings.push(("routing", format!("{:?}", config.routing)));
     }
@@ -208,7 +217,7 @@ fn routed_parameters(shape: &ModelShape) -> u64 {
 }
 
 /// What serves, but not as somebody may think it does.
-fn warn_of_surprises(config: &EngineConfig, kv: &budget::KvBudget, positions: usize) {
+fn warn_of_surprises(config: &EngineConfig, room: &Room, (kv, positions): (&budget::KvBudget, usize)) {
     if config.max_model_len.is_none() && kv.max_model_len < positions {
         tracing::warn!(
             max_model_len = kv.max_model_len,
@@ -223,8 +232,8 @@ fn warn_of_surprises(config: &EngineConfig, kv: &budget::KvBudget, positions: us
             "no more sequences run at once than have a recurrent state; --kv-cache-memory gives room for more"
         );
     }
-    if let Some(bytes) = config.kv_cache_memory.filter(|&bytes| bytes > config.available_memory) {
-        let available = config.available_memory;
+    if let Some(bytes) = config.kv_cache_memory.filter(|&bytes| bytes > room.bytes()) {
+        let available = room.bytes();
         tracing::warn!(bytes, available, "--kv-cache-memory is more than the memory there is");
     }
     if config.enable_prefix_caching && !config.caches_prefixes() {
@@ -320,7 +329,7 @@ fn load_parts(
     checkpoint.release_pages();
     let num_bytes = huge_pages.gather();
     tracing::debug!(num_bytes, of = weight_bytes, "weights gathered into huge pages");
-    let is_read_in = place == Experts::InMemory && config.experts.warmup != ExpertWarmup::None;
+    let is_read_in = device.is_cpu() && place == Experts::InMemory && config.experts.warmup != ExpertWarmup::None;
     if is_read_in && weight_bytes > config.available_memory {
         // They would only push each other out again.
         let available = config.available_memory;

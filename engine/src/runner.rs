@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use bytes::Bytes;
-use candle_core::{Device, Storage, Tensor};
+use candle_core::Tensor;
+use kernels::{Choice, LogitRow, ReadRow};
 use scheduler::{Batch, BlockId, Chunk, Phase, RequestId, Scheduler, Sequence, StateSlot};
 
 use crate::error::EngineError;
@@ -19,9 +20,7 @@ use crate::layers::decoder::gather_rows;
 use crate::memory::{BlockCoding, KvArena};
 use crate::models::{DraftInput, ForwardContext, Model, ModelShape, Prefill};
 use crate::pulse::Pulse;
-use crate::sampling::params::SamplingParams;
-use crate::sampling::prompt_logprob;
-use crate::sampling::sampler::{SampleRow, sample};
+use crate::sampling::{self, params::SamplingParams};
 
 /// Rows of logits held at a time: a long prompt's log-probs would otherwise need `prompt × vocabulary` floats.
 const LOGIT_ROWS: usize = 64;
@@ -201,28 +200,24 @@ impl Runner {
         let mut outputs: Vec<ChunkOutput> = batch.chunks.iter().map(|_| ChunkOutput::default()).collect();
         for rows in wanted.chunks(LOGIT_ROWS) {
             let indices: Vec<u32> = rows.iter().map(|wanted| wanted.row).collect();
-            let logits = self.model.logits(&gather_rows(&hidden, &indices)?)?.to_device(&Device::Cpu)?.contiguous()?;
-            let vocab_size = logits.dim(1)?;
-            let (storage, layout) = logits.storage_and_layout();
-            let Storage::Cpu(storage) = &*storage else { unreachable!("sampling is on the CPU") };
-            let logits = &storage.as_slice::<f32>()?[layout.start_offset()..];
-            // Rows are read side by side: a draw over a large vocabulary costs as much as a layer.
-            let reads: Vec<OnceLock<RowRead>> = rows.iter().map(|_| OnceLock::new()).collect();
-            kernels::pool::parallel_for(rows.len(), |idx| {
-                let chunk_idx = rows[idx].chunk_idx;
-                let sequence = scheduler.sequence(batch.chunks[chunk_idx].id).expect("a scheduled sequence is known");
-                let read = read_row(
-                    &logits[idx * vocab_size..(idx + 1) * vocab_size],
-                    rows[idx].predicts,
-                    sequence,
-                    &requests[chunk_idx],
-                );
-                assert!(reads[idx].set(read).is_ok(), "every row is read once");
-            });
-            for (wanted, read) in rows.iter().zip(reads) {
-                match read.into_inner().expect("every row was read") {
-                    RowRead::Prompt(logprob) => outputs[wanted.chunk_idx].prompt_logprobs.push(logprob),
-                    RowRead::Next(sampled) => outputs[wanted.chunk_idx].sampled = Some(sampled),
+            let logits = self.model.logits(&gather_rows(&hidden, &indices)?)?.contiguous()?;
+            let asked: Vec<LogitRow> = rows
+                .iter()
+                .map(|wanted| {
+                    let sequence = scheduler.sequence(batch.chunks[wanted.chunk_idx].id);
+                    let sequence = sequence.expect("a scheduled sequence is known");
+                    sampling::asked(sequence, wanted.predicts, &requests[wanted.chunk_idx])
+                })
+                .collect();
+            for ((wanted, asked), read) in rows.iter().zip(&asked).zip(kernels::read_logits(&logits, &asked)?) {
+                let output = &mut outputs[wanted.chunk_idx];
+                match asked.choice {
+                    Choice::Known(token) => output.prompt_logprobs.push(PromptLogprob {
+                        token,
+                        logprob: read.logprob.expect("it was asked for"),
+                        top: read.top,
+                    }),
+                    Choice::Draw(_) => output.sampled = Some(sampled(read)),
                 }
             }
         }
@@ -426,27 +421,17 @@ fn news(sequence: &Sequence) -> Range<usize> {
     start..num_tokens
 }
 
-/// What a row of logits was wanted for.
-enum RowRead {
-    Prompt(PromptLogprob),
-    Next(Option<SampledToken>),
-}
-
-fn read_row(logits: &[f32], predicts: usize, sequence: &Sequence, request: &RowRequest) -> RowRead {
-    match sequence.tokens().get(predicts) {
-        Some(&known) => {
-            let num_top = request.sampling.prompt_logprobs.unwrap_or(0) as usize;
-            RowRead::Prompt(prompt_logprob(logits, known, num_top))
-        }
-        None => RowRead::Next(sample(&SampleRow {
-            logits,
-            params: request.sampling,
-            // What an encoder read is not what the decoder would repeat.
-            tokens: &sequence.tokens()[sequence.source_len()..],
-            prompt_len: sequence.prompt_len() - sequence.source_len(),
-            forbidden: request.forbidden,
-        })),
-    }
+/// A token that was drawn; `None` where its row held no usable number.
+fn sampled(read: ReadRow) -> Option<SampledToken> {
+    let ReadRow { token, logprob, top } = read;
+    token.map(|token| SampledToken {
+        token,
+        logprob,
+        top,
+        routed_experts: Vec::new(),
+        expert_use: None,
+        is_stop: false,
+    })
 }
 
 /// The last row of every sampling chunk, and all rows that predict prompt tokens whose log-probs are still owed.

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use candle_core::Device;
 
-use crate::error::Result;
+use crate::error::{KernelError, Result};
 
 /// Where a model computes, as an operator says it: `auto`, `cpu`, `cuda` or `cuda:N`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,22 +46,81 @@ impl fmt::Display for DeviceChoice {
     }
 }
 
-/// Opens what was chosen. Fails where a CUDA device is asked for and there is none, or the build knows none.
+/// Opens what was chosen. Fails where a CUDA device is asked for and there is none, where the build knows none, and where there
+/// is one that does not work.
 pub fn open_device(choice: DeviceChoice) -> Result<Device> {
     match choice {
         DeviceChoice::Cpu => Ok(Device::Cpu),
-        DeviceChoice::Auto => Ok(open_cuda(0).unwrap_or(Device::Cpu)),
-        DeviceChoice::Cuda(ordinal) => open_cuda(ordinal),
+        DeviceChoice::Auto if cuda::count()? == 0 => Ok(Device::Cpu),
+        DeviceChoice::Auto => cuda::open(0),
+        DeviceChoice::Cuda(ordinal) => match cuda::count()? {
+            count if ordinal >= count => Err(unknown(ordinal, count)),
+            _ => cuda::open(ordinal),
+        },
+    }
+}
+
+fn unknown(ordinal: usize, count: usize) -> KernelError {
+    let reason = match count {
+        _ if !cfg!(feature = "cuda") => {
+            "this build computes on the CPU only; build with --features cuda for NVIDIA devices".to_owned()
+        }
+        0 => format!("there is no device cuda:{ordinal}: the driver finds no GPU"),
+        _ => format!("there is no device cuda:{ordinal}: the driver finds {count}, the last is cuda:{}", count - 1),
+    };
+    KernelError::Invalid { op: "device", reason }
+}
+
+/// What the bits of results depend on beside the version of the kernels; none on the CPU, whose instructions [`crate::isa`]
+/// names.
+pub fn device_kind(device: &Device) -> Result<Option<String>> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => Ok(Some(cuda::kind(device)?)),
+        _ => Ok(None),
+    }
+}
+
+/// As an operator knows it: `cpu`, or `cuda:0` with the name that its driver gives.
+pub fn device_name(device: &Device) -> Result<String> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => Ok(cuda::name(device)?),
+        _ => Ok("cpu".to_owned()),
+    }
+}
+
+/// Memory of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceMemory {
+    pub free_bytes: u64,
+    pub total_bytes: u64,
+}
+
+/// Memory that a device has of its own; none on the CPU. Waits until what was launched before is done.
+pub fn device_memory(device: &Device) -> Result<Option<DeviceMemory>> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => {
+            let (free_bytes, total_bytes) = cuda::memory(device)?;
+            Ok(Some(DeviceMemory { free_bytes: free_bytes as u64, total_bytes: total_bytes as u64 }))
+        }
+        _ => Ok(None),
     }
 }
 
 #[cfg(feature = "cuda")]
-use crate::cuda::device::open as open_cuda;
+use crate::cuda::device as cuda;
 
 #[cfg(not(feature = "cuda"))]
-fn open_cuda(_ordinal: usize) -> Result<Device> {
-    let reason = "this build computes on the CPU only; build with --features cuda for NVIDIA devices".to_owned();
-    Err(crate::error::KernelError::Invalid { op: "device", reason })
+mod cuda {
+    pub(super) fn count() -> super::Result<usize> {
+        Ok(0)
+    }
+
+    pub(super) fn open(ordinal: usize) -> super::Result<super::Device> {
+        Err(super::unknown(ordinal, 0))
+    }
 }
 
 #[cfg(test)]

@@ -11,11 +11,11 @@ pub enum KernelError {
     /// A tensor or weight does not have the dimensions the op needs.
     #[error("{op}: {what} has shape {got:?}, expected {expected}")]
     Shape { op: &'static str, what: &'static str, got: Vec<usize>, expected: String },
-    /// Activations are f32.
+    /// Activations are f32, on a CUDA device bf16 too.
     #[error("{op}: {what} is {got:?}, expected {expected:?}")]
     DType { op: &'static str, what: &'static str, got: DType, expected: DType },
-    /// The op has no code for the device of a tensor.
-    #[error("{op}: {what} is not on the CPU")]
+    /// The op has no code for the device of a tensor, or its tensors lie on different ones.
+    #[error("{op}: {what} is not on the device that the op computes on")]
     Device { op: &'static str, what: &'static str },
     /// Operands that do not lie together.
     #[error("{op}: {what} is on another device")]

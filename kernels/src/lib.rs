@@ -44,14 +44,12 @@ mod weight;
 /// even by another process that shares a store with this one.
 pub const NUMERICS_VERSION: u32 = 3;
 
-pub use device::{DeviceChoice, open_device};
+pub use device::{DeviceChoice, DeviceMemory, device_kind, device_memory, device_name, open_device};
 pub use dispatch::{choose_isa, isa, isas};
 pub use error::{KernelError, Result};
 pub use freed_memory::keep_freed_memory;
 pub use huge_pages::HugePages;
 pub use mapped_file::{MappedFile, MappedParts};
-pub use ops::argmax::argmax;
-pub use ops::boltzmann::boltzmann;
 pub use ops::embedding::{embedding, embedding_as};
 pub use ops::gated_delta::{DeltaSpec, DeltaWeights, gated_delta};
 pub use ops::glu::{GluActivation, glu};
@@ -68,6 +66,7 @@ pub use ops::pointwise::{Pointwise, pointwise};
 pub use ops::rms_norm::{rms_norm, rms_norm_residual};
 pub use ops::rope::{RopeStyle, RopeTable, rope};
 pub use ops::route::{GroupScore, Groups, RouterSpec, Scoring, TopK, route};
+pub use ops::sampling::{Choice, Draw, LogitRow, Penalties, ReadRow, read_logits};
 pub use paged_cache::{KvFormat, PagedBatch, PagedCache};
 pub use quant::{Codes, GroupRow, QuantFormat};
 pub use range_file::{FileStamp, RangeBytes, RangeFile, ReadMode};

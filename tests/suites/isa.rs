@@ -39,3 +39,20 @@ fn stored_weights_give_the_same_bytes_on_every_set() {
     check("granitemoe-base", &[]);
     check("deepseek_v2-lite", &[]);
 }
+
+/// An ordinary build knows the CPU alone; `device.rs` has the other one.
+#[test]
+fn a_device_that_the_build_does_not_know_is_refused() {
+    let server = Server::start(SERVER, "olmoe-base", &["--device", "auto"]);
+    let model = server.get("/server_info").json()["model"].clone();
+    assert_eq!((&model["device"], &model["device_memory_bytes"]), (&json!("cpu"), &Value::Null));
+    for (args, reason) in [
+        (["--device", "cuda"], "build with --features cuda for NVIDIA devices"),
+        (["--device", "gpu"], "`gpu` is no device; devices are auto, cpu, cuda and cuda:N"),
+        (["--gpu-memory-utilization", "1.5"], "0.05 to 1"),
+    ] {
+        let (status, output) = Server::fail(SERVER, &golden::folder("olmoe-base"), &args);
+        assert!(!status.success());
+        assert!(output.contains(reason), "{output}");
+    }
+}

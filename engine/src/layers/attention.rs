@@ -5,6 +5,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use kernels::{GqaSpec, LearnedScores, Pointwise, Reach, RopeStyle, RopeTable};
 
+use super::ends::scaled_by;
 use super::linear::{Bias, Linear};
 use super::norm::{Norm, NormKind};
 use super::rope::{ContextLen, Rope};
@@ -221,8 +222,8 @@ impl Attention {
         }
         if let Some(temperature) = self.config.temperature {
             let factors: Vec<f32> = positions.iter().map(|&position| temperature.factor(position)).collect();
-            let factors = Tensor::from_vec(factors, (num_tokens, 1, 1), q.device())?.to_dtype(q.dtype())?;
-            q = q.broadcast_mul(&factors)?;
+            let factors = Tensor::from_vec(factors, (num_tokens, 1, 1), q.device())?;
+            q = scaled_by(&q, &factors)?;
         }
         let (cache, rows) = context.paged(self.site);
         cache.write_parts(&[&k.reshape((num_tokens, kv_width))?, &v], &rows.slot_mapping)?;

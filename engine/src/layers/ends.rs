@@ -1,6 +1,6 @@
 //! What stands around the layers of a decoder: embedding, last norm, output projection.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use kernels::{GluActivation, PackedWeight, Pointwise, WeightFormat};
 
 use super::mtp::MtpLayout;
@@ -160,8 +160,14 @@ pub fn enter(norm: &Norm, delta: Option<Tensor>, residual: Tensor) -> Result<(Te
     }
 }
 
+/// Rounded once: a factor in bf16 would be another one.
 pub fn scaled(x: Tensor, factor: f64) -> Result<Tensor, EngineError> {
-    if factor == 1.0 { Ok(x) } else { Ok((x * factor)?) }
+    if factor == 1.0 { Ok(x) } else { Ok((x.to_dtype(DType::F32)? * factor)?.to_dtype(x.dtype())?) }
+}
+
+/// The same with factors in f32 that are broadcast to `x`.
+pub fn scaled_by(x: &Tensor, factors: &Tensor) -> Result<Tensor, EngineError> {
+    Ok(x.to_dtype(DType::F32)?.broadcast_mul(factors)?.to_dtype(x.dtype())?)
 }
 
 /// The output projection made of the matrix `{name}` with normalised columns.

@@ -7,6 +7,7 @@ use candle_core::Tensor;
 use kernels::{GqaSpec, LearnedScores, PackedWeight, RopeStyle, RopeTable, RouterSpec, TopK};
 
 use super::decoder::gather_rows;
+use super::ends::scaled_by;
 use super::linear::{Bias, Linear};
 use crate::error::EngineError;
 use crate::experts::{ExpertCost, MoeShape};
@@ -121,8 +122,8 @@ impl MoaAttention {
     fn combine(&self, out: &Tensor, topk: &TopK) -> Result<Tensor, EngineError> {
         let num_pairs = topk.weights.len();
         let num_tokens = num_pairs / topk.k;
-        let weights = Tensor::from_slice(&topk.weights, (num_pairs, 1), out.device())?.to_dtype(out.dtype())?;
-        let weighted = out.broadcast_mul(&weights)?.reshape((num_tokens, topk.k, self.config.hidden_size))?;
+        let weights = Tensor::from_slice(&topk.weights, (num_pairs, 1), out.device())?;
+        let weighted = scaled_by(out, &weights)?.reshape((num_tokens, topk.k, self.config.hidden_size))?;
         let mut sum = weighted.get_on_dim(1, 0)?;
         for slot in 1..topk.k {
             sum = (sum + weighted.get_on_dim(1, slot)?)?;

@@ -5,6 +5,7 @@ use kernels::{
     Expert, ExpertActivation, ExpertWeights, Experts, GluActivation, PackedWeight, Pointwise, RouterSpec, TopK,
 };
 
+use super::ends::scaled_by;
 use super::linear::{Bias, Linear};
 use super::mlp::Mlp;
 use crate::error::EngineError;
@@ -200,9 +201,8 @@ fn weigh_inputs(
             weights: vec![1.0; num_tokens],
             k: 1,
         };
-        let weights = Tensor::from_vec(weights, (num_tokens, 1), x.device())?.to_dtype(x.dtype())?;
-        let weighted = x.broadcast_mul(&weights)?;
-        let out = compute(&weighted, &choice)?;
+        let weights = Tensor::from_vec(weights, (num_tokens, 1), x.device())?;
+        let out = compute(&scaled_by(x, &weights)?, &choice)?;
         sum = Some(match sum {
             Some(sum) => (sum + out)?,
             None => out,

@@ -4,10 +4,8 @@ use scheduler::{WindowConfig, WindowLimits};
 
 use crate::config::{EngineConfig, KvDtype};
 use crate::error::EngineError;
+use crate::memory::room::Room;
 use crate::models::CacheSite;
-
-/// Share of the memory left after the weights that the default KV cache may take.
-const DEFAULT_SHARE: f64 = 0.4;
 
 /// Half of the pool's bytes is what recurrent states may take where not all sequences fit at their longest, but for the
 /// first: a sequence needs both state and blocks.
@@ -49,7 +47,8 @@ pub struct KvDemand<'a> {
     pub dtype: KvDtype,
     /// Kept with every position, whatever the sites.
     pub routing_bytes_per_token: u64,
-    pub weight_bytes: u64,
+    /// What the pool may take where its size is not configured.
+    pub most_bytes: u64,
     /// The model's own limit, or [`longest_sequence`] if that is less.
     pub max_position_embeddings: usize,
 }
@@ -68,7 +67,7 @@ pub fn plan(config: &EngineConfig, demand: &KvDemand) -> Result<KvBudget, Engine
     };
     let most_states = max_num_seqs + wanted_snapshots;
     let full = blocks.most_bytes().saturating_add(most_states.saturating_mul(state_bytes));
-    let bytes = config.kv_cache_memory.unwrap_or_else(|| full.min(most_bytes(config, demand.weight_bytes)));
+    let bytes = config.kv_cache_memory.unwrap_or_else(|| full.min(demand.most_bytes));
     let num_states = match state_bytes {
         0 => 0,
         _ if state_bytes > bytes => return Err(EngineError::StateTooLarge { state_bytes, capacity: bytes }),
@@ -207,14 +206,9 @@ fn num_kept(num_states: u64, wanted: u64) -> u64 {
 
 /// A length that no sequence passes in the pool that [`plan`] will make of tokens of at least `bytes_per_token`. Known
 /// before the weights are loaded, it bounds what is made per position: a config may promise any length.
-pub fn longest_sequence(config: &EngineConfig, bytes_per_token: u64) -> usize {
-    let bytes = config.kv_cache_memory.unwrap_or_else(|| most_bytes(config, 0));
+pub fn longest_sequence(config: &EngineConfig, room: &Room, bytes_per_token: u64) -> usize {
+    let bytes = config.kv_cache_memory.unwrap_or_else(|| room.for_cache(0));
     (bytes / bytes_per_token.max(1)) as usize
-}
-
-/// What the pool may take where its size is not configured.
-fn most_bytes(config: &EngineConfig, weight_bytes: u64) -> u64 {
-    (config.available_memory.saturating_sub(weight_bytes) as f64 * DEFAULT_SHARE) as u64
 }
 
 #[cfg(test)]
@@ -246,7 +240,7 @@ mod tests {
                 sites,
                 dtype: KvDtype::Bf16,
                 routing_bytes_per_token: 0,
-                weight_bytes: 1 << 19,
+                most_bytes: Room::of_host(config.available_memory).for_cache(1 << 19),
                 max_position_embeddings: 4096,
             },
         )
@@ -275,8 +269,8 @@ mod tests {
     fn the_experts_of_a_token_take_room_beside_it() {
         let config = EngineConfig { kv_cache_memory: Some(20 * 2048), ..EngineConfig::new("") };
         let plan_with = |routing_bytes_per_token, sites: &[CacheSite]| {
-            let (dtype, weight_bytes, max_position_embeddings) = (KvDtype::Bf16, 0, 4096);
-            plan(&config, &KvDemand { sites, dtype, routing_bytes_per_token, weight_bytes, max_position_embeddings })
+            let (dtype, most_bytes, max_position_embeddings) = (KvDtype::Bf16, 0, 4096);
+            plan(&config, &KvDemand { sites, dtype, routing_bytes_per_token, most_bytes, max_position_embeddings })
         };
         let budget = plan_with(32, &SITES).unwrap();
         // 2048 bytes of a block, and 32 for each of its tokens.
@@ -302,7 +296,7 @@ mod tests {
                 sites: &sites,
                 dtype: KvDtype::Bf16,
                 routing_bytes_per_token: 0,
-                weight_bytes: 0,
+                most_bytes: Room::of_host(config.available_memory).for_cache(0),
                 max_position_embeddings: 4096,
             };
             let budget = plan(&config, &demand).unwrap();
@@ -361,7 +355,7 @@ mod tests {
                 sites,
                 dtype: KvDtype::Bf16,
                 routing_bytes_per_token: 0,
-                weight_bytes: 0,
+                most_bytes: Room::of_host(config.available_memory).for_cache(0),
                 max_position_embeddings: 4096,
             };
             let budget = plan(&config, &demand).unwrap();
@@ -406,7 +400,7 @@ mod tests {
                             sites,
                             dtype: KvDtype::Bf16,
                             routing_bytes_per_token: 0,
-                            weight_bytes: 0,
+                            most_bytes: Room::of_host(config.available_memory).for_cache(0),
                             max_position_embeddings: max_model_len,
                         };
                         let budget = plan(&config, &demand).expect("a block fits");

@@ -7,13 +7,23 @@ use std::time::Duration;
 use bytes::Bytes;
 use engine::sampling::params::SamplingParams;
 use engine::{
-    BlockCoding, EngineConfig, ExpertOptions, LoadedModel, RowRequest, SampledToken, StopCriteria, load_model,
+    BlockCoding, DeviceChoice, EngineConfig, ExpertOptions, LoadedModel, RowRequest, SampledToken, StopCriteria,
+    load_model,
 };
 use scheduler::{Outcome, Request, RequestId, Update, block_names};
 
-/// A folder of `tests/golden`.
+/// A folder of `tests/golden`, or of `MOESAIC_TEST_GOLDEN` where the tests do not run where they were built.
 pub fn golden_dir(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(name)
+    let built = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/golden");
+    std::env::var_os("MOESAIC_TEST_GOLDEN").map_or_else(built, PathBuf::from).join(name)
+}
+
+/// Where models of these tests compute: on the CPU, or where `MOESAIC_TEST_DEVICE` says, which must be there.
+pub fn test_device() -> DeviceChoice {
+    match std::env::var("MOESAIC_TEST_DEVICE") {
+        Ok(name) => name.parse().expect("MOESAIC_TEST_DEVICE names a device"),
+        Err(_) => DeviceChoice::Cpu,
+    }
 }
 
 /// One request and what came of it.
@@ -37,7 +47,8 @@ pub struct Driver {
 
 impl Driver {
     pub fn new(config: &EngineConfig) -> Self {
-        let model = load_model(config, &mut |_| {}).expect("a golden model loads");
+        let config = EngineConfig { device: test_device(), ..config.clone() };
+        let model = load_model(&config, &mut |_| {}).expect("a golden model loads");
         Self {
             model,
             jobs: BTreeMap::new(),

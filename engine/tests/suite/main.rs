@@ -16,6 +16,7 @@ mod gguf;
 mod gguf_fixture;
 mod gguf_writer;
 mod golden;
+mod golden_bf16;
 mod hostile;
 mod inspection;
 mod invariance;

@@ -45,7 +45,8 @@ struct Thread {
     // Where it begins; from then on it goes by `place_in_code`, which costs no call of the system.
     ucontext_t context;
     jmp_buf place_in_code;
-    bool has_begun;
+    // It stays behind the end of a kernel and goes on with the next one.
+    bool has_begun = false;
     std::unique_ptr<unsigned char[]> stack;
     State state;
     Place place;
@@ -56,13 +57,17 @@ struct Thread {
 
 struct Block {
     jmp_buf scheduler;
+    // The first `num_threads` are the block's.
     std::vector<Thread> threads;
+    std::size_t num_threads;
     std::vector<Warp> warps;
     std::vector<unsigned char> dynamic;
     std::vector<unsigned char> fixed;
     // By their keys, where in `fixed` they are.
     std::map<const void*, std::size_t> places;
     std::size_t num_placed;
+    // Of the static arrays, their guards apart.
+    std::size_t static_bytes;
     // Where each guard begins.
     std::vector<std::size_t> guards;
     void (*call)(void**);
@@ -72,6 +77,8 @@ struct Block {
     bool copies_at_once;
 };
 
+// Threads are kept for the next block: their stacks cost more than what runs on them.
+thread_local Block kept;
 thread_local Block* current;
 
 void give_way(State state) {
@@ -89,20 +96,22 @@ void go_on(Block& block, Thread& thread) {
 }
 
 void enter() {
-    current->call(current->params);
-    give_way(State::Done);
+    for (;;) {
+        current->call(current->params);
+        give_way(State::Done);
+    }
 }
 
 // Puts a thread before its first instruction.
 void begin(Thread& thread, unsigned index, const Place& place) {
-    if (!thread.stack) thread.stack.reset(new unsigned char[STACK_BYTES]);
     thread.place = place;
     thread.warp = index / WARP;
     thread.lane = index % WARP;
     thread.num_exchanges = 0;
     thread.copies.assign(1, {});
     thread.state = State::Ready;
-    thread.has_begun = false;
+    if (thread.has_begun) return;
+    if (!thread.stack) thread.stack.reset(new unsigned char[STACK_BYTES]);
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.get();
     thread.context.uc_stack.ss_size = STACK_BYTES;
@@ -131,7 +140,7 @@ std::vector<std::size_t> order_of(std::size_t count, unsigned seed) {
 
 // Runs a warp until all of its threads wait for the block or are done; gives whether any of them went on.
 bool run_warp(Block& block, std::size_t first, unsigned seed) {
-    const std::size_t end = std::min(block.threads.size(), first + WARP);
+    const std::size_t end = std::min(block.num_threads, first + WARP);
     bool ran = false;
     for (unsigned round = 0;; round++) {
         for (std::size_t i : order_of(end - first, seed == 0 ? 0 : seed + round)) {
@@ -151,15 +160,15 @@ bool is_poison(const std::vector<unsigned char>& bytes, std::size_t first) {
 }
 
 const char* run(Block& block, unsigned seed) {
-    const std::size_t count = block.threads.size();
+    const auto end = block.threads.begin() + static_cast<std::ptrdiff_t>(block.num_threads);
     for (unsigned round = 1;; round++) {
         bool ran = false;
         // Another order of warps between any two barriers.
         const unsigned mixed = seed * 0x9e3779b9u + round * (seed != 0);
         for (std::size_t warp : order_of(block.warps.size(), mixed)) ran |= run_warp(block, warp * WARP, mixed);
         const auto is_done = [](const Thread& thread) { return thread.state == State::Done; };
-        if (std::all_of(block.threads.begin(), block.threads.end(), is_done)) break;
-        if (!release(block, 0, count, State::AtBlock) && !ran) return "threads wait at a barrier that others do not reach";
+        if (std::all_of(block.threads.begin(), end, is_done)) break;
+        if (!release(block, 0, block.num_threads, State::AtBlock) && !ran) return "threads wait at a barrier that others do not reach";
     }
     bool is_whole = is_poison(block.dynamic, block.dynamic.size() - GUARD_BYTES);
     for (std::size_t guard : block.guards) is_whole &= is_poison(block.fixed, guard);
@@ -177,7 +186,7 @@ const Place& place() { return current->running->place; }
 unsigned lane() { return current->running->lane; }
 unsigned warp_size() {
     const std::size_t first = static_cast<std::size_t>(current->running->warp) * WARP;
-    return static_cast<unsigned>(std::min<std::size_t>(WARP, current->threads.size() - first));
+    return static_cast<unsigned>(std::min<std::size_t>(WARP, current->num_threads - first));
 }
 void* dynamic_shared() { return current->dynamic.data(); }
 void* static_shared(const void* key, std::size_t bytes, std::size_t alignment) {
@@ -190,6 +199,7 @@ void* static_shared(const void* key, std::size_t bytes, std::size_t alignment) {
     block.places[key] = place;
     block.guards.push_back(place + bytes);
     block.num_placed = place + bytes + GUARD_BYTES;
+    block.static_bytes += bytes;
     return &block.fixed[place];
 }
 void block_barrier() { give_way(State::AtBlock); }
@@ -225,6 +235,9 @@ void add(const char* name, void (*call)(void**)) { kernels()[name] = call; }
 
 }  // namespace emulate
 
+// Static shared memory of the thread's last kernel.
+extern "C" std::size_t moesaic_static_shared() { return emulate::kept.static_bytes; }
+
 extern "C" bool moesaic_emulates(const char* name) { return emulate::kernels().count(name) != 0; }
 
 // Runs a kernel; gives what is wrong, or null.
@@ -236,11 +249,12 @@ extern "C" const char* moesaic_emulate(const char* name, const unsigned* grid, c
     const std::size_t count = static_cast<std::size_t>(block_size[0]) * block_size[1] * block_size[2];
     if (count == 0 || count > 1024) return "a block has 1 to 1024 threads";
     if (grid[0] == 0 || grid[1] == 0 || grid[2] == 0) return "a grid has a block at least";
-    Block block{};
+    Block& block = kept;
     block.call = found->second;
     block.params = params;
     block.copies_at_once = seed % 2 == 1;
-    block.threads.resize(count);
+    block.num_threads = count;
+    if (block.threads.size() < count) block.threads.resize(count);
     block.warps.resize((count + WARP - 1) / WARP);
     current = &block;
     const char* fault = nullptr;
@@ -252,6 +266,7 @@ extern "C" const char* moesaic_emulate(const char* name, const unsigned* grid, c
                 block.places.clear();
                 block.guards.clear();
                 block.num_placed = 0;
+                block.static_bytes = 0;
                 for (unsigned i = 0; i < count; i++) {
                     const unsigned width = block_size[0], height = block_size[1];
                     begin(block.threads[i], i,
@@ -262,6 +277,8 @@ extern "C" const char* moesaic_emulate(const char* name, const unsigned* grid, c
                 }
                 fault = run(block, seed);
             }
+    // Some may stand in the middle of the kernel that went wrong.
+    if (fault != nullptr) block.threads.clear();
     current = nullptr;
     return fault;
 }

@@ -25,6 +25,7 @@ unsafe extern "C" {
         params: *mut *mut c_void,
     ) -> *const c_char;
     fn moesaic_emulates(name: *const c_char) -> bool;
+    fn moesaic_static_shared() -> usize;
 }
 
 /// What is copied to a kernel as it lies in memory: a pointer, a number, a `#[repr(C)]` structure of such.
@@ -70,6 +71,12 @@ pub unsafe fn launch_with(kernel: &CStr, launch: Launch, params: *mut *mut c_voi
     // SAFETY: a fault is a string constant.
     let fault = unsafe { CStr::from_ptr(fault) };
     Err(format!("{}: {}", kernel.to_string_lossy(), fault.to_string_lossy()))
+}
+
+/// Static shared memory that the last kernel of this thread used, in its last block.
+pub fn static_shared_bytes() -> usize {
+    // SAFETY: a number of the thread.
+    unsafe { moesaic_static_shared() }
 }
 
 #[cfg(test)]

@@ -2,8 +2,9 @@
 
 use std::hint::black_box;
 
+use super::MatrixUnit;
 use super::models::{DEEPSEEK_V2_LITE, LatentModel, MODELS, Model};
-use super::session::{Session, Work, tensor};
+use super::session::{Session, Work};
 use crate::error::Result;
 use crate::ops::mla_attention::{MlaSpec, mla_attention};
 use crate::ops::paged_attention::{GqaSpec, LearnedScores, Reach, paged_attention};
@@ -82,8 +83,8 @@ fn full_cache(session: &mut Session<'_>, what: &str, format: KvFormat, width: us
     let Some(num_slabs) = session.num_copies(what, slab_tokens * width * format.element_bytes()) else {
         return Ok(None);
     };
-    let mut cache = PagedCache::new(format, BLOCK_SIZE, width, step_blocks)?;
-    let rows = tensor(&[slab_tokens, width])?;
+    let mut cache = PagedCache::on(session.device(), format, BLOCK_SIZE, width, step_blocks)?;
+    let rows = session.activations(&[slab_tokens, width])?;
     for slab in 0..num_slabs {
         cache.add_slab()?;
         let slots: Vec<u32> = (slab * slab_tokens..(slab + 1) * slab_tokens).map(|slot| slot as u32).collect();
@@ -96,12 +97,12 @@ fn measure_gqa(session: &mut Session<'_>, model: &Model, format: KvFormat) -> Re
     let Model { name, num_heads, num_kv_heads, head_dim, .. } = *model;
     let heads = format!("{name} {num_heads}/{num_kv_heads}x{head_dim}");
     let what = format!("{PAGED_ATTENTION} {heads} {}", format.name());
-    session.begin(&what);
+    session.begin(&what)?;
     let width = 2 * num_kv_heads * head_dim;
     let Some(cache) = full_cache(session, &what, format, width)? else { return Ok(()) };
     let spec = GqaSpec { num_heads, num_kv_heads, head_dim, scale: 0.125, reach: Reach::Full };
     for step in STEPS {
-        let q = tensor(&[step.num_rows(), num_heads, head_dim])?;
+        let q = session.activations(&[step.num_rows(), num_heads, head_dim])?;
         let kv_bytes = step.num_seqs * step.context_len * width * format.element_bytes();
         let work = Work {
             op: PAGED_ATTENTION,
@@ -110,7 +111,7 @@ fn measure_gqa(session: &mut Session<'_>, model: &Model, format: KvFormat) -> Re
             num_tokens: step.num_rows(),
             bytes: kv_bytes,
             multiplications: step.num_pairs() * num_heads * 2 * head_dim,
-            units: &[],
+            units: &[MatrixUnit::TensorBf16],
         };
         session.time(work, |call| {
             let batch = step.batch(call, cache.num_blocks());
@@ -125,13 +126,13 @@ fn measure_mla(session: &mut Session<'_>, model: &LatentModel, format: KvFormat)
     let LatentModel { name, num_heads, latent_dim, rope_dim, .. } = *model;
     let heads = format!("{name} {num_heads}x({latent_dim}+{rope_dim})");
     let what = format!("{MLA_ATTENTION} {heads} {}", format.name());
-    session.begin(&what);
+    session.begin(&what)?;
     let width = latent_dim + rope_dim;
     let Some(cache) = full_cache(session, &what, format, width)? else { return Ok(()) };
     let spec = MlaSpec { num_heads, latent_dim, rope_dim, scale: 0.07 };
     for step in STEPS {
-        let q_latent = tensor(&[step.num_rows(), num_heads, latent_dim])?;
-        let q_rope = tensor(&[step.num_rows(), num_heads, rope_dim])?;
+        let q_latent = session.activations(&[step.num_rows(), num_heads, latent_dim])?;
+        let q_rope = session.activations(&[step.num_rows(), num_heads, rope_dim])?;
         let kv_bytes = step.num_seqs * step.context_len * width * format.element_bytes();
         let work = Work {
             op: MLA_ATTENTION,
@@ -140,7 +141,7 @@ fn measure_mla(session: &mut Session<'_>, model: &LatentModel, format: KvFormat)
             num_tokens: step.num_rows(),
             bytes: kv_bytes,
             multiplications: step.num_pairs() * num_heads * (width + latent_dim),
-            units: &[],
+            units: &[MatrixUnit::TensorBf16],
         };
         session.time(work, |call| {
             let batch = step.batch(call, cache.num_blocks());

@@ -2,10 +2,10 @@
 
 use std::hint::black_box;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::models::{MODELS, Model, NUM_TOKENS};
-use super::session::{Session, Work, tensor};
+use super::session::{Session, Work};
 use crate::error::Result;
 use crate::ops::rms_norm::rms_norm;
 use crate::ops::rope::{RopeStyle, RopeTable, rope};
@@ -15,19 +15,18 @@ pub(super) const RMS_NORM: &str = "rms_norm";
 pub(super) const ROPE: &str = "rope";
 pub(super) const ROUTE: &str = "route";
 
-const FORMAT: &str = "f32";
-
 pub(super) fn measure(session: &mut Session<'_>) -> Result<()> {
     if ![RMS_NORM, ROPE, ROUTE].iter().any(|op| session.wants(op)) {
         return Ok(());
     }
-    session.begin("activations");
+    session.begin("activations")?;
     let num_bytes = session.num_copies("activations", size_of::<f32>()).unwrap_or(0) * size_of::<f32>();
-    let inputs = Inputs { values: tensor(&[num_bytes / size_of::<f32>()])? };
+    let values = session.floats(&[num_bytes / size_of::<f32>()])?;
+    let inputs = Inputs { activations: values.to_dtype(session.activation_dtype())?, values };
     for model in MODELS {
         for (op, measure) in [(RMS_NORM, measure_norm as Measure), (ROPE, measure_rope), (ROUTE, measure_route)] {
             if session.wants(op) {
-                session.begin(&format!("{op} {}", model.name));
+                session.begin(&format!("{op} {}", model.name))?;
                 NUM_TOKENS.iter().try_for_each(|&num_tokens| measure(session, &inputs, model, num_tokens))?;
             }
         }
@@ -39,27 +38,37 @@ type Measure = fn(&mut Session<'_>, &Inputs, &Model, usize) -> Result<()>;
 
 /// More activations than a cache holds.
 struct Inputs {
+    activations: Tensor,
+    /// The same in f32.
     values: Tensor,
 }
 
 impl Inputs {
     /// Those of one call; the next call has others.
     fn take(&self, call: usize, dims: &[usize]) -> Result<Tensor> {
-        let len: usize = dims.iter().product();
-        let start = call % (self.values.elem_count() / len) * len;
-        Ok(self.values.narrow(0, start, len)?.reshape(dims)?)
+        part(&self.activations, call, dims)
     }
+}
+
+fn name(dtype: DType) -> &'static str {
+    if dtype == DType::BF16 { "bf16" } else { "f32" }
+}
+
+fn part(values: &Tensor, call: usize, dims: &[usize]) -> Result<Tensor> {
+    let len: usize = dims.iter().product();
+    let start = call % (values.elem_count() / len) * len;
+    Ok(values.narrow(0, start, len)?.reshape(dims)?)
 }
 
 fn measure_norm(session: &mut Session<'_>, inputs: &Inputs, model: &Model, num_tokens: usize) -> Result<()> {
     let size = model.hidden_size;
-    let weight = tensor(&[size])?;
+    let weight = session.floats(&[size])?;
     let work = Work {
         op: RMS_NORM,
         shape: format!("{} {size}", model.name),
-        format: FORMAT,
+        format: name(session.activation_dtype()),
         num_tokens,
-        bytes: 4 * num_tokens * size,
+        bytes: session.activation_dtype().size_in_bytes() * num_tokens * size,
         multiplications: num_tokens * 3 * size,
         units: &[],
     };
@@ -78,9 +87,9 @@ fn measure_rope(session: &mut Session<'_>, inputs: &Inputs, model: &Model, num_t
     let work = Work {
         op: ROPE,
         shape: format!("{} {num_heads}x{head_dim}", model.name),
-        format: FORMAT,
+        format: name(session.activation_dtype()),
         num_tokens,
-        bytes: 4 * num_tokens * size,
+        bytes: session.activation_dtype().size_in_bytes() * num_tokens * size,
         multiplications: num_tokens * 2 * size,
         units: &[],
     };
@@ -98,14 +107,14 @@ fn measure_route(session: &mut Session<'_>, inputs: &Inputs, model: &Model, num_
     let work = Work {
         op: ROUTE,
         shape: format!("{} {top_k} of {num_experts}", model.name),
-        format: FORMAT,
+        format: "f32",
         num_tokens,
         bytes: 4 * num_tokens * num_experts,
         multiplications: 0,
         units: &[],
     };
     session.time(work, |call| {
-        black_box(route(&inputs.take(call, &[num_tokens, num_experts])?, &spec)?);
+        black_box(route(&part(&inputs.values, call, &[num_tokens, num_experts])?, &spec)?);
         Ok(())
     })
 }

@@ -1,10 +1,12 @@
 //! Speed of the hot ops at layer shapes of published models, beside what this machine can do at most, measured in the
 //! same run.
 //!
-//! `limits` measures the machine (`peaks` has its matrix units), `session` times a case, and the cases are in `weights`
+//! `limits` measures the machine (`peaks` has its matrix units), `device_limits` a CUDA device, `session` times a case, and the cases are in `weights`
 //! (ops with a weight), `elementwise` (ops over rows), `attention` and `recurrent`; `models` holds the shapes.
 
 mod attention;
+#[cfg(feature = "cuda")]
+mod device_limits;
 mod elementwise;
 mod limits;
 mod models;
@@ -19,6 +21,7 @@ pub use limits::{Limits, Peak};
 pub use peaks::MatrixUnit;
 
 use self::session::Session;
+use crate::device::DeviceChoice;
 use crate::error::{KernelError, Result};
 use crate::pool;
 
@@ -46,6 +49,8 @@ pub struct BenchOptions {
     pub ops: Vec<String>,
     /// Threads of the compute pool, unless it runs already; as many as the process may use without.
     pub threads: Option<usize>,
+    /// Where ops compute.
+    pub device: DeviceChoice,
     /// At most so much for the weights, inputs or caches that an op rotates over, and once more for the read test. At least
     /// [`MIN_MEMORY_BYTES`].
     pub memory_bytes: usize,
@@ -56,6 +61,8 @@ pub struct BenchOptions {
 pub struct BenchReport {
     /// Instruction set of the vector code.
     pub isa: &'static str,
+    /// `cpu`, or a CUDA device with its name.
+    pub device: String,
     /// Threads of the pool, the caller's included.
     pub threads: usize,
     /// The best that was seen before, between and after the rows.
@@ -102,7 +109,7 @@ impl OpRow {
     }
 }
 
-/// Measures on the compute pool. `progress` is told what comes next.
+/// Measures on the compute pool, or on a device. `progress` is told what comes next.
 ///
 /// # Errors
 /// An op that does not exist, too little memory, or none from the system.

@@ -20,6 +20,10 @@ pub enum MatrixUnit {
     TileBf16,
     /// `tdpbsud`: AMX.
     TileInt8,
+    /// `mma.sync` of bf16, of a CUDA device.
+    TensorBf16,
+    /// `mma.sync` of bytes, of a CUDA device.
+    TensorInt8,
 }
 
 impl MatrixUnit {
@@ -31,10 +35,12 @@ impl MatrixUnit {
             Self::VectorInt8 => "AVX-512 VNNI int8",
             Self::TileBf16 => "AMX bf16",
             Self::TileInt8 => "AMX int8",
+            Self::TensorBf16 => "mma bf16",
+            Self::TensorInt8 => "mma int8",
         }
     }
 
-    /// Those of this machine.
+    /// Those of the processor.
     pub(super) fn available() -> Vec<Self> {
         let mut units = vec![Self::FmaF32];
         #[cfg(target_arch = "x86_64")]
@@ -64,8 +70,7 @@ impl MatrixUnit {
                 let amx = Amx::detect().expect("the unit is available only where tiles are");
                 tile_loop(amx, TileLoop { rounds: 100_000, is_bf16: self == Self::TileBf16 })
             }
-            #[cfg(not(target_arch = "x86_64"))]
-            _ => unreachable!("the unit is not available on this architecture"),
+            _ => unreachable!("the unit is not one of this processor"),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::hint::black_box;
 
-use super::session::{Session, Work, tensor};
+use super::session::{Session, Work};
 use crate::error::Result;
 use crate::ops::gated_delta::{DeltaSpec, DeltaWeights, gated_delta};
 use crate::ops::pointwise::Pointwise;
@@ -27,17 +27,18 @@ pub(super) fn measure(session: &mut Session<'_>) -> Result<()> {
     if !session.wants(GATED_DELTA) {
         return Ok(());
     }
-    session.begin(GATED_DELTA);
+    session.begin(GATED_DELTA)?;
     let (channels, heads, state_bytes) = (SPEC.num_channels(), SPEC.num_value_heads, 4 * SPEC.state_width());
     // One step at least, and states of as many others as fit.
     let most_seqs = STEPS.iter().map(|step| step.0).max().unwrap_or(1);
     let Some(num_steps) = session.num_copies(GATED_DELTA, most_seqs * state_bytes) else { return Ok(()) };
     let num_slots = num_steps * most_seqs;
-    let mut states = StateCache::new(SPEC.state_width(), num_slots)?;
+    let mut states = StateCache::on(session.device(), SPEC.state_width(), num_slots)?;
     let weights = DeltaWeights::new(SPEC, vec![0.1; channels * SPEC.conv_kernel], &vec![0.0; heads], vec![0.0; heads])?;
     for (num_seqs, rows) in STEPS {
         let num_tokens = num_seqs * rows;
-        let (qkv, gates) = (tensor(&[num_tokens, channels])?, tensor(&[num_tokens, 2 * heads])?);
+        let (qkv, gates) =
+            (session.activations(&[num_tokens, channels])?, session.activations(&[num_tokens, 2 * heads])?);
         let head_state = heads * SPEC.key_dim * SPEC.value_dim;
         let work = Work {
             op: GATED_DELTA,

@@ -2,10 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
+#[cfg(feature = "cuda")]
+use super::device_limits::DeviceProbe;
 use super::limits::{LimitProbe, Limits};
 use super::{BenchOptions, BenchReport, Bound, MatrixUnit, OpRow};
+use crate::device::{device_name, open_device};
 use crate::dispatch;
 use crate::error::Result;
 
@@ -17,6 +20,9 @@ const MIN_CALLS: usize = 5;
 /// Rows that take long are repeated less.
 const SLOW_ROW_TIME: Duration = Duration::from_millis(800);
 const MIN_SLOW_CALLS: usize = 3;
+/// What is launched on a device before somebody waits for it, and at most.
+const DEVICE_SECONDS: f64 = 2e-3;
+const MOST_AT_ONCE: f64 = 64.0;
 
 /// What one call of an op does, for its floor.
 pub(super) struct Work {
@@ -32,6 +38,45 @@ pub(super) struct Work {
     pub(super) units: &'static [MatrixUnit],
 }
 
+/// What measures the limits.
+enum Probe {
+    Host(LimitProbe),
+    #[cfg(feature = "cuda")]
+    Device(DeviceProbe),
+}
+
+impl Probe {
+    fn new(device: &Device, bytes: usize, threads: usize) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(device) = device {
+            return Ok(Self::Device(DeviceProbe::new(device, bytes)?));
+        }
+        debug_assert!(device.is_cpu());
+        let mut probe = LimitProbe::new(bytes, threads)?;
+        probe.measure();
+        Ok(Self::Host(probe))
+    }
+
+    fn measure_again(&mut self) -> Result<()> {
+        match self {
+            Self::Host(probe) => {
+                probe.measure_again();
+                Ok(())
+            }
+            #[cfg(feature = "cuda")]
+            Self::Device(probe) => probe.measure(),
+        }
+    }
+
+    fn best(&self) -> &Limits {
+        match self {
+            Self::Host(probe) => probe.best(),
+            #[cfg(feature = "cuda")]
+            Self::Device(probe) => probe.best(),
+        }
+    }
+}
+
 struct Timed {
     work: Work,
     seconds: f64,
@@ -40,7 +85,8 @@ struct Timed {
 pub(super) struct Session<'a> {
     options: &'a BenchOptions,
     progress: &'a mut dyn FnMut(&str),
-    probe: LimitProbe,
+    device: Device,
+    probe: Probe,
     threads: usize,
     rows: Vec<Timed>,
     left_out: Vec<String>,
@@ -49,9 +95,28 @@ pub(super) struct Session<'a> {
 impl<'a> Session<'a> {
     pub(super) fn new(options: &'a BenchOptions, threads: usize, progress: &'a mut dyn FnMut(&str)) -> Result<Self> {
         progress("limits of this machine");
-        let mut probe = LimitProbe::new(options.memory_bytes.min(ROTATION_BYTES), threads)?;
-        probe.measure();
-        Ok(Self { options, progress, probe, threads, rows: Vec::new(), left_out: Vec::new() })
+        let device = open_device(options.device)?;
+        let probe = Probe::new(&device, options.memory_bytes.min(ROTATION_BYTES), threads)?;
+        Ok(Self { options, progress, device, probe, threads, rows: Vec::new(), left_out: Vec::new() })
+    }
+
+    pub(super) fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// What models compute in there.
+    pub(super) fn activation_dtype(&self) -> DType {
+        if self.device.is_cpu() { DType::F32 } else { DType::BF16 }
+    }
+
+    /// Activations between -0.5 and 0.5.
+    pub(super) fn activations(&self, dims: &[usize]) -> Result<Tensor> {
+        Ok(self.floats(dims)?.to_dtype(self.activation_dtype())?)
+    }
+
+    /// The same in f32.
+    pub(super) fn floats(&self, dims: &[usize]) -> Result<Tensor> {
+        Ok(Tensor::from_vec(numbers(dims.iter().product()), dims, &self.device)?)
     }
 
     /// Whether the op is asked for.
@@ -60,9 +125,9 @@ impl<'a> Session<'a> {
     }
 
     /// Announces what comes next, and looks at the machine once more.
-    pub(super) fn begin(&mut self, what: &str) {
+    pub(super) fn begin(&mut self, what: &str) -> Result<()> {
         (self.progress)(what);
-        self.probe.measure_again();
+        self.probe.measure_again()
     }
 
     /// How many things of so many bytes to rotate over; `None`, and a note, if even one is too large.
@@ -77,12 +142,26 @@ impl<'a> Session<'a> {
     /// Times calls; each is given its number, to take other data than the call before.
     pub(super) fn time(&mut self, work: Work, mut call: impl FnMut(usize) -> Result<()>) -> Result<()> {
         call(0)?;
+        self.device.synchronize()?;
+        let mut num_calls = 1;
+        let start = Instant::now();
+        call(num_calls)?;
+        self.device.synchronize()?;
+        // A device computes while the next call is prepared: several are timed as one there.
+        let at_once = match self.device.is_cpu() {
+            true => 1,
+            false => (DEVICE_SECONDS / start.elapsed().as_secs_f64()).clamp(1.0, MOST_AT_ONCE) as usize,
+        };
         let begin = Instant::now();
         let mut times = Vec::new();
         loop {
             let start = Instant::now();
-            call(times.len() + 1)?;
-            times.push(start.elapsed().as_secs_f64());
+            for _ in 0..at_once {
+                num_calls += 1;
+                call(num_calls)?;
+            }
+            self.device.synchronize()?;
+            times.push(start.elapsed().as_secs_f64() / at_once as f64);
             let (elapsed, calls) = (begin.elapsed(), times.len());
             if calls >= MIN_CALLS && elapsed >= ROW_TIME || calls >= MIN_SLOW_CALLS && elapsed >= SLOW_ROW_TIME {
                 break;
@@ -95,11 +174,11 @@ impl<'a> Session<'a> {
 
     /// Floors follow from the best limits of the whole run.
     pub(super) fn finish(mut self) -> Result<BenchReport> {
-        self.probe.measure_again();
+        self.probe.measure_again()?;
         let limits = self.probe.best().clone();
         let rows = self.rows.into_iter().map(|timed| timed.row(&limits)).collect();
-        let (isa, threads) = (dispatch::isa(), self.threads);
-        Ok(BenchReport { isa, threads, limits, rows, left_out: self.left_out })
+        let device = device_name(&self.device)?;
+        Ok(BenchReport { isa: dispatch::isa(), device, threads: self.threads, limits, rows, left_out: self.left_out })
     }
 }
 
@@ -122,8 +201,4 @@ pub(super) fn numbers(len: usize) -> Vec<f32> {
         (state >> 8) as f32 / (1 << 24) as f32 - 0.5
     };
     std::iter::repeat_with(next).take(len).collect()
-}
-
-pub(super) fn tensor(dims: &[usize]) -> Result<Tensor> {
-    Ok(Tensor::from_vec(numbers(dims.iter().product()), dims, &Device::Cpu)?)
 }

@@ -3,7 +3,12 @@
 use super::*;
 
 fn options(ops: &[&str], memory_bytes: usize) -> BenchOptions {
-    BenchOptions { ops: ops.iter().map(|&op| op.to_owned()).collect(), threads: Some(4), memory_bytes }
+    BenchOptions {
+        ops: ops.iter().map(|&op| op.to_owned()).collect(),
+        threads: Some(4),
+        device: DeviceChoice::Cpu,
+        memory_bytes,
+    }
 }
 
 #[test]

@@ -2,9 +2,11 @@
 
 use std::hint::black_box;
 
+use candle_core::Device;
+
 use super::MatrixUnit;
 use super::models::{DEEPSEEK_V2_LITE, GRANITE_1B, MODELS, Model, NUM_TOKENS};
-use super::session::{Session, Work, numbers, tensor};
+use super::session::{Session, Work, numbers};
 use crate::error::Result;
 use crate::ops::embedding::embedding;
 use crate::ops::grouped_swiglu::{Expert, ExpertWeights, Experts, grouped_swiglu};
@@ -62,15 +64,20 @@ pub(super) fn measure(session: &mut Session<'_>) -> Result<()> {
 fn units(format: WeightFormat) -> &'static [MatrixUnit] {
     match format {
         WeightFormat::F32 | WeightFormat::F16 => &[],
-        WeightFormat::Bf16 => &[MatrixUnit::VectorBf16, MatrixUnit::TileBf16],
-        WeightFormat::Quantized(_) => &[MatrixUnit::VectorInt8, MatrixUnit::TileInt8],
+        WeightFormat::Bf16 => &[MatrixUnit::VectorBf16, MatrixUnit::TileBf16, MatrixUnit::TensorBf16],
+        WeightFormat::Quantized(_) => &[MatrixUnit::VectorInt8, MatrixUnit::TileInt8, MatrixUnit::TensorInt8],
     }
 }
 
 /// A weight, and its bytes again in other memory.
-fn copies(format: WeightFormat, [rows, cols]: [usize; 2], num_copies: usize) -> Result<Vec<PackedWeight>> {
+fn copies(
+    device: &Device,
+    format: WeightFormat,
+    [rows, cols]: [usize; 2],
+    num_copies: usize,
+) -> Result<Vec<PackedWeight>> {
     let first = PackedWeight::from_f32(format, rows, cols, &numbers(rows * cols))?;
-    let copy = |_| PackedWeight::from_bytes(format, rows, cols, first.as_bytes());
+    let copy = |_| PackedWeight::from_bytes(format, rows, cols, first.as_bytes())?.to_device(device);
     (0..num_copies).map(copy).collect()
 }
 
@@ -84,12 +91,12 @@ impl Linear {
     fn measure(&self, session: &mut Session<'_>, format: WeightFormat, [rows, cols]: [usize; 2]) -> Result<()> {
         let shape = format!("{} {} {rows}x{cols}", self.model, self.part);
         let what = format!("{LINEAR} {shape} {}", format.name());
-        session.begin(&what);
+        session.begin(&what)?;
         let weight_bytes = format.bytes_for(rows, cols);
         let Some(num_copies) = session.num_copies(&what, weight_bytes) else { return Ok(()) };
-        let weights = copies(format, [rows, cols], num_copies)?;
+        let weights = copies(session.device(), format, [rows, cols], num_copies)?;
         for &num_tokens in self.num_tokens {
-            let x = tensor(&[num_tokens, cols])?;
+            let x = session.activations(&[num_tokens, cols])?;
             let work = Work {
                 op: LINEAR,
                 shape: shape.clone(),
@@ -113,13 +120,13 @@ fn measure_heads(session: &mut Session<'_>, format: WeightFormat) -> Result<()> 
     let (heads, [rows, cols]) = (DEEPSEEK_V2_LITE.num_heads, [DEEPSEEK_V2_LITE.latent_dim, DEEPSEEK_V2_LITE.nope_dim]);
     let shape = format!("{} {heads}x{rows}x{cols}", DEEPSEEK_V2_LITE.name);
     let what = format!("{HEAD_LINEAR} {shape} {}", format.name());
-    session.begin(&what);
+    session.begin(&what)?;
     let layer_bytes = heads * format.bytes_for(rows, cols);
     let Some(num_copies) = session.num_copies(&what, layer_bytes) else { return Ok(()) };
-    let weights = copies(format, [rows, cols], num_copies * heads)?;
+    let weights = copies(session.device(), format, [rows, cols], num_copies * heads)?;
     let layers: Vec<_> = weights.chunks_exact(heads).collect();
     for num_tokens in NUM_TOKENS {
-        let x = tensor(&[num_tokens, heads, cols])?;
+        let x = session.activations(&[num_tokens, heads, cols])?;
         let work = Work {
             op: HEAD_LINEAR,
             shape: shape.clone(),
@@ -141,11 +148,11 @@ fn measure_experts(session: &mut Session<'_>, model: &Model, format: WeightForma
     let Model { name, hidden_size, intermediate, num_experts, top_k, .. } = *model;
     let shape = format!("{name} {hidden_size}x{intermediate}, {top_k} of {num_experts}");
     let what = format!("{GROUPED_SWIGLU} {shape} {}", format.name());
-    session.begin(&what);
+    session.begin(&what)?;
     let expert_bytes = format.bytes_for(2 * intermediate, hidden_size) + format.bytes_for(hidden_size, intermediate);
     let Some(num_layers) = session.num_copies(&what, num_experts * expert_bytes) else { return Ok(()) };
-    let gate_ups = copies(format, [2 * intermediate, hidden_size], num_layers * num_experts)?;
-    let downs = copies(format, [hidden_size, intermediate], num_layers * num_experts)?;
+    let gate_ups = copies(session.device(), format, [2 * intermediate, hidden_size], num_layers * num_experts)?;
+    let downs = copies(session.device(), format, [hidden_size, intermediate], num_layers * num_experts)?;
     let experts: Vec<_> = gate_ups
         .into_iter()
         .zip(downs)
@@ -154,7 +161,7 @@ fn measure_experts(session: &mut Session<'_>, model: &Model, format: WeightForma
     let layers = experts.chunks_exact(num_experts).map(|of_layer| Experts::new(of_layer.to_vec()));
     let layers = layers.collect::<Result<Vec<_>>>()?;
     for num_tokens in NUM_TOKENS {
-        let x = tensor(&[num_tokens, hidden_size])?;
+        let x = session.activations(&[num_tokens, hidden_size])?;
         // One token takes other experts in each call; what many tokens take hardly changes.
         let choices: Vec<_> = (0..if num_tokens == 1 { 64 } else { 1 })
             .map(|seed| random_experts(num_tokens, num_experts, top_k, seed))
@@ -195,9 +202,9 @@ fn measure_embedding(session: &mut Session<'_>, format: WeightFormat) -> Result<
     let [rows, cols] = [GRANITE_1B.vocab_size, GRANITE_1B.hidden_size];
     let shape = format!("{} {rows}x{cols}", GRANITE_1B.name);
     let what = format!("{EMBEDDING} {shape} {}", format.name());
-    session.begin(&what);
+    session.begin(&what)?;
     let Some(_) = session.num_copies(&what, format.bytes_for(rows, cols)) else { return Ok(()) };
-    let table = PackedWeight::from_f32(format, rows, cols, &numbers(rows * cols))?;
+    let table = PackedWeight::from_f32(format, rows, cols, &numbers(rows * cols))?.to_device(session.device())?;
     for num_tokens in NUM_TOKENS {
         let work = Work {
             op: EMBEDDING,

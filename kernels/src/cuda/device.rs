@@ -3,9 +3,11 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum;
+use candle_core::cuda_backend::cudarc::driver::sys::{
+    self, CUdevice_attribute, CUfunction_attribute_enum, CUmemPool_attribute, CUresult,
+};
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaFunction, CudaModule, DeviceRepr, LaunchArgs, LaunchConfig, PushKernelArg,
+    CudaContext, CudaFunction, CudaModule, DeviceRepr, LaunchArgs, LaunchConfig, PushKernelArg,
 };
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaDevice, DeviceId, WrapErr};
@@ -16,8 +18,11 @@ use crate::error::Result;
 /// The code of all ops, an image for each source.
 static IMAGES: &[&[u8]] = include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 
-/// Dynamic shared memory that a kernel has without asking.
-const SHARED_BYTES: usize = 48 << 10;
+/// Blocks that a grid may have along its second and its third axis.
+const MOST_BLOCKS: usize = 65535;
+
+/// Devices by their number. Candle takes tensors of one number for tensors of one stream.
+static OPENED: Mutex<Vec<(usize, CudaDevice)>> = Mutex::new(Vec::new());
 
 /// What was loaded, by device.
 static LOADED: RwLock<Vec<(DeviceId, Arc<Kernels>)>> = RwLock::new(Vec::new());
@@ -25,15 +30,83 @@ static LOADED: RwLock<Vec<(DeviceId, Arc<Kernels>)>> = RwLock::new(Vec::new());
 struct Kernels {
     modules: Vec<Arc<CudaModule>>,
     /// Those that were launched.
-    functions: Mutex<HashMap<String, CudaFunction>>,
+    functions: Mutex<HashMap<String, Function>>,
 }
 
-/// Opens a device with a stream of its own. Fails if there is none of this number.
+#[derive(Clone)]
+struct Function {
+    code: CudaFunction,
+    /// Dynamic shared memory that was asked for.
+    shared_bytes: usize,
+}
+
+/// How many devices there are. Fails where a driver is there and does not work.
+pub(crate) fn count() -> Result<usize> {
+    match CudaContext::device_count() {
+        Ok(count) => Ok(usize::try_from(count).unwrap_or(0)),
+        Err(error) if error.0 == CUresult::CUDA_ERROR_NO_DEVICE => Ok(0),
+        Err(error) => Err(candle_core::Error::wrap(error).into()),
+    }
+}
+
+/// A device with a stream of its own, the same one whenever it is asked for. Fails if there is none of this number.
 pub(crate) fn open(ordinal: usize) -> Result<Device> {
+    let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, device)) = opened.iter().find(|(number, _)| *number == ordinal) {
+        return Ok(Device::Cuda(device.clone()));
+    }
     let device = CudaDevice::new_with_stream(ordinal)?;
     // SAFETY: all tensors of a device are used on its one stream, in whose order memory is given back too.
     unsafe { device.disable_event_tracking() };
+    keep_memory(&device)?;
+    opened.push((ordinal, device.clone()));
     Ok(Device::Cuda(device))
+}
+
+/// Keeps memory that is given back for who asks next: by default the device's pool returns it to the system whenever somebody
+/// waits for the stream, and each layer would map its memory anew.
+fn keep_memory(device: &CudaDevice) -> candle_core::Result<()> {
+    if attribute(device, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED)? == 0 {
+        return Ok(());
+    }
+    let (mut pool, mut kept) = (std::ptr::null_mut(), u64::MAX);
+    // SAFETY: a device that is open, and where its pool goes.
+    unsafe { sys::cuDeviceGetDefaultMemPool(&raw mut pool, device.cuda_stream().context().cu_device()) }
+        .result()
+        .w()?;
+    let threshold = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: the attribute is a number of 64 bits.
+    unsafe { sys::cuMemPoolSetAttribute(pool, threshold, (&raw mut kept).cast()) }.result().w()
+}
+
+/// What a device says of itself.
+pub(crate) fn attribute(device: &CudaDevice, attribute: CUdevice_attribute) -> candle_core::Result<usize> {
+    Ok(device.cuda_stream().context().attribute(attribute).w()? as usize)
+}
+
+/// Dynamic and static shared memory that a block may ask for.
+pub(crate) fn most_shared_bytes(device: &CudaDevice) -> candle_core::Result<usize> {
+    attribute(device, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
+}
+
+/// What the bits of a result depend on: which matrix instructions there are, and how much of a row a block holds.
+pub(crate) fn kind(device: &CudaDevice) -> candle_core::Result<String> {
+    let (major, minor) = device.cuda_stream().context().compute_capability().w()?;
+    Ok(format!("cuda sm_{major}{minor} with {} bytes of shared memory", most_shared_bytes(device)?))
+}
+
+/// `cuda:0`, with the name that its driver gives.
+pub(crate) fn name(device: &CudaDevice) -> candle_core::Result<String> {
+    let stream = device.cuda_stream();
+    let context = stream.context();
+    Ok(format!("cuda:{} ({})", context.ordinal(), context.name().w()?))
+}
+
+/// Bytes that are free when all that was launched is done, and all of them.
+pub(crate) fn memory(device: &CudaDevice) -> candle_core::Result<(usize, usize)> {
+    let stream = device.cuda_stream();
+    stream.synchronize().w()?;
+    stream.context().mem_get_info().w()
 }
 
 /// A launch's shape.
@@ -82,12 +155,13 @@ pub(crate) unsafe fn launch(
     let [Ok(x), Ok(y), Ok(z)] = grid.map(u32::try_from) else {
         bail!("{kernel}: {grid:?} blocks are too many");
     };
-    let function = loaded(device)?.function(kernel)?;
-    if shared_bytes > SHARED_BYTES {
-        let attribute = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        function.set_attribute(attribute, shared_bytes as i32).w()?;
+    if grid[1].max(grid[2]) > MOST_BLOCKS {
+        bail!("{kernel}: of {grid:?} blocks the last two may be {MOST_BLOCKS}; batches of fewer tokens have fewer");
     }
     let stream = device.cuda_stream();
+    // Kernels are found and changed in the context of the thread.
+    stream.context().bind_to_thread().w()?;
+    let function = loaded(device)?.function(kernel, shared_bytes)?;
     let mut builder = stream.launch_builder(&function);
     for argument in arguments {
         argument.push(&mut builder);
@@ -119,15 +193,23 @@ fn loaded(device: &CudaDevice) -> candle_core::Result<Arc<Kernels>> {
 }
 
 impl Kernels {
-    fn function(&self, name: &str) -> candle_core::Result<CudaFunction> {
+    /// A kernel that may be launched with so much dynamic shared memory.
+    fn function(&self, name: &str, shared_bytes: usize) -> candle_core::Result<CudaFunction> {
         let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(found) = functions.get(name) {
-            return Ok(found.clone());
+        if let Some(found) = functions.get(name).filter(|found| found.shared_bytes >= shared_bytes) {
+            return Ok(found.code.clone());
         }
-        let Some(found) = self.modules.iter().find_map(|module| module.load_function(name).ok()) else {
+        let known = functions.get(name).map(|found| found.code.clone());
+        let load = || self.modules.iter().find_map(|module| module.load_function(name).ok());
+        let Some(code) = known.or_else(load) else {
             bail!("no device code has a kernel {name}");
         };
-        functions.insert(name.to_owned(), found.clone());
-        Ok(found)
+        if shared_bytes > 0 {
+            // How much there is without asking depends on the static arrays of the kernel.
+            let attribute = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            code.set_attribute(attribute, shared_bytes as i32).w()?;
+        }
+        functions.insert(name.to_owned(), Function { code: code.clone(), shared_bytes });
+        Ok(code)
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::driver::sys::CUresult;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr};
 use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorage, DeviceId, WrapErr};
 use candle_core::{DType, Layout, bail};
@@ -81,8 +82,15 @@ pub(crate) fn output(device: &CudaDevice, dtype: DType, len: usize) -> candle_co
 
 /// Memory that a kernel is to write; a number at least, as no device gives none.
 pub(crate) fn scratch<T: DeviceRepr>(device: &CudaDevice, len: usize) -> candle_core::Result<CudaSlice<T>> {
+    let len = len.max(1);
     // SAFETY: kernels write what others read.
-    unsafe { device.alloc::<T>(len.max(1)) }
+    unsafe { device.cuda_stream().alloc::<T>(len) }.or_else(|error| {
+        if error.0 != CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+            return Err(error).w();
+        }
+        let (needed, (free, total)) = (len * size_of::<T>(), super::device::memory(device)?);
+        bail!("the device has no memory for {needed} bytes: {free} of {total} bytes are free")
+    })
 }
 
 /// A copy on the device.
@@ -92,6 +100,17 @@ pub(crate) fn upload<T: DeviceRepr + 'static>(device: &CudaDevice, values: &[T])
         device.cuda_stream().memcpy_htod(values, &mut target.slice_mut(..values.len())).w()?;
     }
     Ok(target)
+}
+
+/// A copy on the host, which is there when this returns: a copy into memory that the driver did not lock may still be on its way.
+pub(crate) fn download<T: DeviceRepr + Clone + Default>(
+    device: &CudaDevice,
+    values: &CudaSlice<T>,
+) -> candle_core::Result<Vec<T>> {
+    let stream = device.cuda_stream();
+    let copy = stream.clone_dtoh(values).w()?;
+    stream.synchronize().w()?;
+    Ok(copy)
 }
 
 /// Numbers that are uploaded when a device first asks for them.

@@ -1,5 +1,4 @@
 //! One folder per op: contract and checks in `mod.rs`, the oracle in `reference.rs`, the fast path in `cpu.rs`, device code in `.cu`.
-//! `sampling` has device code alone so far: its rules are those of `engine/sampling`, which its tests repeat.
 
 pub(crate) mod argmax;
 pub(crate) mod attention;
@@ -17,3 +16,4 @@ pub(crate) mod pointwise;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;
 pub(crate) mod route;
+pub(crate) mod sampling;

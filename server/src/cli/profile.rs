@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use super::line_file::{BYTE_ORDER_MARK, lines, open};
 use super::reading::{Reading, bar, start_token};
 use super::serve::{load_text, model_name};
-use crate::config::{ExpertShare, QuantType, WeightType};
+use crate::config::{DeviceName, ExpertShare, QuantType, WeightType};
 use crate::conversation::Conversation;
 use crate::hub::{self, HubOptions};
 use crate::openai::chat::ChatOptions;
@@ -54,6 +54,9 @@ pub struct ProfileArgs {
     /// Tokens that are read at once, 2 to 65536
     #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(2..=65_536))]
     pub context: u32,
+    /// Where the model computes: auto, cpu, cuda or cuda:N
+    #[arg(long, default_value_t)]
+    pub device: DeviceName,
     /// Compute threads; all cores the process may run on where not given
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
@@ -71,9 +74,9 @@ pub fn run(args: &ProfileArgs) -> anyhow::Result<()> {
     }
     let model_dir = hub::resolve(&args.model, &HubOptions::from_env(args.revision.clone()), &MultiProgress::new())?;
     let (tokenizer, template) = load_text(&model_dir, None)?;
-    let &ProfileArgs { dtype, quant, context, threads, expert_memory, .. } = args;
+    let &ProfileArgs { dtype, quant, context, threads, device, expert_memory, .. } = args;
     let mut model =
-        Reading { dtype, quant, kv_dtype: KvDtype::Auto, context, threads, expert_memory }.load(&model_dir)?;
+        Reading { dtype, quant, kv_dtype: KvDtype::Auto, device, context, threads, expert_memory }.load(&model_dir)?;
     let has_experts = !model.runner.expert_loads().layers().is_empty();
     ensure!(has_experts, "{} has no experts, of which there could be a profile", model_dir.display());
     let mut reader = Reader {

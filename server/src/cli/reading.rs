@@ -6,7 +6,7 @@ use engine::{EngineConfig, EngineError, ExpertConfig, KvDtype, LoadedModel, load
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::serve::available_memory;
-use crate::config::{ExpertShare, QuantType, WeightType};
+use crate::config::{DeviceName, ExpertShare, QuantType, WeightType};
 use crate::text::{EncodeOptions, Tokenizer};
 
 /// How it is loaded.
@@ -15,6 +15,7 @@ pub struct Reading {
     pub dtype: WeightType,
     pub quant: QuantType,
     pub kv_dtype: KvDtype,
+    pub device: DeviceName,
     /// Tokens that are read at once.
     pub context: u32,
     pub threads: Option<u16>,
@@ -29,6 +30,7 @@ impl Reading {
     /// Those of loading.
     pub fn load(self, model_dir: &Path) -> anyhow::Result<LoadedModel> {
         let config = EngineConfig {
+            device: self.device.0,
             dtype: self.dtype.into(),
             quant: self.quant.into(),
             kv_dtype: self.kv_dtype,

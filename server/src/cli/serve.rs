@@ -106,6 +106,7 @@ fn start_loading(app: Arc<App>, tiers: Tiers) -> anyhow::Result<oneshot::Receive
             tracing::info!(
                 model = %app.model_names[0],
                 threads = summary.threads,
+                device = summary.device,
                 isa = summary.isa,
                 weights = summary.weight_formats.join("+"),
                 weight_bytes = summary.weight_bytes,
@@ -223,6 +224,8 @@ fn find_model(config: &Config) -> anyhow::Result<PathBuf> {
 
 fn engine_config(config: &Config, model_dir: PathBuf, available_memory: u64) -> EngineConfig {
     EngineConfig {
+        device: config.device.0,
+        gpu_memory_utilization: config.gpu_memory_utilization,
         dtype: config.dtype.into(),
         quant: config.quant.into(),
         experts: ExpertConfig {

@@ -21,8 +21,8 @@ use reference::SettingsCommand;
 pub use reference::reference;
 pub use routing::CapacityMode;
 pub use values::{
-    ByteSize, DeepestTier, ExpertShare, IsaType, KvTierType, KvType, LogFormat, PolicyType, QuantType, ReadType,
-    Seconds, Secret, WarmupType, WeightType,
+    ByteSize, DeepestTier, DeviceName, ExpertShare, IsaType, KvTierType, KvType, LogFormat, PolicyType, QuantType,
+    ReadType, Seconds, Secret, WarmupType, WeightType,
 };
 
 /// Why the configuration cannot be used.
@@ -127,6 +127,12 @@ settings! {
         /// Storage type of keys and values in the KV cache; auto is f32 for f32 weights, else bf16
         #[arg(long, env = "MOESAIC_KV_CACHE_DTYPE")]
         kv_cache_dtype: KvType = KvType::Auto;
+        /// Where the model computes: auto, cpu, cuda or cuda:N; auto is the first GPU of a build with CUDA, else the CPU
+        #[arg(long, env = "MOESAIC_DEVICE")]
+        device: DeviceName = DeviceName::default();
+        /// Share of a GPU's memory, 0.05 to 1, that weights, KV cache and steps take beside what others have of it
+        #[arg(long, env = "MOESAIC_GPU_MEMORY_UTILIZATION")]
+        gpu_memory_utilization: f64 = 0.9;
         /// Instruction set of the kernels; auto is the fastest that the machine has
         #[arg(long, env = "MOESAIC_ISA")]
         isa: IsaType = IsaType::Auto;
@@ -243,7 +249,7 @@ settings! {
         /// File with a Jinja chat template that replaces the model's own
         #[arg(long, env = "MOESAIC_CHAT_TEMPLATE")]
         chat_template: PathBuf;
-        /// Bytes of the KV cache (2GiB); what --max-num-seqs full sequences need, at most 40 % of free memory, where not set
+        /// Bytes of the KV cache (2GiB); what --max-num-seqs full sequences need, at most 40 % of free memory, where not set; on a GPU all that is left of its share
         #[arg(long, env = "MOESAIC_KV_CACHE_MEMORY")]
         kv_cache_memory: ByteSize;
         /// Limit on the tokens of an expert in a step, in even shares of it, 0.01 to 1000; couples requests, none where not set
@@ -359,6 +365,10 @@ impl Config {
         self.check_caches()?;
         self.check_experts()?;
         self.check_routing()?;
+        if !(0.05..=1.0).contains(&self.gpu_memory_utilization) {
+            let value = self.gpu_memory_utilization.to_string();
+            return Err(ConfigError::OutOfRange { setting: "gpu_memory_utilization", value, allowed: "0.05 to 1" });
+        }
         for (setting, seconds) in [
             ("request_timeout", self.request_timeout),
             ("keep_alive_interval", self.keep_alive_interval),

@@ -5,7 +5,9 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use engine::{BlockCoding, ExpertMemory, ExpertPolicy, ExpertWarmup, KvDtype, ReadMode, WeightDtype, WeightQuant};
+use engine::{
+    BlockCoding, DeviceChoice, ExpertMemory, ExpertPolicy, ExpertWarmup, KvDtype, ReadMode, WeightDtype, WeightQuant,
+};
 use serde::{Deserialize, Serialize};
 
 /// `--dtype`.
@@ -151,6 +153,36 @@ impl ReadType {
             Self::Cached => Some(ReadMode::Cached),
             Self::Direct => Some(ReadMode::Direct),
         }
+    }
+}
+
+/// `--device`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DeviceName(pub DeviceChoice);
+
+impl FromStr for DeviceName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        text.trim().parse().map(Self)
+    }
+}
+
+impl fmt::Display for DeviceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl<'de> Deserialize<'de> for DeviceName {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+impl Serialize for DeviceName {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
     }
 }
 

@@ -63,7 +63,13 @@ pub struct ModelInfo {
     /// An encoder reads the prompt.
     has_encoder: bool,
     threads: usize,
-    /// Instruction set of the kernels.
+    /// Where the model computes: `cpu`, or a GPU with its name.
+    device: String,
+    /// Bytes of a GPU's memory; null on the CPU.
+    device_memory_bytes: Option<u64>,
+    /// What of that was free when the model was loaded.
+    device_free_bytes: Option<u64>,
+    /// Instruction set of the kernels that compute on the CPU.
     isa: &'static str,
     has_chat_template: bool,
 }
@@ -108,6 +114,9 @@ fn describe(app: &App, model: &Model) -> ModelInfo {
         has_prefix_cache: summary.has_prefix_cache,
         has_encoder: summary.has_encoder,
         threads: summary.threads,
+        device: summary.device.clone(),
+        device_memory_bytes: summary.device_memory.map(|memory| memory.total_bytes),
+        device_free_bytes: summary.device_memory.map(|memory| memory.free_bytes),
         isa: summary.isa,
         has_chat_template: model.template.is_some(),
     }

@@ -31,7 +31,7 @@ const ALIGNMENT: usize = 256;
 const GUARD_BYTES: usize = 256;
 /// A NaN in every format.
 const POISON: u8 = 0xff;
-/// Dynamic shared memory that a kernel has without asking, and that it may ask for on an H200.
+/// Shared memory, dynamic and static, that a kernel has without asking, and that it may ask for on an H200.
 const SHARED_BYTES: usize = 48 << 10;
 const MOST_SHARED_BYTES: usize = 227 << 10;
 
@@ -339,6 +339,16 @@ pub extern "C" fn cuMemFreeHost(start: *mut c_void) -> c_int {
 }
 
 #[unsafe(no_mangle)]
+pub extern "C" fn cuDeviceGetDefaultMemPool(pool: *mut Handle, _device: c_int) -> c_int {
+    put(pool, named())
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemPoolSetAttribute(_pool: Handle, _attribute: c_int, _value: *mut c_void) -> c_int {
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
 pub extern "C" fn cuModuleLoadData(module: *mut Handle, _image: *const c_void) -> c_int {
     put(module, named())
 }
@@ -356,7 +366,8 @@ pub extern "C" fn cuModuleUnload(_module: Handle) -> c_int {
 /// A kernel by its name; lives as long as the process, as there are only so many.
 pub struct Function {
     name: CString,
-    most_shared_bytes: AtomicUsize,
+    /// Dynamic shared memory that was asked for.
+    asked_bytes: AtomicUsize,
 }
 
 #[unsafe(no_mangle)]
@@ -367,7 +378,7 @@ pub extern "C" fn cuModuleGetFunction(function: *mut *const Function, _module: H
         eprintln!("emulated device: there is no kernel {name:?}");
         return NOT_FOUND;
     }
-    let found = Function { name: name.to_owned(), most_shared_bytes: AtomicUsize::new(SHARED_BYTES) };
+    let found = Function { name: name.to_owned(), asked_bytes: AtomicUsize::new(0) };
     put(function, ptr::from_ref(Box::leak(Box::new(found))))
 }
 
@@ -379,7 +390,7 @@ pub extern "C" fn cuFuncSetAttribute(function: *const Function, attribute: c_int
     if attribute != FUNCTION_MOST_SHARED_BYTES || !fits {
         return INVALID_VALUE;
     }
-    function.most_shared_bytes.store(value as usize, Ordering::Relaxed);
+    function.asked_bytes.store(value as usize, Ordering::Relaxed);
     SUCCESS
 }
 
@@ -400,23 +411,24 @@ pub unsafe extern "C" fn cuLaunchKernel(
     // SAFETY: functions live as long as the process.
     let function = unsafe { &*function };
     let (grid, block) = ([grid_x, grid_y, grid_z], [block_x, block_y, block_z]);
-    let is_too_wide = grid_y > 65535 || grid_z > 65535;
-    if is_too_wide || shared_bytes as usize > function.most_shared_bytes.load(Ordering::Relaxed) {
-        eprintln!(
-            "emulated device: {:?} on a grid of {grid:?} with {shared_bytes} bytes of shared memory",
-            function.name
-        );
+    if grid_y > 65535 || grid_z > 65535 {
+        eprintln!("emulated device: {:?} on a grid of {grid:?}", function.name);
         return INVALID_VALUE;
     }
     let launch = Launch { grid, block, shared_bytes: shared_bytes as usize, seed: *SEED as u32 };
     // SAFETY: the caller passes an address for each argument.
-    match unsafe { emulator::launch_with(&function.name, launch, params) } {
-        Ok(()) => SUCCESS,
-        Err(error) => {
-            eprintln!("emulated device: {error}");
-            LAUNCH_FAILED
-        }
+    if let Err(error) = unsafe { emulator::launch_with(&function.name, launch, params) } {
+        eprintln!("emulated device: {error}");
+        return LAUNCH_FAILED;
     }
+    // How much is static shows only now.
+    let (dynamic, fixed) = (shared_bytes as usize, emulator::static_shared_bytes());
+    let asked = function.asked_bytes.load(Ordering::Relaxed);
+    if dynamic + fixed > SHARED_BYTES && dynamic > asked || dynamic + fixed > MOST_SHARED_BYTES {
+        eprintln!("emulated device: {:?} with {dynamic} + {fixed} bytes of shared memory", function.name);
+        return INVALID_VALUE;
+    }
+    SUCCESS
 }
 
 #[unsafe(no_mangle)]

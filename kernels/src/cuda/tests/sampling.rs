@@ -1,39 +1,23 @@
-//! Sampling and log-probabilities, beside the rules of `engine/sampling`, which are repeated here until they are an op of this crate.
-
-use std::cmp::Ordering;
+//! Sampling and log-probabilities, beside the rules of the CPU.
 
 use emulator::{Argument, Launch};
 use half::bf16;
 
 use super::{GUARD, Number, bits, for_activations, outputs, outputs_in, stored, widened};
+use crate::cuda::address::Address;
 use crate::ops::argmax::argmax;
 use crate::ops::boltzmann::boltzmann;
+use crate::ops::sampling::Draw;
+use crate::ops::sampling::arguments::{Adjustment, AdjustmentLists, LogprobRow, NONE, SampleRow, VOCAB_THREADS};
+use crate::ops::sampling::cpu::{self, Candidate};
 use crate::testing::Numbers;
-
-/// `VOCAB_THREADS` of `sampling.cuh`.
-const VOCAB_THREADS: u32 = 512;
-/// No token, no mask.
-const NONE: u32 = u32::MAX;
 
 /// # Safety
 /// As [`emulator::launch`].
 unsafe fn launch(kernel: &str, blocks: usize, seed: u32, arguments: &[&dyn Argument]) {
-    let shape = Launch { grid: [blocks as u32, 1, 1], block: [VOCAB_THREADS, 1, 1], shared_bytes: 0, seed };
+    let shape = Launch { grid: [blocks as u32, 1, 1], block: [VOCAB_THREADS as u32, 1, 1], shared_bytes: 0, seed };
     // SAFETY: the caller's.
     unsafe { emulator::launch(kernel, shape, arguments) }.unwrap();
-}
-
-/// `struct SampleRow` of `sample.cu`.
-#[derive(Clone, Copy, Debug)]
-#[repr(C)]
-struct SampleRow {
-    row: u32,
-    top_k: u32,
-    temperature: f32,
-    top_p: f32,
-    min_p: f32,
-    is_adjusted: u32,
-    uniform: f64,
 }
 
 /// Draws from all that weighs something.
@@ -51,28 +35,12 @@ fn device_sample<T: Number>(logits: &[T], vocab_size: usize, rows: &[SampleRow],
     out
 }
 
-/// A token and its weight.
-type Candidate = (u32, f64);
-
 /// What may be drawn, in the order in which it is.
 fn candidates(logits: &[f32], params: &SampleRow) -> Vec<Candidate> {
-    let max = logits[argmax(logits).unwrap()];
-    let weights = boltzmann(logits, max, params.temperature);
-    let all = weights.iter().enumerate().filter(|&(_, &weight)| weight > 0.0 && weight >= params.min_p);
-    let mut kept: Vec<Candidate> = all.map(|(token, &weight)| (token as u32, f64::from(weight))).collect();
-    let by_weight = |a: &Candidate, b: &Candidate| -> Ordering { b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)) };
-    if params.top_k != 0 {
-        kept.sort_unstable_by(by_weight);
-        kept.truncate(params.top_k as usize);
-        kept.sort_unstable_by_key(|&(token, _)| token);
-    }
-    if params.top_p < 1.0 {
-        let wanted = f64::from(params.top_p) * total(&kept);
-        kept.sort_unstable_by(by_weight);
-        let enough = running(&kept).position(|sum| sum >= wanted);
-        kept.truncate(enough.map_or(kept.len(), |idx| idx + 1));
-    }
-    kept
+    let SampleRow { temperature, top_k, top_p, min_p, uniform, .. } = *params;
+    let (bias, forbidden, penalties) = (Vec::new(), Vec::new(), None);
+    let draw = Draw { temperature, top_k, top_p, min_p, uniform, bias, forbidden, penalties };
+    cpu::candidates(logits, logits[argmax(logits).unwrap()], &draw)
 }
 
 fn total(candidates: &[Candidate]) -> f64 {
@@ -239,30 +207,6 @@ fn rows_without_a_usable_number_give_no_token() {
     }
 }
 
-/// `struct Adjustment` of `adjust_logits.cu`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Adjustment {
-    row: u32,
-    mask: u32,
-    /// First and number of biases, forbidden tokens, tokens that were seen.
-    parts: [[u32; 2]; 3],
-    /// For repetition, frequency and presence.
-    penalties: [f32; 3],
-}
-
-/// `struct AdjustmentLists`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Lists {
-    bias_tokens: *const u32,
-    biases: *const f32,
-    forbidden: *const u32,
-    seen: *const u32,
-    output_counts: *const u32,
-    masks: *const u32,
-}
-
 /// What one row is adjusted by.
 struct Wanted {
     row: usize,
@@ -335,13 +279,13 @@ fn adjust<T: Number>(logits: *const T, out: *mut f32, vocab_size: usize, wanted:
     }
     let (bias_tokens, biases): (Vec<u32>, Vec<f32>) = biases.into_iter().unzip();
     let (seen, output_counts): (Vec<u32>, Vec<u32>) = seen.into_iter().unzip();
-    let lists = Lists {
-        bias_tokens: bias_tokens.as_ptr(),
-        biases: biases.as_ptr(),
-        forbidden: forbidden.as_ptr(),
-        seen: seen.as_ptr(),
-        output_counts: output_counts.as_ptr(),
-        masks: masks.as_ptr(),
+    let lists = AdjustmentLists {
+        bias_tokens: Address::of_host(bias_tokens.as_ptr()),
+        biases: Address::of_host(biases.as_ptr()),
+        forbidden: Address::of_host(forbidden.as_ptr()),
+        seen: Address::of_host(seen.as_ptr()),
+        output_counts: Address::of_host(output_counts.as_ptr()),
+        masks: Address::of_host(masks.as_ptr()),
     };
     let (kernel, size) = (format!("adjust_logits_{}", T::NAME), vocab_size as u32);
     // SAFETY: the arguments of the kernel; the parts are those of the lists.
@@ -404,7 +348,8 @@ fn device_logprobs<T: Number>(
     num_top: &[u32],
 ) -> (Vec<f32>, Vec<u32>, Vec<f32>) {
     let max_top = 8u32;
-    let rows: Vec<[u32; 2]> = num_top.iter().enumerate().map(|(row, &num_top)| [row as u32, num_top]).collect();
+    let rows: Vec<LogprobRow> =
+        num_top.iter().enumerate().map(|(row, &num_top)| LogprobRow { row: row as u32, num_top }).collect();
     let (len, top_len) = (rows.len(), rows.len() * max_top as usize);
     let run = |seed, logprobs: *mut f32, top_tokens: *mut u32, top_logprobs: *mut f32| {
         let (kernel, size) = (format!("log_softmax_top_{}", T::NAME), vocab_size as u32);

@@ -1,9 +1,9 @@
 //! Attention on a CUDA device: a block for each task of the plan and key-value head, then what was split is joined.
 
 use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr};
-use candle_core::cuda_backend::{CudaDevice, WrapErr};
 use candle_core::{CudaStorage, Layout, bail};
 
 use super::HeadLayout;
@@ -12,7 +12,7 @@ use super::plan::{Limits, Plan, Shape, SplitRow, Task, fair_splits};
 use super::variant::{Kernel, Operands, choose};
 use crate::cuda::ROW_THREADS;
 use crate::cuda::batch::DevicePlan;
-use crate::cuda::device::{Argument, Launch, launch};
+use crate::cuda::device::{Argument, Launch, attribute, launch, most_shared_bytes};
 use crate::cuda::memory::{Address, aligned_activations, name_of, output, scratch, upload};
 use crate::ops::paged_attention::{LearnedScores, Reach};
 use crate::paged_cache::{PagedBatch, PagedCache};
@@ -104,13 +104,12 @@ pub(crate) fn forward(call: &Call<'_>) -> candle_core::Result<CudaStorage> {
 
 impl Call<'_> {
     fn operands(&self) -> candle_core::Result<Operands> {
-        let attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         Ok(Operands {
             types: [name_of(self.q[0].0.dtype())?, name_of(self.cache.format().dtype())?],
             heads: self.heads,
             query_dims: [self.q[0].2, self.q.get(1).map_or(0, |part| part.2)],
             width: self.cache.width(),
-            most_shared_bytes: number(self.q[0].0.device(), attribute)?,
+            most_shared_bytes: most_shared_bytes(self.q[0].0.device())?,
         })
     }
 
@@ -129,19 +128,14 @@ impl Call<'_> {
     }
 }
 
-/// What a device says of itself.
-fn number(device: &CudaDevice, attribute: CUdevice_attribute) -> candle_core::Result<usize> {
-    Ok(device.cuda_stream().context().attribute(attribute).w()? as usize)
-}
-
 fn planned(
     device: &CudaDevice,
     batch: &PagedBatch,
     shape: &Shape,
     value_dim: usize,
 ) -> candle_core::Result<DevicePlan> {
-    let attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-    let num_blocks = BLOCKS_OF_MULTIPROCESSOR * number(device, attribute)?;
+    let num_multiprocessors = attribute(device, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+    let num_blocks = BLOCKS_OF_MULTIPROCESSOR * num_multiprocessors;
     let slot_bytes = (2 + value_dim) * size_of::<f32>();
     let limits =
         Limits { most_splits: fair_splits(batch, shape, num_blocks), most_slots: MOST_PARTIAL_BYTES / slot_bytes };

@@ -6,18 +6,16 @@ use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr};
 use candle_core::op::BackpropOp;
-use candle_core::{CudaStorage, Layout, Storage, Tensor};
+use candle_core::{Storage, Tensor};
 
 use super::arguments::{COLUMNS, CONV_ROWS, Delta, Sequences, recurrence};
 use super::{DeltaWeights, OP};
 use crate::cuda::ROW_THREADS;
 use crate::cuda::device::{Argument, Launch, launch};
-use crate::cuda::memory::{Address, activations, name_of, output, scratch, upload};
+use crate::cuda::memory::{Address, Operand, activations, name_of, output, scratch, upload};
 use crate::error::{KernelError, Result};
 use crate::paged_cache::PagedBatch;
 use crate::state_cache::StateCache;
-
-type Operand<'a> = (&'a CudaStorage, &'a Layout);
 
 // SAFETY: numbers.
 unsafe impl DeviceRepr for Delta {}

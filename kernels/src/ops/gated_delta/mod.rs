@@ -135,6 +135,9 @@ pub fn gated_delta(
     if !states.is_on(qkv.device()) {
         return Err(KernelError::OtherDevice { op: OP, what: "states" });
     }
+    if !gates.device().same_device(qkv.device()) {
+        return Err(KernelError::OtherDevice { op: OP, what: "gates" });
+    }
     let (qkv, qkv_layout) = qkv.storage_and_layout();
     let (gates, gates_layout) = gates.storage_and_layout();
     #[cfg(feature = "cuda")]

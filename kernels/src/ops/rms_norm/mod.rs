@@ -13,19 +13,19 @@ use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Shape, Tensor};
 
 use crate::check::{Input, f32_output, f32_slice};
-use crate::error::Result;
+use crate::error::{KernelError, Result};
 
 const OP: &str = "rms_norm";
 
-/// `x / sqrt(mean(x²) + eps) * weight` over the last dimension. Fails unless both are f32 and contiguous, and the
-/// weight as long as the last dimension.
+/// `x / sqrt(mean(x²) + eps) * weight` over the last dimension. Fails unless both are contiguous, the weight f32 and as long
+/// as the last dimension, and `x` f32, or bf16 on a CUDA device.
 pub fn rms_norm(x: &Tensor /* [.., D] */, weight: &Tensor /* [D] */, eps: f32) -> Result<Tensor> {
     check(x, weight)?;
     Ok(x.apply_op2_no_bwd(weight, &RmsNorm { eps })?)
 }
 
 /// The norm of `x + residual`, and `x + residual`, which is the residual of the next layer. Fails as [`rms_norm`], or
-/// if the residual is not shaped as `x`.
+/// if the residual is not of the shape and type of `x`.
 pub fn rms_norm_residual(
     x: &Tensor,        /* [.., D] */
     residual: &Tensor, /* [.., D] */
@@ -34,6 +34,9 @@ pub fn rms_norm_residual(
 ) -> Result<(Tensor, Tensor)> {
     check(x, weight)?;
     Input { op: OP, what: "residual", tensor: residual }.has_dims(x.dims())?;
+    if residual.dtype() != x.dtype() {
+        return Err(KernelError::DType { op: OP, what: "residual", got: residual.dtype(), expected: x.dtype() });
+    }
     let both = x.apply_op3_no_bwd(residual, weight, &RmsNorm { eps })?;
     Ok((both.get(0)?, both.get(1)?))
 }

@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::command_line;
 use super::report::Machine;
-use crate::config::ByteSize;
+use crate::config::{ByteSize, DeviceName};
 
 #[derive(Args, Debug)]
 pub struct KernelsArgs {
@@ -22,6 +22,9 @@ pub struct KernelsArgs {
     /// Compute threads [default: one for each CPU that the process may use]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub threads: Option<u32>,
+    /// Where ops compute: auto, cpu, cuda or cuda:N
+    #[arg(long, default_value_t)]
+    pub device: DeviceName,
     /// Memory for the weights and caches that are rotated over; as much again, 1 GiB at most, for the read test
     #[arg(long, default_value = "2GiB")]
     pub memory: ByteSize,
@@ -38,6 +41,7 @@ pub fn run(args: KernelsArgs) -> anyhow::Result<()> {
     let options = BenchOptions {
         ops: args.op,
         threads: args.threads.map(|threads| threads as usize),
+        device: args.device.0,
         memory_bytes: usize::try_from(args.memory.0).context("--memory is larger than the address space")?,
     };
     let bar = ProgressBar::new_spinner().with_style(ProgressStyle::with_template("{spinner} {elapsed} {msg}")?);
@@ -63,16 +67,18 @@ const NUM_WORD_COLUMNS: usize = 3;
 /// Limits, then an aligned table.
 fn text(machine: &Machine, report: &BenchReport) -> String {
     let threads = report.threads;
-    let mut out = format!("{}, {} cores, {threads} threads, {}\n\n", machine.cpu, machine.cores, report.isa);
-    let mut limits = vec![
-        ("memory read, 1 thread".to_owned(), format!("{:.2} GB/s", report.limits.read_bandwidth_1 / 1e9)),
-        (format!("memory read, {threads} threads"), format!("{:.2} GB/s", report.limits.read_bandwidth / 1e9)),
-    ];
+    let of_machine = format!("{}, {} cores, {threads} threads, {}", machine.cpu, machine.cores, report.isa);
+    let (machine, all) = match report.device.as_str() {
+        "cpu" => (of_machine, format!(", {threads} threads")),
+        device => (device.to_owned(), String::new()),
+    };
+    let mut out = format!("{machine}\n\n");
+    let rate = |bandwidth: f64| format!("{:.2} GB/s", bandwidth / 1e9);
+    let mut limits = Vec::new();
+    limits.extend(report.limits.read_bandwidth_1.map(|found| ("memory read, 1 thread".to_owned(), rate(found))));
+    limits.push((format!("memory read{all}"), rate(report.limits.read_bandwidth)));
     limits.extend(report.limits.peaks.iter().map(|peak| {
-        (
-            format!("{}, {threads} threads", peak.unit.name()),
-            format!("{:.3} TFLOP/s", peak.operations_per_second / 1e12),
-        )
+        (format!("{}{all}", peak.unit.name()), format!("{:.3} TFLOP/s", peak.operations_per_second / 1e12))
     }));
     let width = limits.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     for (name, value) in limits {
@@ -129,6 +135,7 @@ struct JsonReport<'a> {
     command: String,
     machine: Machine,
     isa: &'static str,
+    device: &'a str,
     threads: usize,
     limits: JsonLimits,
     rows: Vec<JsonRow<'a>>,
@@ -137,7 +144,9 @@ struct JsonReport<'a> {
 
 #[derive(Serialize)]
 struct JsonLimits {
-    read_1_thread_gb_per_s: f64,
+    /// Not of a device.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    read_1_thread_gb_per_s: Option<f64>,
     read_gb_per_s: f64,
     peaks: Vec<JsonPeak>,
 }
@@ -170,9 +179,10 @@ impl<'a> JsonReport<'a> {
             command: command_line(std::env::args_os()),
             machine,
             isa: report.isa,
+            device: &report.device,
             threads: report.threads,
             limits: JsonLimits {
-                read_1_thread_gb_per_s: report.limits.read_bandwidth_1 / 1e9,
+                read_1_thread_gb_per_s: report.limits.read_bandwidth_1.map(|found| found / 1e9),
                 read_gb_per_s: report.limits.read_bandwidth / 1e9,
                 peaks: peaks
                     .map(|peak| JsonPeak { unit: peak.unit.name(), tflop_per_s: peak.operations_per_second / 1e12 })

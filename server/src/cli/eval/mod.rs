@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use self::score::{Divergence, Score};
 use super::reading::{Reading, bar, start_token};
-use crate::config::{QuantType, WeightType};
+use crate::config::{DeviceName, QuantType, WeightType};
 use crate::hub::{self, HubOptions};
 use crate::text::{EncodeOptions, Tokenizer, TokenizerFiles};
 
@@ -50,6 +50,9 @@ pub struct EvalArgs {
     /// Tokens of a chunk, 2 to 65536; chunks are read each by itself
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(2..=65_536))]
     pub context: u32,
+    /// Where the model computes: auto, cpu, cuda or cuda:N
+    #[arg(long, default_value_t)]
+    pub device: DeviceName,
     /// Compute threads; all cores the process may run on where not given
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
@@ -160,10 +163,10 @@ fn chunks(model_dir: &Path, text: &str, args: &EvalArgs) -> anyhow::Result<Vec<V
 }
 
 fn load(model_dir: &Path, (dtype, quant): (WeightType, QuantType), args: &EvalArgs) -> anyhow::Result<LoadedModel> {
-    let &EvalArgs { context, threads, .. } = args;
+    let &EvalArgs { context, threads, device, .. } = args;
     // What is compared are weights: a cache that rounds would move near ties of routers on its own.
-    let model =
-        Reading { dtype, quant, kv_dtype: KvDtype::F32, context, threads, expert_memory: None }.load(model_dir)?;
+    let model = Reading { dtype, quant, kv_dtype: KvDtype::F32, device, context, threads, expert_memory: None }
+        .load(model_dir)?;
     ensure!(
         !model.summary.has_encoder,
         "{} reads its text with an encoder; measured are models that continue a text",

@@ -177,6 +177,6 @@ fn refuses_what_is_elsewhere() {
             pass.compute(&[(0, first)])
         })
     };
-    assert_eq!(message(on_pass(&moved(&x))), "grouped_swiglu: x is not on the CPU");
+    assert_eq!(message(on_pass(&moved(&x))), "grouped_swiglu: x is not on the device that the op computes on");
     assert_eq!(message(on_pass(&x)), "grouped_swiglu: gate_up is on another device");
 }

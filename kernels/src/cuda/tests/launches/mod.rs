@@ -3,6 +3,7 @@
 
 mod activations;
 mod attention;
+mod bench;
 mod caches;
 mod embedding;
 mod experts;
@@ -10,6 +11,7 @@ mod gated_delta;
 mod linear;
 mod norms;
 mod route;
+mod sampling;
 
 use std::sync::LazyLock;
 

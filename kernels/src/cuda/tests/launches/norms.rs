@@ -51,6 +51,9 @@ fn norms_refuse_what_does_not_fit() {
     let in_bf16 = moved(&weight.to_dtype(DType::BF16).unwrap());
     assert!(rms_norm(&moved(&x), &in_bf16, 1e-5).is_err());
     assert!(rms_norm(&moved(&x), &weight, 1e-5).is_err());
+    let residual = moved(&x.to_dtype(DType::BF16).unwrap());
+    let fault = rms_norm_residual(&moved(&x), &residual, &moved(&weight), 1e-5).unwrap_err();
+    assert_eq!(fault.to_string(), "rms_norm: residual is BF16, expected F32");
     assert!(rms_norm(&moved(&x).t().unwrap(), &moved(&weight), 1e-5).is_err());
 }
 

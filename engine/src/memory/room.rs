@@ -1,0 +1,116 @@
+//! How much memory a model may take: of the host, or of the device that it computes on.
+
+use candle_core::Device;
+use kernels::DeviceMemory;
+
+use crate::config::EngineConfig;
+use crate::error::EngineError;
+
+/// Share of what weights leave that the default KV cache may take of the host, where others live too.
+const HOST_SHARE: f64 = 0.4;
+
+/// What a step takes on a device beside weights and caches, whatever its size: the sums of split attention.
+const STEP_BYTES: u64 = 512 << 20;
+
+/// Activations of a token in the widest layer of known models, and a part of what its experts leave between their products.
+const TOKEN_BYTES: u64 = 1 << 20;
+
+/// Memory for weights and KV cache.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    bytes: u64,
+    /// Of what the weights leave, for a KV cache of no configured size.
+    cache_share: f64,
+    /// Of the device and how much of it may be used, where it is not the host's.
+    device: Option<(DeviceMemory, f64)>,
+}
+
+impl Room {
+    /// Fails where other processes have left nothing of the device.
+    pub fn new(config: &EngineConfig, device: &Device) -> Result<Self, EngineError> {
+        match kernels::device_memory(device)? {
+            None => Ok(Self::of_host(config.available_memory)),
+            Some(memory) => Self::of_device(config, memory),
+        }
+    }
+
+    pub fn of_host(bytes: u64) -> Self {
+        Self { bytes, cache_share: HOST_SHARE, device: None }
+    }
+
+    fn of_device(config: &EngineConfig, memory: DeviceMemory) -> Result<Self, EngineError> {
+        let utilization = config.gpu_memory_utilization;
+        let usable = (memory.total_bytes as f64 * utilization) as u64;
+        let taken = memory.total_bytes - memory.free_bytes;
+        let of_steps = STEP_BYTES + config.max_num_batched_tokens as u64 * TOKEN_BYTES;
+        let room = Self {
+            bytes: usable.saturating_sub(taken + of_steps),
+            cache_share: 1.0,
+            device: Some((memory, utilization)),
+        };
+        room.check("the steps want", of_steps, usable.saturating_sub(taken))?;
+        Ok(room)
+    }
+
+    /// What a KV cache of no configured size may take beside the weights.
+    pub fn for_cache(&self, weight_bytes: u64) -> u64 {
+        (self.bytes.saturating_sub(weight_bytes) as f64 * self.cache_share) as u64
+    }
+
+    /// Refuses weights that leave no room on a device, and a KV cache that does not fit beside them. The host's memory is not
+    /// only ours: it is not refused.
+    pub fn check_weights(&self, weight_bytes: u64, kv_cache_memory: Option<u64>) -> Result<(), EngineError> {
+        self.check("the weights want", weight_bytes, self.bytes)?;
+        self.check("the KV cache wants", kv_cache_memory.unwrap_or(0), self.bytes.saturating_sub(weight_bytes))
+    }
+
+    fn check(&self, what: &'static str, needed: u64, left: u64) -> Result<(), EngineError> {
+        match self.device {
+            Some((memory, utilization)) if needed > left => {
+                Err(EngineError::DeviceMemory { what, needed, left, memory, utilization })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// All of it.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MEMORY: DeviceMemory = DeviceMemory { free_bytes: 7 << 30, total_bytes: 8 << 30 };
+
+    fn on_device(gpu_memory_utilization: f64) -> Result<Room, EngineError> {
+        let config = EngineConfig { gpu_memory_utilization, max_num_batched_tokens: 512, ..EngineConfig::new("") };
+        Room::of_device(&config, MEMORY)
+    }
+
+    #[test]
+    fn a_device_is_used_up_to_its_share() {
+        // A half of 8 GiB, without the GiB of others and the GiB of a step.
+        let room = on_device(0.5).unwrap();
+        assert_eq!(room.bytes(), 2 << 30);
+        assert_eq!(room.for_cache(1 << 30), 1 << 30);
+        assert_eq!(room.for_cache(3 << 30), 0);
+        room.check_weights(1 << 30, Some(1 << 30)).unwrap();
+        let text = room.check_weights(3 << 30, None).unwrap_err().to_string();
+        let expected = "the weights want 3.00 GiB on the device, 2.00 GiB are left for them: it has 8.00 GiB, 7.00 GiB were free, and \
+                        0.5 of all may be used";
+        assert!(text.starts_with(expected), "{text}");
+        let text = room.check_weights(1 << 30, Some(2 << 30)).unwrap_err().to_string();
+        assert!(text.starts_with("the KV cache wants 2.00 GiB on the device, 1.00 GiB are left"), "{text}");
+        assert!(on_device(0.2).unwrap_err().to_string().starts_with("the steps want 1.00 GiB"));
+    }
+
+    #[test]
+    fn the_host_is_shared() {
+        let room = Room::of_host(10 << 30);
+        assert_eq!(room.for_cache(0), 4 << 30);
+        room.check_weights(20 << 30, Some(20 << 30)).unwrap();
+    }
+}
