@@ -33,10 +33,17 @@ pub enum EngineError {
     TensorDtype { name: String, dtype: String, path: PathBuf },
     #[error(
         "{what} {} on the device, {} are left for them: it has {}, {} were free, and {utilization} of all may be used \
-         (--gpu-memory-utilization); hint: --quant int4 makes weights smaller, --max-num-batched-tokens steps, and --device cpu computes beside it",
+         (--gpu-memory-utilization of `serve`); hint: {hint}",
         gib(*.needed), gib(*.left), gib(.memory.total_bytes), gib(.memory.free_bytes)
     )]
-    DeviceMemory { what: &'static str, needed: u64, left: u64, memory: kernels::DeviceMemory, utilization: f64 },
+    DeviceMemory {
+        what: &'static str,
+        needed: u64,
+        left: u64,
+        memory: kernels::DeviceMemory,
+        utilization: f64,
+        hint: &'static str,
+    },
     #[error("the KV cache has room for {capacity} tokens, fewer than one block of {block_size}")]
     KvTooSmall { capacity: usize, block_size: usize },
     #[error(

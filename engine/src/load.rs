@@ -77,6 +77,9 @@ fn load_files(
     config.isa.map_or(Ok(()), kernels::choose_isa)?;
     let threads = kernels::pool::init(config.threads);
     let device = kernels::open_device(config.device)?;
+    if config.experts.memory.is_some() && !device.is_cpu() {
+        return Err(EngineError::ExpertsOnDevice);
+    }
     let room = Room::new(config, &device)?;
     let inspection = inspect_files(files)?;
     let model_config = files.config()?;
@@ -90,7 +93,8 @@ fn load_files(
     let max_len = configured.min(budget::longest_sequence(config, &room, inspection.least_kv_bytes_per_token / 2));
     let max_table_bytes = config.available_memory / TABLE_SHARE;
     let len = ContextLen { configured, reachable: max_len, max_table_bytes };
-    if config.quant == WeightQuant::None {
+    // What the other settings make of them shows when they are loaded.
+    if config.quant == WeightQuant::None && matches!(config.dtype, WeightDtype::Auto | WeightDtype::F32) {
         let needed =
             if config.dtype == WeightDtype::F32 { inspection.memory_bytes_f32 } else { inspection.memory_bytes };
         room.check_weights(needed, None)?;
@@ -267,9 +271,6 @@ fn load_weights(
         load_parts(config, (files, model_config, device), (max_model_len, Experts::InMemory), progress)
     };
     let Some(memory) = config.experts.memory else { return whole(progress) };
-    if !device.is_cpu() {
-        return Err(EngineError::ExpertsOnDevice);
-    }
     if is_packed {
         // What all experts take is known when the layers have asked for them, and that reads nothing.
         let parts = load_parts(config, (files, model_config, device), (max_model_len, Experts::LeftInFiles), progress)?;

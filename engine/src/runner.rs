@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use candle_core::Tensor;
@@ -201,14 +201,15 @@ impl Runner {
         for rows in wanted.chunks(LOGIT_ROWS) {
             let indices: Vec<u32> = rows.iter().map(|wanted| wanted.row).collect();
             let logits = self.model.logits(&gather_rows(&hidden, &indices)?)?.contiguous()?;
-            let asked: Vec<LogitRow> = rows
-                .iter()
-                .map(|wanted| {
-                    let sequence = scheduler.sequence(batch.chunks[wanted.chunk_idx].id);
-                    let sequence = sequence.expect("a scheduled sequence is known");
-                    sampling::asked(sequence, wanted.predicts, &requests[wanted.chunk_idx])
-                })
-                .collect();
+            // Penalties count all tokens of a sequence.
+            let asked: Vec<OnceLock<LogitRow>> = rows.iter().map(|_| OnceLock::new()).collect();
+            kernels::pool::parallel_for(rows.len(), |idx| {
+                let WantedRow { chunk_idx, predicts, .. } = rows[idx];
+                let sequence = scheduler.sequence(batch.chunks[chunk_idx].id).expect("a scheduled sequence is known");
+                let row = sampling::asked(sequence, predicts, &requests[chunk_idx]);
+                assert!(asked[idx].set(row).is_ok(), "every row is asked once");
+            });
+            let asked: Vec<LogitRow> = asked.into_iter().filter_map(OnceLock::into_inner).collect();
             for ((wanted, asked), read) in rows.iter().zip(&asked).zip(kernels::read_logits(&logits, &asked)?) {
                 let output = &mut outputs[wanted.chunk_idx];
                 match asked.choice {
@@ -269,7 +270,7 @@ impl Runner {
     /// The same for a decoder's `tokens` after its encoder has read `source`, in a pass of its own.
     pub fn logits_after(&mut self, source: &[u32], tokens: &[u32]) -> Result<Vec<Vec<f32>>, EngineError> {
         let hidden = self.hidden_after(source, tokens)?;
-        Ok(self.model.logits(&hidden)?.to_vec2::<f32>()?)
+        Ok(kernels::to_host(&self.model.logits(&hidden)?)?.to_vec2::<f32>()?)
     }
 
     /// Reads a prompt for what its routers choose, which is counted in [`Self::expert_loads`]; outside any schedule, as
@@ -336,7 +337,7 @@ impl Runner {
             self.routing.finish_step();
             let faults = self.experts.as_mut().map(ExpertStore::finish_step).unwrap_or_default();
             let draft = refuse((draft, faults))?;
-            guesses.push(draft.logits.to_vec2::<f32>()?);
+            guesses.push(kernels::to_host(&draft.logits)?.to_vec2::<f32>()?);
             hidden = draft.hidden;
         }
         Ok(guesses)

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 
 use crate::error::{KernelError, Result};
 
@@ -88,6 +88,13 @@ pub fn device_name(device: &Device) -> Result<String> {
         Device::Cuda(device) => Ok(cuda::name(device)?),
         _ => Ok("cpu".to_owned()),
     }
+}
+
+/// A copy on the host that is there when this returns: one from a device may still be on its way.
+pub fn to_host(tensor: &Tensor) -> Result<Tensor> {
+    let copy = tensor.to_device(&Device::Cpu)?;
+    tensor.device().synchronize()?;
+    Ok(copy)
 }
 
 /// Memory of a device.

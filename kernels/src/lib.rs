@@ -44,7 +44,7 @@ mod weight;
 /// even by another process that shares a store with this one.
 pub const NUMERICS_VERSION: u32 = 3;
 
-pub use device::{DeviceChoice, DeviceMemory, device_kind, device_memory, device_name, open_device};
+pub use device::{DeviceChoice, DeviceMemory, device_kind, device_memory, device_name, open_device, to_host};
 pub use dispatch::{choose_isa, isa, isas};
 pub use error::{KernelError, Result};
 pub use freed_memory::keep_freed_memory;

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Serve models of published shapes, with random weights made here, and print tokens a second beside what the GPU's memory allows.
 
-    gpu_serving.py --moesaic PROGRAM --work DIR [--shape NAME] [--layers N] [--device cuda] [--memory-rate GB/s]
+    gpu_serving.py --moesaic PROGRAM --work DIR [--shape NAME] [--layers N] [--device cuda] --memory-rate GB/s
 
 Prefill, one stream and 64 streams over HTTP. The bound of one stream is the memory's rate over the bytes that a token reads: all but
 the experts that it is not routed to, without its few thousand keys and values. Needs Python alone.
@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -150,6 +151,9 @@ def make(folder: Path, name: str, num_layers: int | None) -> dict:
 
 @contextlib.contextmanager
 def server(program: str, model: Path, device: str, log: Path):
+    with contextlib.closing(socket.socket()) as probe:
+        if probe.connect_ex(("127.0.0.1", PORT)) == 0:
+            raise RuntimeError(f"something listens on port {PORT} already")
     options = ["--port", str(PORT), "--device", device, "--output-cache", "off", "--enable-prefix-caching=false"]
     options += ["--max-num-seqs", "64", "--max-num-batched-tokens", "2048", "--max-model-len", "4096"]
     with log.open("wb") as out:
@@ -166,13 +170,17 @@ def server(program: str, model: Path, device: str, log: Path):
         yield json.load(urllib.request.urlopen(f"http://127.0.0.1:{PORT}/server_info", timeout=30))["model"]
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def measure(program: str, work: Path, name: str, args: argparse.Namespace):
     folder = work / name
-    config = make(folder, name, args.layers)
     try:
+        config = make(folder, name, args.layers)
         with server(program, folder, args.device, work / f"{name}.log") as info:
             print(f"{name}, {config['num_hidden_layers']} layers, {'+'.join(info['weight_formats'])}, on {info['device']}")
             active = 2 * info["num_active_parameters"] - 2 * config["vocab_size"] * config["hidden_size"]
@@ -188,10 +196,13 @@ def measure(program: str, work: Path, name: str, args: argparse.Namespace):
                 if run["num_succeeded"] < run["num_requests"]:
                     raise RuntimeError(f"{what}: {run['errors']}")
                 prompts, answers = run["num_prompt_tokens"] / run["duration_s"], run["output_tokens_per_s"]
-                share = f", {answers / bound:.0%} of the bound of {bound:.0f}" if what == "one stream" else ""
+                share = ""
+                if what == "one stream":
+                    decode = 1e3 / run["tpot_ms"]["p50"]
+                    share = f", decode {decode:.0f}: {decode / bound:.0%} of the bound of {bound:.0f}"
                 print(f"  {what:24} {prompts:10.1f} tokens/s in, {answers:10.1f} tokens/s out{share}", flush=True)
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def main():
@@ -201,7 +212,7 @@ def main():
     parser.add_argument("--shape", choices=SHAPES, action="append", help="one of them; all where not given")
     parser.add_argument("--layers", type=int, help="layers, where the whole model is too much")
     parser.add_argument("--device", default="cuda", help="where to compute")
-    parser.add_argument("--memory-rate", type=float, default=4800.0, help="GB/s that the device reads; an H200's is 4800")
+    parser.add_argument("--memory-rate", type=float, required=True, help="GB/s that the device reads")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     for name in args.shape or SHAPES:

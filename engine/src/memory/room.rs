@@ -48,7 +48,8 @@ impl Room {
             cache_share: 1.0,
             device: Some((memory, utilization)),
         };
-        room.check("the steps want", of_steps, usable.saturating_sub(taken))?;
+        let hint = "fewer tokens at once (--max-num-batched-tokens, or --context) take less; --device cpu takes the host's memory";
+        room.check("the steps want", (of_steps, usable.saturating_sub(taken)), hint)?;
         Ok(room)
     }
 
@@ -60,14 +61,16 @@ impl Room {
     /// Refuses weights that leave no room on a device, and a KV cache that does not fit beside them. The host's memory is not
     /// only ours: it is not refused.
     pub fn check_weights(&self, weight_bytes: u64, kv_cache_memory: Option<u64>) -> Result<(), EngineError> {
-        self.check("the weights want", weight_bytes, self.bytes)?;
-        self.check("the KV cache wants", kv_cache_memory.unwrap_or(0), self.bytes.saturating_sub(weight_bytes))
+        let hint = "--quant int4 makes them smaller; --device cpu takes the host's memory";
+        self.check("the weights want", (weight_bytes, self.bytes), hint)?;
+        let left = self.bytes.saturating_sub(weight_bytes);
+        self.check("the KV cache wants", (kv_cache_memory.unwrap_or(0), left), "a smaller --kv-cache-memory fits")
     }
 
-    fn check(&self, what: &'static str, needed: u64, left: u64) -> Result<(), EngineError> {
+    fn check(&self, what: &'static str, (needed, left): (u64, u64), hint: &'static str) -> Result<(), EngineError> {
         match self.device {
             Some((memory, utilization)) if needed > left => {
-                Err(EngineError::DeviceMemory { what, needed, left, memory, utilization })
+                Err(EngineError::DeviceMemory { what, needed, left, memory, utilization, hint })
             }
             _ => Ok(()),
         }

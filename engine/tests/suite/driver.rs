@@ -93,7 +93,7 @@ impl Driver {
                 .iter()
                 .zip(found)
                 .filter(|(block, bytes)| {
-                    runner.write_block(**block, BlockCoding::Exact, bytes).expect("there is no device")
+                    runner.write_block(**block, BlockCoding::Exact, bytes).expect("a block that exists")
                 })
                 .count();
             scheduler.loaded(load.id, num_filled);
@@ -117,7 +117,7 @@ impl Driver {
         let progress = scheduler.complete(&batch, &outcomes);
         if let Some(outside) = &mut self.outside {
             let blocks = scheduler.computed_blocks();
-            let read = |block| runner.read_block(block, BlockCoding::Exact).expect("there is no device");
+            let read = |block| runner.read_block(block, BlockCoding::Exact).expect("a block that exists");
             outside.extend(blocks.iter().map(|computed| (computed.name, read(computed.block))));
         }
         for (progress, sampled) in progress.into_iter().zip(sampled) {

@@ -14,7 +14,7 @@ use crate::cuda::device::{Argument, Launch, attribute, launch};
 use crate::cuda::memory::{Address, scratch};
 use crate::error::Result;
 
-/// A kernel is given as much to do as takes it so long.
+/// What is timed is made to take so long.
 const LEAST_SECONDS: f64 = 5e-3;
 const MOST_ROUNDS: u32 = 1 << 20;
 
@@ -53,8 +53,8 @@ impl DeviceProbe {
 
     /// Keeps the best.
     pub(super) fn measure(&mut self) -> Result<()> {
-        let seconds = self.seconds_of_read()?;
-        self.best.read_bandwidth = self.best.read_bandwidth.max(self.memory.len() as f64 / seconds);
+        let found = self.read_bandwidth()?;
+        self.best.read_bandwidth = self.best.read_bandwidth.max(found);
         for idx in 0..self.best.peaks.len() {
             let found = self.operations_per_second(self.best.peaks[idx].unit)?;
             let best = &mut self.best.peaks[idx].operations_per_second;
@@ -67,10 +67,17 @@ impl DeviceProbe {
         &self.best
     }
 
-    fn seconds_of_read(&self) -> Result<f64> {
+    fn read_bandwidth(&self) -> Result<f64> {
         let (values, count) = (Address::of(&self.memory), (self.memory.len() / READ_BYTES) as u64);
-        // What was read is zeros.
-        self.seconds("limit_read", &[&values, &count, &1u32, &Address::of(&self.out)])
+        let mut passes = 1;
+        loop {
+            // What was read is zeros.
+            let seconds = self.seconds("limit_read", passes, &[&values, &count, &1u32, &Address::of(&self.out)])?;
+            if seconds >= LEAST_SECONDS {
+                return Ok(passes as f64 * self.memory.len() as f64 / seconds);
+            }
+            passes *= 2;
+        }
     }
 
     fn operations_per_second(&self, unit: MatrixUnit) -> Result<f64> {
@@ -86,7 +93,7 @@ impl DeviceProbe {
             let factor: &dyn Argument = if unit == MatrixUnit::FmaF32 { &half } else { &zero_factors };
             // No sum of zeros is 1, and nothing is equal to what is not a number.
             let never: &dyn Argument = if unit == MatrixUnit::TensorInt8 { &1u32 } else { &never };
-            let seconds = self.seconds(kernel, &[&rounds, factor, never, &Address::of(&self.out)])?;
+            let seconds = self.seconds(kernel, 1, &[&rounds, factor, never, &Address::of(&self.out)])?;
             if seconds >= LEAST_SECONDS || rounds >= MOST_ROUNDS {
                 return Ok((self.num_blocks * CHAINS * each) as f64 * f64::from(rounds) / seconds);
             }
@@ -94,14 +101,17 @@ impl DeviceProbe {
         }
     }
 
-    fn seconds(&self, kernel: &str, arguments: &[&dyn Argument]) -> Result<f64> {
+    /// Of so many launches one after the other.
+    fn seconds(&self, kernel: &str, num_launches: usize, arguments: &[&dyn Argument]) -> Result<f64> {
         let stream = self.device.cuda_stream();
         let wait = || stream.synchronize().map_err(candle_core::Error::wrap);
         wait()?;
         let start = Instant::now();
         let shape = Launch { grid: [self.num_blocks, 1, 1], threads: ROW_THREADS, shared_bytes: 0 };
-        // SAFETY: the arguments of the kernel; it writes one number at most.
-        unsafe { launch(&self.device, kernel, shape, arguments) }?;
+        for _ in 0..num_launches {
+            // SAFETY: the arguments of the kernel; it writes one number at most.
+            unsafe { launch(&self.device, kernel, shape, arguments) }?;
+        }
         wait()?;
         Ok(start.elapsed().as_secs_f64())
     }

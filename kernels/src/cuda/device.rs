@@ -33,7 +33,6 @@ struct Kernels {
     functions: Mutex<HashMap<String, Function>>,
 }
 
-#[derive(Clone)]
 struct Function {
     code: CudaFunction,
     /// Dynamic shared memory that was asked for.
@@ -69,14 +68,20 @@ fn keep_memory(device: &CudaDevice) -> candle_core::Result<()> {
     if attribute(device, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED)? == 0 {
         return Ok(());
     }
-    let (mut pool, mut kept) = (std::ptr::null_mut(), u64::MAX);
+    let mut kept = u64::MAX;
+    let pool = pool(device)?;
+    let threshold = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: the attribute is a number of 64 bits.
+    unsafe { sys::cuMemPoolSetAttribute(pool, threshold, (&raw mut kept).cast()) }.result().w()
+}
+
+fn pool(device: &CudaDevice) -> candle_core::Result<sys::CUmemoryPool> {
+    let mut pool = std::ptr::null_mut();
     // SAFETY: a device that is open, and where its pool goes.
     unsafe { sys::cuDeviceGetDefaultMemPool(&raw mut pool, device.cuda_stream().context().cu_device()) }
         .result()
         .w()?;
-    let threshold = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-    // SAFETY: the attribute is a number of 64 bits.
-    unsafe { sys::cuMemPoolSetAttribute(pool, threshold, (&raw mut kept).cast()) }.result().w()
+    Ok(pool)
 }
 
 /// What a device says of itself.
@@ -106,6 +111,11 @@ pub(crate) fn name(device: &CudaDevice) -> candle_core::Result<String> {
 pub(crate) fn memory(device: &CudaDevice) -> candle_core::Result<(usize, usize)> {
     let stream = device.cuda_stream();
     stream.synchronize().w()?;
+    if attribute(device, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED)? != 0 {
+        // What is kept counts as taken.
+        // SAFETY: the pool of an open device.
+        unsafe { sys::cuMemPoolTrimTo(pool(device)?, 0) }.result().w()?;
+    }
     stream.context().mem_get_info().w()
 }
 

@@ -16,7 +16,7 @@ pub fn noisy(
     (moe_idx, sigma): (usize, f32),
 ) -> Result<Tensor, EngineError> {
     let shape = logits.dims2()?;
-    let mut values = logits.flatten_all()?.to_vec1::<f32>()?;
+    let mut values = kernels::to_host(logits)?.flatten_all()?.to_vec1::<f32>()?;
     for (rows, options) in input.paged.batch.cu_seqlens.windows(2).zip(&input.experts) {
         for row in rows[0] as usize..rows[1] as usize {
             let place = [input.positions[row], moe_idx as u32];

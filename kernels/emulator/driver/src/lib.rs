@@ -349,6 +349,11 @@ pub extern "C" fn cuMemPoolSetAttribute(_pool: Handle, _attribute: c_int, _value
 }
 
 #[unsafe(no_mangle)]
+pub extern "C" fn cuMemPoolTrimTo(_pool: Handle, _least: usize) -> c_int {
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
 pub extern "C" fn cuModuleLoadData(module: *mut Handle, _image: *const c_void) -> c_int {
     put(module, named())
 }

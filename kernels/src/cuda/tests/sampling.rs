@@ -9,7 +9,8 @@ use crate::ops::argmax::argmax;
 use crate::ops::boltzmann::boltzmann;
 use crate::ops::sampling::Draw;
 use crate::ops::sampling::arguments::{Adjustment, AdjustmentLists, LogprobRow, NONE, SampleRow, VOCAB_THREADS};
-use crate::ops::sampling::cpu::{self, Candidate};
+use crate::ops::sampling::cpu::Candidate;
+use crate::ops::sampling::reference::{self, running, total};
 use crate::testing::Numbers;
 
 /// # Safety
@@ -40,18 +41,7 @@ fn candidates(logits: &[f32], params: &SampleRow) -> Vec<Candidate> {
     let SampleRow { temperature, top_k, top_p, min_p, uniform, .. } = *params;
     let (bias, forbidden, penalties) = (Vec::new(), Vec::new(), None);
     let draw = Draw { temperature, top_k, top_p, min_p, uniform, bias, forbidden, penalties };
-    cpu::candidates(logits, logits[argmax(logits).unwrap()], &draw)
-}
-
-fn total(candidates: &[Candidate]) -> f64 {
-    candidates.iter().map(|&(_, weight)| weight).sum()
-}
-
-fn running(candidates: &[Candidate]) -> impl Iterator<Item = f64> {
-    candidates.iter().scan(0.0, |sum, &(_, weight)| {
-        *sum += weight;
-        Some(*sum)
-    })
+    reference::candidates(logits, &draw)
 }
 
 fn expected_token(logits: &[f32], params: &SampleRow) -> u32 {

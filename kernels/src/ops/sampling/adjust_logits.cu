@@ -27,7 +27,7 @@ struct AdjustmentLists {
 };
 
 // logits: [.., vocab_size]; out: [number of adjustments, vocab_size], which may be the logits where rows stay in their
-// places. Bias, forbidden tokens and penalties, in the order and with the roundings of `engine/sampling`; before them the
+// places. Bias, forbidden tokens and penalties, in the order and with the roundings of `cpu.rs`; before them the
 // mask of allowed tokens, which structured output will need and which the CPU does not have yet. A row that is unsound
 // before becomes one with a NaN.
 template <class T>

@@ -4,6 +4,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::cpu::candidates;
 use super::*;
+use crate::testing::Numbers;
 
 const LOGITS: [f32; 5] = [1.0, 3.0, 2.0, 0.0, -1.0];
 
@@ -46,6 +47,31 @@ fn filters_keep_what_their_definitions_say() {
     assert_eq!(kept(&Draw { top_p: 0.7, ..PLAIN }), [1, 2]);
     assert_eq!(kept(&Draw { min_p: 0.1, ..PLAIN }), [0, 1, 2]);
     assert_eq!(kept(&Draw { top_k: 2, top_p: 0.7, ..PLAIN }), [1]);
+}
+
+/// On vocabularies where most tokens are passed over.
+#[test]
+fn what_is_kept_is_what_the_reference_keeps() {
+    let mut numbers = Numbers::new(31);
+    let draws = [
+        PLAIN,
+        Draw { top_p: 0.9, ..PLAIN },
+        Draw { temperature: 0.3, top_p: 0.5, min_p: 0.02, ..PLAIN },
+        Draw { temperature: 1.8, top_k: 50, ..PLAIN },
+        Draw { top_k: 300, top_p: 0.95, ..PLAIN },
+        Draw { top_k: 20_000, top_p: 0.999, ..PLAIN },
+    ];
+    for vocab_size in [3, 700, 20_000] {
+        let mut logits: Vec<f32> = numbers.normal(vocab_size).iter().map(|number| 3.0 * number).collect();
+        for round in 0..2 {
+            let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            for draw in &draws {
+                assert_eq!(candidates(&logits, max, draw), reference::candidates(&logits, draw), "{draw:?} {round}");
+            }
+            // Ties.
+            logits.iter_mut().for_each(|logit| *logit = logit.round());
+        }
+    }
 }
 
 #[test]
