@@ -32,7 +32,7 @@ pub enum EngineError {
     #[error("tensor `{name}` is stored as {dtype}, which is not supported, in {path}", path = path.display())]
     TensorDtype { name: String, dtype: String, path: PathBuf },
     #[error(
-        "{what} {} on the device, {} are left for them: it has {}, {} were free, and {utilization} of all may be used \
+        "{what} {} on the device, {} are left: it has {}, {} were free, and {utilization} of all may be used \
          (--gpu-memory-utilization of `serve`); hint: {hint}",
         gib(*.needed), gib(*.left), gib(.memory.total_bytes), gib(.memory.free_bytes)
     )]

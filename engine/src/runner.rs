@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use candle_core::Tensor;
-use kernels::{Choice, LogitRow, ReadRow};
+use kernels::{Choice, ReadRow};
 use scheduler::{Batch, BlockId, Chunk, Phase, RequestId, Scheduler, Sequence, StateSlot};
 
 use crate::error::EngineError;
@@ -202,14 +202,11 @@ impl Runner {
             let indices: Vec<u32> = rows.iter().map(|wanted| wanted.row).collect();
             let logits = self.model.logits(&gather_rows(&hidden, &indices)?)?.contiguous()?;
             // Penalties count all tokens of a sequence.
-            let asked: Vec<OnceLock<LogitRow>> = rows.iter().map(|_| OnceLock::new()).collect();
-            kernels::pool::parallel_for(rows.len(), |idx| {
+            let asked = kernels::pool::parallel_map(rows.len(), |idx| {
                 let WantedRow { chunk_idx, predicts, .. } = rows[idx];
                 let sequence = scheduler.sequence(batch.chunks[chunk_idx].id).expect("a scheduled sequence is known");
-                let row = sampling::asked(sequence, predicts, &requests[chunk_idx]);
-                assert!(asked[idx].set(row).is_ok(), "every row is asked once");
+                sampling::asked(sequence, predicts, &requests[chunk_idx])
             });
-            let asked: Vec<LogitRow> = asked.into_iter().filter_map(OnceLock::into_inner).collect();
             for ((wanted, asked), read) in rows.iter().zip(&asked).zip(kernels::read_logits(&logits, &asked)?) {
                 let output = &mut outputs[wanted.chunk_idx];
                 match asked.choice {

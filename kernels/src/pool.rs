@@ -64,6 +64,13 @@ pub fn num_threads() -> usize {
     init(None)
 }
 
+/// What `task` makes of 0 to `num_tasks - 1`, in that order; computed as by [`parallel_for`].
+pub fn parallel_map<T: Send + Sync>(num_tasks: usize, task: impl Fn(usize) -> T + Sync) -> Vec<T> {
+    let made: Vec<OnceLock<T>> = (0..num_tasks).map(|_| OnceLock::new()).collect();
+    parallel_for(num_tasks, |idx| assert!(made[idx].set(task(idx)).is_ok(), "every task runs once"));
+    made.into_iter().map(|one| one.into_inner().expect("every task ran")).collect()
+}
+
 /// Runs `task(0)` to `task(num_tasks - 1)`, each once, on the pool and the calling thread, and returns when all are
 /// done. A call from inside a task, or while another thread uses the pool, runs on the calling thread alone.
 /// A panic in a task is passed on to the caller after every running task has ended; tasks not yet begun are dropped.

@@ -4,25 +4,22 @@
     gpu_serving.py --moesaic PROGRAM --work DIR [--shape NAME] [--layers N] [--device cuda] --memory-rate GB/s
 
 Prefill, one stream and 64 streams over HTTP. The bound of one stream is the memory's rate over the bytes that a token reads: all but
-the experts that it is not routed to, without its few thousand keys and values. Needs Python alone.
+the experts that it is not routed to, without its few thousand keys and values. Needs numpy.
 """
 
 import argparse
-import contextlib
 import json
-import math
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
+import numpy as np
+from expert_store import Server, Weights, bf16, write_shard
+
 REPOSITORY = Path(__file__).resolve().parents[2]
-PORT = 8737
+FLAGS = ["--max-num-seqs", "64", "--max-num-batched-tokens", "2048", "--max-model-len", "4096", "--log-level", "warn"]
 # By name: the golden folder whose configuration and tokenizer it has, and what is other than there.
 SHAPES = {
     "deepseek-v2-lite": (
@@ -86,47 +83,6 @@ def tensors(config: dict, layer: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-class Pool:
-    """Normal numbers of a variance, as bf16, over and over: a folder is made as fast as it is written."""
-
-    LEN = 1 << 20
-
-    def __init__(self):
-        import random
-
-        draw = random.Random(0)
-        self.normal = [draw.gauss(0, 1) for _ in range(self.LEN)]
-        self.of_scale: dict[float, bytes] = {}
-
-    def bytes(self, shape: tuple[int, ...], start: int) -> bytes:
-        import array
-
-        # Norms are ones.
-        scale = 0.0 if len(shape) == 1 else shape[-1] ** -0.5
-        if scale not in self.of_scale:
-            values = array.array("f", ((1.0 if scale == 0.0 else value * scale) for value in self.normal))
-            # The upper halves of little-endian f32.
-            self.of_scale[scale] = array.array("H", array.array("H", values.tobytes())[1::2]).tobytes()
-        pool, num_bytes = self.of_scale[scale], 2 * math.prod(shape)
-        first = 2 * (start * 7919 % self.LEN)
-        rotated = pool[first:] + pool[:first]
-        return rotated * (num_bytes // len(pool)) + rotated[: num_bytes % len(pool)]
-
-
-def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], pool: Pool):
-    header, offset = {}, 0
-    for name, shape in shapes.items():
-        num_bytes = 2 * math.prod(shape)
-        header[name] = dict(dtype="BF16", shape=list(shape), data_offsets=[offset, offset + num_bytes])
-        offset += num_bytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for idx, shape in enumerate(shapes.values()):
-            out.write(pool.bytes(shape, idx))
-
-
 def make(folder: Path, name: str, num_layers: int | None) -> dict:
     golden, changes = SHAPES[name]
     source = REPOSITORY / "tests/golden" / golden
@@ -136,12 +92,13 @@ def make(folder: Path, name: str, num_layers: int | None) -> dict:
     (folder / "config.json").write_text(json.dumps(config))
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(source / file, folder / file)
+    weights = Weights(seed=0)
+    of_shape = lambda shape: bf16(weights.matrix(*shape) if len(shape) == 2 else np.ones(shape))
     ends = {name: (config["vocab_size"], config["hidden_size"]) for name in ("model.embed_tokens.weight", "lm_head.weight")}
     ends["model.norm.weight"] = (config["hidden_size"],)
     shards = [ends] + [tensors(config, layer) for layer in range(config["num_hidden_layers"])]
-    pool = Pool()
     for idx, shapes in enumerate(shards):
-        write_shard(folder / f"model-{idx:05}.safetensors", shapes, pool)
+        write_shard(folder / f"model-{idx:05}.safetensors", {tensor: of_shape(shape) for tensor, shape in shapes.items()})
         print(f"\r{name}: shard {idx + 1} of {len(shards)} ", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     index = {tensor: f"model-{idx:05}.safetensors" for idx, shapes in enumerate(shards) for tensor in shapes}
@@ -149,46 +106,19 @@ def make(folder: Path, name: str, num_layers: int | None) -> dict:
     return config
 
 
-@contextlib.contextmanager
-def server(program: str, model: Path, device: str, log: Path):
-    with contextlib.closing(socket.socket()) as probe:
-        if probe.connect_ex(("127.0.0.1", PORT)) == 0:
-            raise RuntimeError(f"something listens on port {PORT} already")
-    options = ["--port", str(PORT), "--device", device, "--output-cache", "off", "--enable-prefix-caching=false"]
-    options += ["--max-num-seqs", "64", "--max-num-batched-tokens", "2048", "--max-model-len", "4096"]
-    with log.open("wb") as out:
-        process = subprocess.Popen([program, "serve", model, *options], stdout=out, stderr=out)
-    try:
-        end = time.monotonic() + 900
-        while True:
-            if process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"the server did not start:\n{log.read_text()[-2000:]}")
-            with contextlib.suppress(OSError):
-                if urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=5).status == 200:
-                    break
-            time.sleep(0.2)
-        yield json.load(urllib.request.urlopen(f"http://127.0.0.1:{PORT}/server_info", timeout=30))["model"]
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
 def measure(program: str, work: Path, name: str, args: argparse.Namespace):
     folder = work / name
     try:
         config = make(folder, name, args.layers)
-        with server(program, folder, args.device, work / f"{name}.log") as info:
+        with Server(program, folder, ["--device", args.device, *FLAGS]) as server:
+            info = server.get("/server_info")["model"]
             print(f"{name}, {config['num_hidden_layers']} layers, {'+'.join(info['weight_formats'])}, on {info['device']}")
             active = 2 * info["num_active_parameters"] - 2 * config["vocab_size"] * config["hidden_size"]
             bound = args.memory_rate * 1e9 / active
             for what, options in RUNS.items():
                 report = work / "report.json"
                 subprocess.run(
-                    [program, "bench", "--url", f"http://127.0.0.1:{PORT}", "--json", report, *options],
+                    [program, "bench", "--url", server.url, "--json", report, *options],
                     check=True,
                     stdout=subprocess.DEVNULL,
                 )

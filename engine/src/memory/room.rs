@@ -102,7 +102,7 @@ mod tests {
         assert_eq!(room.for_cache(3 << 30), 0);
         room.check_weights(1 << 30, Some(1 << 30)).unwrap();
         let text = room.check_weights(3 << 30, None).unwrap_err().to_string();
-        let expected = "the weights want 3.00 GiB on the device, 2.00 GiB are left for them: it has 8.00 GiB, 7.00 GiB were free, and \
+        let expected = "the weights want 3.00 GiB on the device, 2.00 GiB are left: it has 8.00 GiB, 7.00 GiB were free, and \
                         0.5 of all may be used";
         assert!(text.starts_with(expected), "{text}");
         let text = room.check_weights(1 << 30, Some(2 << 30)).unwrap_err().to_string();

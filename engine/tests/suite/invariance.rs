@@ -17,6 +17,11 @@ const PROBE: u64 = 3;
 const PROBE_LEN: usize = 21;
 const MAX_TOKENS: usize = 6;
 
+/// Steps have their price there, on an emulated one above all.
+fn is_on_device() -> bool {
+    test_device() != DeviceChoice::Cpu
+}
+
 /// One model in one numeric mode.
 struct Case {
     config: EngineConfig,
@@ -50,8 +55,7 @@ impl Case {
             snapshot_interval: 8,
             ..EngineConfig::new(golden_dir(folder))
         };
-        // Each step on a device has its price, on an emulated one above all.
-        let stride = if test_device() == DeviceChoice::Cpu { 1 } else { 7 };
+        let stride = if is_on_device() { 7 } else { 1 };
         Self { config, stride, options_of: |_| ExpertOptions::default() }
     }
 
@@ -311,14 +315,13 @@ fn with_few_window_blocks(case: &Case) {
     }
 }
 
-/// The columns of the table that need no room of their own.
+/// The columns of the table that need no room of their own; on a device the first of them.
 fn whatever_happens(case: &Case) {
     among_others(case);
     at_every_chunk_size(case);
     preempted_at_any_step(case);
     from_cached_prefixes(case);
-    if test_device() != DeviceChoice::Cpu {
-        // The others differ in what the host does.
+    if is_on_device() {
         return;
     }
     preempted_at_any_step(&case.uncached());
@@ -335,7 +338,7 @@ fn check(folder: &str) {
         [WeightQuant::Int8, WeightQuant::Int4].map(|quant| Case::new(folder, WeightDtype::Auto).quantized(quant));
     for case in plain.into_iter().chain(quantized) {
         whatever_happens(&case);
-        if test_device() == DeviceChoice::Cpu {
+        if !is_on_device() {
             with_few_kept_states(&case);
             with_few_window_blocks(&case);
         }

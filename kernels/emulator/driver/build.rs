@@ -16,5 +16,5 @@ fn main() {
 /// As `kernels/emulator` compiles the device code of the ops.
 fn emulator_flags(build: &mut cc::Build) -> &mut cc::Build {
     build.cpp(true).std("c++17").opt_level(2).flag("-xc++").flag("-include").flag("emulate.h");
-    build.flag("-fno-fast-math").flag("-ffp-contract=off").flag("-U_FORTIFY_SOURCE").flag("-ftls-model=initial-exec")
+    build.flag("-fno-fast-math").flag("-ffp-contract=off").flag("-U_FORTIFY_SOURCE")
 }

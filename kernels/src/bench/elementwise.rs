@@ -2,7 +2,7 @@
 
 use std::hint::black_box;
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 use super::models::{MODELS, Model, NUM_TOKENS};
 use super::session::{Session, Work};
@@ -43,17 +43,7 @@ struct Inputs {
     values: Tensor,
 }
 
-impl Inputs {
-    /// Those of one call; the next call has others.
-    fn take(&self, call: usize, dims: &[usize]) -> Result<Tensor> {
-        part(&self.activations, call, dims)
-    }
-}
-
-fn name(dtype: DType) -> &'static str {
-    if dtype == DType::BF16 { "bf16" } else { "f32" }
-}
-
+/// Those of one call; the next call has others.
 fn part(values: &Tensor, call: usize, dims: &[usize]) -> Result<Tensor> {
     let len: usize = dims.iter().product();
     let start = call % (values.elem_count() / len) * len;
@@ -66,14 +56,14 @@ fn measure_norm(session: &mut Session<'_>, inputs: &Inputs, model: &Model, num_t
     let work = Work {
         op: RMS_NORM,
         shape: format!("{} {size}", model.name),
-        format: name(session.activation_dtype()),
+        format: session.activation_dtype().as_str(),
         num_tokens,
         bytes: session.activation_dtype().size_in_bytes() * num_tokens * size,
         multiplications: num_tokens * 3 * size,
         units: &[],
     };
     session.time(work, |call| {
-        black_box(rms_norm(&inputs.take(call, &[num_tokens, size])?, &weight, 1e-6)?);
+        black_box(rms_norm(&part(&inputs.activations, call, &[num_tokens, size])?, &weight, 1e-6)?);
         Ok(())
     })
 }
@@ -87,14 +77,14 @@ fn measure_rope(session: &mut Session<'_>, inputs: &Inputs, model: &Model, num_t
     let work = Work {
         op: ROPE,
         shape: format!("{} {num_heads}x{head_dim}", model.name),
-        format: name(session.activation_dtype()),
+        format: session.activation_dtype().as_str(),
         num_tokens,
         bytes: session.activation_dtype().size_in_bytes() * num_tokens * size,
         multiplications: num_tokens * 2 * size,
         units: &[],
     };
     session.time(work, |call| {
-        let x = inputs.take(call, &[num_tokens, num_heads, head_dim])?;
+        let x = part(&inputs.activations, call, &[num_tokens, num_heads, head_dim])?;
         let positions: Vec<u32> = (0..num_tokens).map(|token| ((call + token) % POSITIONS) as u32).collect();
         black_box(rope(&x, &table, &positions, RopeStyle::Halves)?);
         Ok(())

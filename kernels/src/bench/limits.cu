@@ -34,30 +34,29 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) limit_fma(unsigned rou
 }
 EXPORT_KERNEL(limit_fma)
 
-// A round has CHAINS products of [16, 16] and [16, 8] of each warp.
-extern "C" __global__ void __launch_bounds__(ROW_THREADS) limit_mma_bf16(unsigned rounds, unsigned factors, float never, float* out) {
-    float sums[CHAINS][4] = {};
+// A round has CHAINS products of each warp.
+template <class T, class Multiply>
+static __device__ void multiply(unsigned rounds, unsigned factors, T never, T* out, Multiply product) {
+    T sums[CHAINS][4] = {};
     const unsigned a[4] = {factors, factors, factors, factors}, b[2] = {factors, factors};
     for (unsigned round = 0; round < rounds; round++) {
         UNROLL
-        for (int chain = 0; chain < CHAINS; chain++) mma_m16n8k16_bf16(sums[chain], a, b);
+        for (int chain = 0; chain < CHAINS; chain++) product(sums[chain], a, b);
     }
     UNROLL
     for (int chain = 0; chain < CHAINS; chain++)
         if (sums[chain][0] == never) out[0] = sums[chain][1];
 }
-EXPORT_KERNEL(limit_mma_bf16)
 
-// A round has CHAINS products of [16, 32] and [32, 8] of each warp.
-extern "C" __global__ void __launch_bounds__(ROW_THREADS) limit_mma_int8(unsigned rounds, unsigned factors, int never, int* out) {
-    int sums[CHAINS][4] = {};
-    const unsigned a[4] = {factors, factors, factors, factors}, b[2] = {factors, factors};
-    for (unsigned round = 0; round < rounds; round++) {
-        UNROLL
-        for (int chain = 0; chain < CHAINS; chain++) mma_m16n8k32_u8_s8(sums[chain], a, b);
-    }
-    UNROLL
-    for (int chain = 0; chain < CHAINS; chain++)
-        if (sums[chain][0] == never) out[0] = sums[chain][1];
-}
-EXPORT_KERNEL(limit_mma_int8)
+#define KERNEL(name, T, product)                                                                              \
+    extern "C" __global__ void __launch_bounds__(ROW_THREADS)                                                 \
+        name(unsigned rounds, unsigned factors, T never, T* out) {                                            \
+        multiply(rounds, factors, never, out,                                                                 \
+                 [](T(&c)[4], const unsigned(&a)[4], const unsigned(&b)[2]) { product(c, a, b); });           \
+    }                                                                                                         \
+    EXPORT_KERNEL(name)
+
+// Of [16, 16] and [16, 8].
+KERNEL(limit_mma_bf16, float, mma_m16n8k16_bf16)
+// Of [16, 32] and [32, 8].
+KERNEL(limit_mma_int8, int, mma_m16n8k32_u8_s8)

@@ -142,26 +142,26 @@ impl<'a> Session<'a> {
     /// Times calls; each is given its number, to take other data than the call before.
     pub(super) fn time(&mut self, work: Work, mut call: impl FnMut(usize) -> Result<()>) -> Result<()> {
         call(0)?;
-        self.device.synchronize()?;
-        let mut num_calls = 1;
-        let start = Instant::now();
-        call(num_calls)?;
-        self.device.synchronize()?;
-        // A device computes while the next call is prepared: several are timed as one there.
-        let at_once = match self.device.is_cpu() {
-            true => 1,
-            false => (DEVICE_SECONDS / start.elapsed().as_secs_f64()).clamp(1.0, MOST_AT_ONCE) as usize,
-        };
-        let begin = Instant::now();
-        let mut times = Vec::new();
-        loop {
+        let mut num_calls = 0;
+        let mut seconds_of = |count: usize| -> Result<f64> {
+            self.device.synchronize()?;
             let start = Instant::now();
-            for _ in 0..at_once {
+            for _ in 0..count {
                 num_calls += 1;
                 call(num_calls)?;
             }
             self.device.synchronize()?;
-            times.push(start.elapsed().as_secs_f64() / at_once as f64);
+            Ok(start.elapsed().as_secs_f64() / count as f64)
+        };
+        // A device computes while the next call is prepared: several are timed as one there.
+        let at_once = match self.device.is_cpu() {
+            true => 1,
+            false => (DEVICE_SECONDS / seconds_of(1)?).clamp(1.0, MOST_AT_ONCE) as usize,
+        };
+        let begin = Instant::now();
+        let mut times = Vec::new();
+        loop {
+            times.push(seconds_of(at_once)?);
             let (elapsed, calls) = (begin.elapsed(), times.len());
             if calls >= MIN_CALLS && elapsed >= ROW_TIME || calls >= MIN_SLOW_CALLS && elapsed >= SLOW_ROW_TIME {
                 break;

@@ -21,8 +21,8 @@ static IMAGES: &[&[u8]] = include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 /// Blocks that a grid may have along its second and its third axis.
 const MOST_BLOCKS: usize = 65535;
 
-/// Devices by their number. Candle takes tensors of one number for tensors of one stream.
-static OPENED: Mutex<Vec<(usize, CudaDevice)>> = Mutex::new(Vec::new());
+/// One of each number: candle takes tensors of one number for tensors of one stream.
+static OPENED: Mutex<Vec<CudaDevice>> = Mutex::new(Vec::new());
 
 /// What was loaded, by device.
 static LOADED: RwLock<Vec<(DeviceId, Arc<Kernels>)>> = RwLock::new(Vec::new());
@@ -51,37 +51,38 @@ pub(crate) fn count() -> Result<usize> {
 /// A device with a stream of its own, the same one whenever it is asked for. Fails if there is none of this number.
 pub(crate) fn open(ordinal: usize) -> Result<Device> {
     let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((_, device)) = opened.iter().find(|(number, _)| *number == ordinal) {
+    if let Some(device) = opened.iter().find(|device| device.cuda_stream().context().ordinal() == ordinal) {
         return Ok(Device::Cuda(device.clone()));
     }
     let device = CudaDevice::new_with_stream(ordinal)?;
     // SAFETY: all tensors of a device are used on its one stream, in whose order memory is given back too.
     unsafe { device.disable_event_tracking() };
     keep_memory(&device)?;
-    opened.push((ordinal, device.clone()));
+    opened.push(device.clone());
     Ok(Device::Cuda(device))
 }
 
 /// Keeps memory that is given back for who asks next: by default the device's pool returns it to the system whenever somebody
 /// waits for the stream, and each layer would map its memory anew.
 fn keep_memory(device: &CudaDevice) -> candle_core::Result<()> {
-    if attribute(device, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED)? == 0 {
-        return Ok(());
-    }
+    let Some(pool) = pool(device)? else { return Ok(()) };
     let mut kept = u64::MAX;
-    let pool = pool(device)?;
     let threshold = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
     // SAFETY: the attribute is a number of 64 bits.
     unsafe { sys::cuMemPoolSetAttribute(pool, threshold, (&raw mut kept).cast()) }.result().w()
 }
 
-fn pool(device: &CudaDevice) -> candle_core::Result<sys::CUmemoryPool> {
+/// Where a device's memory comes from; `None` of one that has no pools.
+fn pool(device: &CudaDevice) -> candle_core::Result<Option<sys::CUmemoryPool>> {
+    if attribute(device, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED)? == 0 {
+        return Ok(None);
+    }
     let mut pool = std::ptr::null_mut();
     // SAFETY: a device that is open, and where its pool goes.
     unsafe { sys::cuDeviceGetDefaultMemPool(&raw mut pool, device.cuda_stream().context().cu_device()) }
         .result()
         .w()?;
-    Ok(pool)
+    Ok(Some(pool))
 }
 
 /// What a device says of itself.
@@ -111,10 +112,10 @@ pub(crate) fn name(device: &CudaDevice) -> candle_core::Result<String> {
 pub(crate) fn memory(device: &CudaDevice) -> candle_core::Result<(usize, usize)> {
     let stream = device.cuda_stream();
     stream.synchronize().w()?;
-    if attribute(device, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED)? != 0 {
+    if let Some(pool) = pool(device)? {
         // What is kept counts as taken.
         // SAFETY: the pool of an open device.
-        unsafe { sys::cuMemPoolTrimTo(pool(device)?, 0) }.result().w()?;
+        unsafe { sys::cuMemPoolTrimTo(pool, 0) }.result().w()?;
     }
     stream.context().mem_get_info().w()
 }

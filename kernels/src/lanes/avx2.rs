@@ -68,12 +68,14 @@ fn dot4(acc: __m256i, w: __m256i, x: [i8; 4]) -> __m256i {
     _mm256_add_epi32(acc, sums)
 }
 
-/// Two products at a time in 16 bits, which hold `2 * 127 * 127`.
+/// Four products at a time in 16 bits, which hold `4 * 63 * 127`.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn dot4_small(acc: __m256i, w: __m256i, x: [i8; 4]) -> __m256i {
-    let x = _mm256_set1_epi32(i32::from_le_bytes(x.map(i8::cast_unsigned)));
-    _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)))
+fn dot8_small(acc: __m256i, w: [__m256i; 2], x: [[i8; 4]; 2]) -> __m256i {
+    let [first, second] = x.map(|x| i32::from_le_bytes(x.map(i8::cast_unsigned)));
+    let first = _mm256_maddubs_epi16(w[0], _mm256_set1_epi32(first));
+    let second = _mm256_maddubs_epi16(w[1], _mm256_set1_epi32(second));
+    _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_add_epi16(first, second), _mm256_set1_epi16(1)))
 }
 
 /// To 16 bytes.
@@ -293,7 +295,7 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn dot4_small(self, acc: Self::I, w: Self::B, x: [i8; 4]) -> Self::I {
-        (op!(dot4_small(acc.0, w.0, x)), op!(dot4_small(acc.1, w.1, x)))
+    fn dot8_small(self, acc: Self::I, w: [Self::B; 2], x: [[i8; 4]; 2]) -> Self::I {
+        (op!(dot8_small(acc.0, [w[0].0, w[1].0], x)), op!(dot8_small(acc.1, [w[0].1, w[1].1], x)))
     }
 }

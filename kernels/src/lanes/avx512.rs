@@ -229,9 +229,4 @@ impl Lanes for Avx512 {
         let x = op!(_mm512_set1_epi32(i32::from_le_bytes(x.map(i8::cast_unsigned))));
         op!(_mm512_dpbusd_epi32(acc, w, x))
     }
-
-    #[inline(always)]
-    fn dot4_small(self, acc: __m512i, w: __m512i, x: [i8; 4]) -> __m512i {
-        self.dot4(acc, w, x)
-    }
 }

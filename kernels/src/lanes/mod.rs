@@ -37,7 +37,7 @@ pub(crate) trait Lanes: Copy {
 
     /// Vectors that fit the register file; tiles are sized by it.
     const NUM_VECTORS: usize;
-    /// Whether [`Self::dot4`] costs no more than [`Self::dot4_small`].
+    /// Whether [`Self::dot8_small`] costs no less than [`Self::dot4`] twice.
     const DOTS_ANY_BYTE: bool;
 
     fn splat(self, value: f32) -> Self::V;
@@ -92,8 +92,11 @@ pub(crate) trait Lanes: Copy {
     fn look_up(self, table: &[u8; 16], v: Self::B) -> Self::B;
     /// Adds to each lane its four unsigned bytes of `w` times the four signed ones of `x`, exactly.
     fn dot4(self, acc: Self::I, w: Self::B, x: [i8; 4]) -> Self::I;
-    /// [`Self::dot4`] where the bytes of `w` are below 128 and those of `x` within ±127.
-    fn dot4_small(self, acc: Self::I, w: Self::B, x: [i8; 4]) -> Self::I;
+    /// [`Self::dot4`] of the first and of the second, where the bytes of `w` are below 64 and those of `x` within ±127.
+    #[inline(always)]
+    fn dot8_small(self, acc: Self::I, w: [Self::B; 2], x: [[i8; 4]; 2]) -> Self::I {
+        self.dot4(self.dot4(acc, w[0], x[0]), w[1], x[1])
+    }
 }
 
 /// A number that is widened to f32 when loaded.

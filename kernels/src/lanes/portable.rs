@@ -185,9 +185,4 @@ impl Lanes for Portable {
             acc[lane] + products.sum::<i32>()
         })
     }
-
-    #[inline(always)]
-    fn dot4_small(self, acc: Self::I, w: Self::B, x: [i8; 4]) -> Self::I {
-        self.dot4(acc, w, x)
-    }
 }

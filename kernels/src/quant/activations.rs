@@ -1,5 +1,6 @@
 //! Input rows as int8 under a scale for each group.
 
+use super::MAX_GROUP;
 use super::rotation::rotate;
 use crate::dispatch::{self, Kernel};
 use crate::lanes::{Lanes, WIDTH};
@@ -11,8 +12,6 @@ const TASK_ROWS: usize = 4;
 /// A row's element costs about as much as so many multiplications.
 const ELEMENT_WORK: usize = 4;
 
-/// Columns of the largest group.
-const MAX_GROUP: usize = 128;
 /// Quads of codes in a cache line.
 const LINE_QUADS: usize = 16;
 

@@ -96,12 +96,6 @@ pub(super) trait Decode {
     fn lifted<L: Lanes>(_lanes: L, _bytes: &[u8; BYTES]) -> [L::B; 2] {
         unreachable!("only for those that lift")
     }
-
-    /// Adds the products of one vector.
-    #[inline(always)]
-    fn dot4<L: Lanes>(lanes: L, acc: L::I, w: L::B, x: [i8; 4]) -> L::I {
-        lanes.dot4_small(acc, w, x)
-    }
 }
 
 pub(super) struct Bytes;
@@ -112,11 +106,6 @@ impl Decode for Bytes {
     #[inline(always)]
     fn decode<L: Lanes>(lanes: L, bytes: &[u8; BYTES]) -> [L::B; 2] {
         [lanes.load_bytes(bytes); 2]
-    }
-
-    #[inline(always)]
-    fn dot4<L: Lanes>(lanes: L, acc: L::I, w: L::B, x: [i8; 4]) -> L::I {
-        lanes.dot4(acc, w, x)
     }
 }
 
@@ -257,14 +246,7 @@ fn tile<L: Lanes, D: Decode, const M: usize, const P: usize>(
         for p in 0..P {
             let (scale, min) = panels[p].scales(lanes, idx);
             for m in 0..M {
-                let x_scale = lanes.splat(terms[m][idx].scale);
-                acc[m][p] = lanes.fma(lanes.int_to_float(sums[m][p]), lanes.mul(scale, x_scale), acc[m][p]);
-            }
-            if has_min {
-                for m in 0..M {
-                    let x_sum = lanes.splat(terms[m][idx].scaled_sum);
-                    acc[m][p] = lanes.fma(min, x_sum, acc[m][p]);
-                }
+                acc[m][p] = add_scaled(lanes, acc[m][p], sums[m][p], (scale, min), (&terms[m][idx], has_min));
             }
         }
     }
@@ -275,6 +257,19 @@ fn tile<L: Lanes, D: Decode, const M: usize, const P: usize>(
         }
     }
     acc
+}
+
+/// Adds the integers of one group under their scale, and what its minimum gives if there is one.
+#[inline(always)]
+pub(super) fn add_scaled<L: Lanes>(
+    lanes: L,
+    acc: L::V,
+    sums: L::I,
+    (scale, min): (L::V, L::V),
+    (terms, has_min): (&Terms, bool),
+) -> L::V {
+    let acc = lanes.fma(lanes.int_to_float(sums), lanes.mul(scale, lanes.splat(terms.scale)), acc);
+    if has_min { lanes.fma(min, lanes.splat(terms.scaled_sum), acc) } else { acc }
 }
 
 /// The integer products of one group, added to `starts`.
@@ -298,6 +293,14 @@ fn dot_group<L: Lanes, D: Decode, const M: usize, const P: usize>(
             lanes.prefetch_far(codes[p][idx].as_ptr().wrapping_add(P * PREFETCH_BYTES));
             w[p] = if lifts { D::lifted(lanes, &codes[p][idx]) } else { D::decode(lanes, &codes[p][idx]) };
         }
+        if D::VECTORS == 2 && !L::DOTS_ANY_BYTE {
+            for m in 0..M {
+                for p in 0..P {
+                    acc[m][p] = lanes.dot8_small(acc[m][p], w[p], [x[m][2 * idx], x[m][2 * idx + 1]]);
+                }
+            }
+            continue;
+        }
         for half in 0..D::VECTORS {
             for m in 0..M {
                 for p in 0..P {
@@ -305,7 +308,7 @@ fn dot_group<L: Lanes, D: Decode, const M: usize, const P: usize>(
                     if lifts && half == 1 {
                         lifted[m][p] = lanes.dot4(lifted[m][p], w[p][half], x);
                     } else {
-                        acc[m][p] = D::dot4(lanes, acc[m][p], w[p][half], x);
+                        acc[m][p] = lanes.dot4(acc[m][p], w[p][half], x);
                     }
                 }
             }

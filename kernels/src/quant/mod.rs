@@ -55,6 +55,9 @@ pub struct QuantFormat {
     pub group: u16,
 }
 
+/// Columns of the largest group.
+const MAX_GROUP: usize = 128;
+
 /// What the product uses in place of a code of `Fp4`: `2 * E2M1[code] + 12`.
 const FP4_TABLE: [u8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::activations::QuantizedRows;
 use super::block::{QuantBlock, WideBlock};
 use super::{Codes, GroupRow, Layout, QuantFormat, reference};
-use crate::dispatch::Isa;
+use crate::dispatch::{ByWidth, Isa};
 use crate::mapped_file::MappedFile;
 use crate::testing::{Numbers, QUANTIZED, assert_close};
 use crate::weight::{PackedWeight, WeightFormat};
@@ -181,6 +181,47 @@ fn products_agree_with_the_reference_on_every_path() {
                 assert_close(&results[0], &expected, 2e-6);
                 for result in &results {
                     assert!(result.iter().zip(&results[0]).all(|(a, b)| a.to_bits() == b.to_bits()), "{format:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn narrow_blocks_give_the_bits_of_wide_ones() {
+    let mut numbers = Numbers::new(8);
+    let large_groups = [Codes::Int8, Codes::Fp4].map(|codes| QuantFormat { codes, group: 128 });
+    for format in QUANTIZED.into_iter().chain(large_groups).chain([QuantFormat::INT4]) {
+        for [rows, cols] in [[1, 1], [33, 75], [70, 300]] {
+            let random = numbers.normal(rows * cols);
+            // The largest code of each format everywhere but in every 16th column, which the others differ from.
+            let largest: Vec<f32> = (0..rows * cols).map(|idx| f32::from(idx % cols % 16 != 0)).collect();
+            let mut x = numbers.with_outliers(100 * cols);
+            x[3 * cols] = f32::NAN;
+            // As are the codes of some rows.
+            x[5 * cols..9 * cols].fill(1.0);
+            x[9 * cols..11 * cols].fill(-1.0);
+            let x = QuantizedRows::new(&x, cols, format.row_form());
+            for weight in [random, largest].map(|values| quantized(format, [rows, cols], &values)) {
+                let layout = Layout::new(format, cols);
+                for num_rows in [1, 2, 3, 4, 5, 6, 7, 12, 48, 49, 99] {
+                    let picked: Vec<u32> = (0..num_rows).map(|row| 99 - row).rev().collect();
+                    let outs = numbers.below(rows)..rows;
+                    for isa in Isa::available() {
+                        let block = |out| QuantBlock {
+                            x: &x,
+                            rows: &picked,
+                            layout,
+                            weight: weight.as_bytes(),
+                            outs: outs.clone(),
+                            out,
+                        };
+                        let [mut wide, mut narrow] = [(); 2].map(|()| vec![f32::INFINITY; picked.len() * outs.len()]);
+                        isa.run(WideBlock(block(&mut wide)));
+                        isa.run(WideBlock(block(&mut narrow)).narrow());
+                        let same = wide.iter().zip(&narrow).all(|(a, b)| a.to_bits() == b.to_bits());
+                        assert!(same, "{format:?} [{rows}, {cols}], {num_rows} rows");
+                    }
                 }
             }
         }

@@ -3,10 +3,10 @@
 
 use std::cell::RefCell;
 
-use super::Codes;
 use super::activations::QuantizedRows;
-use super::block::{Bytes, Decode, Fp4, Nibbles, PREFETCH_BYTES, QuantBlock};
+use super::block::{Bytes, Decode, Fp4, Nibbles, PREFETCH_BYTES, QuantBlock, add_scaled};
 use super::layout::{PANEL_ROWS, Panel};
+use super::{Codes, MAX_GROUP};
 use crate::amx::{MAX_ROW_BYTES, MAX_ROWS, TileConfig, TileUnit, Tiles};
 use crate::dispatch::{self, Kernel};
 use crate::lanes::{BYTES, Lanes, WIDTH};
@@ -19,8 +19,6 @@ const ROW_TILES: usize = 3;
 const BAND_ROWS: usize = ROW_TILES * MAX_ROWS;
 /// Panels of weights that share a tile of input rows.
 const PANELS: usize = 2;
-/// Columns of the largest group.
-const MAX_GROUP: usize = 128;
 
 /// What tiles give for one group: for each tile of rows and each panel, sums of sixteen rows.
 type Sums = [[[[i32; WIDTH]; MAX_ROWS]; PANELS]; ROW_TILES];
@@ -264,15 +262,10 @@ impl<const P: usize> Band<'_, P> {
         let scales = self.panels.map(|panel| panel.scales(lanes, group_idx));
         for (m, (&row, acc)) in self.rows.iter().zip(acc).enumerate() {
             let terms = self.x.terms(row as usize)[group_idx];
-            let (x_scale, offset) = (lanes.splat(terms.scale), lanes.splat_int(-self.codes.offset() * terms.sum));
-            let x_sum = lanes.splat(terms.scaled_sum);
+            let offset = lanes.splat_int(-self.codes.offset() * terms.sum);
             for p in 0..P {
                 let sum = lanes.add_int(lanes.load_int(&sums[m / MAX_ROWS][p][m % MAX_ROWS]), offset);
-                let mut v = lanes.load(&acc[p]);
-                v = lanes.fma(lanes.int_to_float(sum), lanes.mul(scales[p].0, x_scale), v);
-                if has_min {
-                    v = lanes.fma(scales[p].1, x_sum, v);
-                }
+                let v = add_scaled(lanes, lanes.load(&acc[p]), sum, scales[p], (&terms, has_min));
                 lanes.store(v, &mut acc[p]);
             }
         }

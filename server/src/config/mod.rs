@@ -10,6 +10,7 @@ mod tests;
 mod values;
 
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use clap::builder::BoolishValueParser;
@@ -290,6 +291,18 @@ settings! {
     }
 }
 
+/// Refuses a number outside a range, which `allowed` says in words.
+fn in_range(
+    setting: &'static str,
+    value: f64,
+    (range, allowed): (RangeInclusive<f64>, &'static str),
+) -> Result<(), ConfigError> {
+    match range.contains(&value) {
+        true => Ok(()),
+        false => Err(ConfigError::OutOfRange { setting, value: value.to_string(), allowed }),
+    }
+}
+
 /// Environment variables beside those of the settings table.
 const OTHER_VARIABLES: [&str; 1] = ["MOESAIC_CONFIG"];
 
@@ -365,10 +378,7 @@ impl Config {
         self.check_caches()?;
         self.check_experts()?;
         self.check_routing()?;
-        if !(0.05..=1.0).contains(&self.gpu_memory_utilization) {
-            let value = self.gpu_memory_utilization.to_string();
-            return Err(ConfigError::OutOfRange { setting: "gpu_memory_utilization", value, allowed: "0.05 to 1" });
-        }
+        in_range("gpu_memory_utilization", self.gpu_memory_utilization, (0.05..=1.0, "0.05 to 1"))?;
         for (setting, seconds) in [
             ("request_timeout", self.request_timeout),
             ("keep_alive_interval", self.keep_alive_interval),

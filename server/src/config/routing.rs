@@ -4,7 +4,7 @@ use clap::ValueEnum;
 use engine::{Capacity, Overflow, RoutingOptions};
 use serde::{Deserialize, Serialize};
 
-use super::{Config, ConfigError};
+use super::{Config, ConfigError, in_range};
 
 /// `--capacity-mode`.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, ValueEnum)]
@@ -37,16 +37,9 @@ impl Config {
     }
 
     pub(super) fn check_routing(&self) -> Result<(), ConfigError> {
-        for (setting, value, range, allowed) in [
-            ("capacity_factor", self.capacity_factor.unwrap_or(1.0), 0.01..=1000.0, "0.01 to 1000"),
-            ("router_noise", self.router_noise, 0.0..=100.0, "0 to 100"),
-            ("overload_decay", self.overload_decay, 0.0..=100.0, "0 to 100"),
-            ("expert_top_p", self.expert_top_p, 0.001..=1.0, "0.001 to 1"),
-        ] {
-            if !range.contains(&value) {
-                return Err(ConfigError::OutOfRange { setting, value: value.to_string(), allowed });
-            }
-        }
-        Ok(())
+        in_range("capacity_factor", self.capacity_factor.unwrap_or(1.0), (0.01..=1000.0, "0.01 to 1000"))?;
+        in_range("router_noise", self.router_noise, (0.0..=100.0, "0 to 100"))?;
+        in_range("overload_decay", self.overload_decay, (0.0..=100.0, "0 to 100"))?;
+        in_range("expert_top_p", self.expert_top_p, (0.001..=1.0, "0.001 to 1"))
     }
 }

@@ -1,4 +1,4 @@
-//! Sampling and log-probabilities, beside the rules of the CPU.
+//! Sampling and log-probabilities, beside the rules by their definitions.
 
 use emulator::{Argument, Launch};
 use half::bf16;
@@ -39,9 +39,7 @@ fn device_sample<T: Number>(logits: &[T], vocab_size: usize, rows: &[SampleRow],
 /// What may be drawn, in the order in which it is.
 fn candidates(logits: &[f32], params: &SampleRow) -> Vec<Candidate> {
     let SampleRow { temperature, top_k, top_p, min_p, uniform, .. } = *params;
-    let (bias, forbidden, penalties) = (Vec::new(), Vec::new(), None);
-    let draw = Draw { temperature, top_k, top_p, min_p, uniform, bias, forbidden, penalties };
-    reference::candidates(logits, &draw)
+    reference::candidates(logits, &Draw { temperature, top_k, top_p, min_p, uniform, ..Draw::PLAIN })
 }
 
 fn expected_token(logits: &[f32], params: &SampleRow) -> u32 {

@@ -11,8 +11,6 @@ pub(crate) mod reference;
 #[cfg(test)]
 mod tests;
 
-use std::sync::OnceLock;
-
 use candle_core::{Storage, Tensor};
 
 use crate::check::{self, Input};
@@ -72,6 +70,19 @@ pub struct Penalties {
 }
 
 impl Draw {
+    /// Draws from all that weighs something.
+    #[cfg(test)]
+    pub(crate) const PLAIN: Self = Self {
+        temperature: 1.0,
+        top_k: 0,
+        top_p: 1.0,
+        min_p: 0.0,
+        uniform: 0.5,
+        bias: Vec::new(),
+        forbidden: Vec::new(),
+        penalties: None,
+    };
+
     fn adjusts(&self) -> bool {
         !self.bias.is_empty() || !self.forbidden.is_empty() || self.penalties.is_some()
     }
@@ -110,12 +121,8 @@ pub fn read_logits(logits: &Tensor /* [num_rows, vocab_size] */, rows: &[LogitRo
         Storage::Cpu(storage) => {
             let logits = check::f32_slice(storage, layout)?;
             // Side by side: a draw over a large vocabulary costs as much as a layer.
-            let reads: Vec<OnceLock<ReadRow>> = rows.iter().map(|_| OnceLock::new()).collect();
-            pool::parallel_for(num_rows, |idx| {
-                let read = cpu::read_row(&logits[idx * vocab_size..(idx + 1) * vocab_size], &rows[idx]);
-                assert!(reads[idx].set(read).is_ok(), "every row is read once");
-            });
-            Ok(reads.into_iter().map(|read| read.into_inner().expect("every row was read")).collect())
+            let of_row = |idx: usize| &logits[idx * vocab_size..(idx + 1) * vocab_size];
+            Ok(pool::parallel_map(num_rows, |idx| cpu::read_row(of_row(idx), &rows[idx])))
         }
         _ => Err(KernelError::Device { op: OP, what: "logits" }),
     }

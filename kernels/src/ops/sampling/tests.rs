@@ -8,19 +8,8 @@ use crate::testing::Numbers;
 
 const LOGITS: [f32; 5] = [1.0, 3.0, 2.0, 0.0, -1.0];
 
-const PLAIN: Draw = Draw {
-    temperature: 1.0,
-    top_k: 0,
-    top_p: 1.0,
-    min_p: 0.0,
-    uniform: 0.5,
-    bias: Vec::new(),
-    forbidden: Vec::new(),
-    penalties: None,
-};
-
 fn greedy() -> Draw {
-    Draw { temperature: 0.0, ..PLAIN }
+    Draw { temperature: 0.0, ..Draw::PLAIN }
 }
 
 fn kept(draw: &Draw) -> Vec<u32> {
@@ -40,13 +29,13 @@ fn token(logits: &[f32], draw: &Draw) -> Option<u32> {
 
 #[test]
 fn filters_keep_what_their_definitions_say() {
-    assert_eq!(kept(&PLAIN), [0, 1, 2, 3, 4]);
-    assert_eq!(kept(&Draw { top_k: 2, ..PLAIN }), [1, 2]);
+    assert_eq!(kept(&Draw::PLAIN), [0, 1, 2, 3, 4]);
+    assert_eq!(kept(&Draw { top_k: 2, ..Draw::PLAIN }), [1, 2]);
     // probabilities: 0.636 0.234 0.086 0.032 0.012
-    assert_eq!(kept(&Draw { top_p: 0.6, ..PLAIN }), [1]);
-    assert_eq!(kept(&Draw { top_p: 0.7, ..PLAIN }), [1, 2]);
-    assert_eq!(kept(&Draw { min_p: 0.1, ..PLAIN }), [0, 1, 2]);
-    assert_eq!(kept(&Draw { top_k: 2, top_p: 0.7, ..PLAIN }), [1]);
+    assert_eq!(kept(&Draw { top_p: 0.6, ..Draw::PLAIN }), [1]);
+    assert_eq!(kept(&Draw { top_p: 0.7, ..Draw::PLAIN }), [1, 2]);
+    assert_eq!(kept(&Draw { min_p: 0.1, ..Draw::PLAIN }), [0, 1, 2]);
+    assert_eq!(kept(&Draw { top_k: 2, top_p: 0.7, ..Draw::PLAIN }), [1]);
 }
 
 /// On vocabularies where most tokens are passed over.
@@ -54,12 +43,12 @@ fn filters_keep_what_their_definitions_say() {
 fn what_is_kept_is_what_the_reference_keeps() {
     let mut numbers = Numbers::new(31);
     let draws = [
-        PLAIN,
-        Draw { top_p: 0.9, ..PLAIN },
-        Draw { temperature: 0.3, top_p: 0.5, min_p: 0.02, ..PLAIN },
-        Draw { temperature: 1.8, top_k: 50, ..PLAIN },
-        Draw { top_k: 300, top_p: 0.95, ..PLAIN },
-        Draw { top_k: 20_000, top_p: 0.999, ..PLAIN },
+        Draw::PLAIN,
+        Draw { top_p: 0.9, ..Draw::PLAIN },
+        Draw { temperature: 0.3, top_p: 0.5, min_p: 0.02, ..Draw::PLAIN },
+        Draw { temperature: 1.8, top_k: 50, ..Draw::PLAIN },
+        Draw { top_k: 300, top_p: 0.95, ..Draw::PLAIN },
+        Draw { top_k: 20_000, top_p: 0.999, ..Draw::PLAIN },
     ];
     for vocab_size in [3, 700, 20_000] {
         let mut logits: Vec<f32> = numbers.normal(vocab_size).iter().map(|number| 3.0 * number).collect();
@@ -95,10 +84,10 @@ fn penalties_are_on_what_was_seen() {
 
 #[test]
 fn infinite_logits_are_no_panic() {
-    assert_eq!(token(&[0.0, f32::INFINITY], &PLAIN), None, "the model overflowed");
+    assert_eq!(token(&[0.0, f32::INFINITY], &Draw::PLAIN), None, "the model overflowed");
     // A repetition penalty this small is allowed, and takes the logit of token 0 past the largest f32.
     let penalties = Some(Penalties { repetition: 1e-39, frequency: 0.0, presence: 0.0, seen: vec![(0, 0)] });
-    let boosted = Draw { penalties, ..PLAIN };
+    let boosted = Draw { penalties, ..Draw::PLAIN };
     assert_eq!(token(&LOGITS, &boosted), Some(0));
     assert_eq!(token(&LOGITS, &Draw { top_p: 0.5, top_k: 3, min_p: 1.0, ..boosted }), Some(0));
 }
@@ -109,7 +98,7 @@ fn draws_follow_the_distribution() {
     let mut counts = [0u32; 5];
     for idx in 0..DRAWS {
         let uniform = (f64::from(idx) + 0.5) / f64::from(DRAWS);
-        counts[token(&LOGITS, &Draw { uniform, ..PLAIN }).expect("a token") as usize] += 1;
+        counts[token(&LOGITS, &Draw { uniform, ..Draw::PLAIN }).expect("a token") as usize] += 1;
     }
     let total: f64 = LOGITS.iter().map(|&logit| f64::from(logit).exp()).sum();
     for (idx, &count) in counts.iter().enumerate() {

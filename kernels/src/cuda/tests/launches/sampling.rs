@@ -6,17 +6,6 @@ use super::{DEVICE, on_both};
 use crate::ops::sampling::{Choice, Draw, LogitRow, Penalties, read_logits};
 use crate::testing::Numbers;
 
-const PLAIN: Draw = Draw {
-    temperature: 1.0,
-    top_k: 0,
-    top_p: 1.0,
-    min_p: 0.0,
-    uniform: 0.5,
-    bias: Vec::new(),
-    forbidden: Vec::new(),
-    penalties: None,
-};
-
 fn drawn(draw: Draw, num_logprobs: Option<u32>) -> LogitRow {
     LogitRow { choice: Choice::Draw(draw), num_logprobs }
 }
@@ -25,15 +14,15 @@ fn drawn(draw: Draw, num_logprobs: Option<u32>) -> LogitRow {
 fn rows(vocab_size: usize) -> Vec<LogitRow> {
     let penalties =
         Penalties { repetition: 1.4, frequency: 0.3, presence: -0.2, seen: vec![(3, 2), (0, 0), (99_999, 1)] };
-    let greedy = Draw { temperature: 0.0, ..PLAIN };
+    let greedy = Draw { temperature: 0.0, ..Draw::PLAIN };
     vec![
-        drawn(Draw { penalties: Some(penalties.clone()), uniform: 0.9, ..PLAIN }, None),
+        drawn(Draw { penalties: Some(penalties.clone()), uniform: 0.9, ..Draw::PLAIN }, None),
         LogitRow { choice: Choice::Known(vocab_size as u32 - 1), num_logprobs: None },
         drawn(greedy.clone(), Some(3)),
-        drawn(Draw { uniform: 0.01, top_k: 7, ..PLAIN }, None),
+        drawn(Draw { uniform: 0.01, top_k: 7, ..Draw::PLAIN }, None),
         LogitRow { choice: Choice::Known(2), num_logprobs: Some(5) },
         drawn(Draw { bias: vec![(4, 3.0), (99_999, 1.0)], forbidden: vec![2, 5], ..greedy.clone() }, Some(0)),
-        drawn(Draw { uniform: 0.7, top_p: 0.8, temperature: 0.6, min_p: 0.01, ..PLAIN }, Some(20)),
+        drawn(Draw { uniform: 0.7, top_p: 0.8, temperature: 0.6, min_p: 0.01, ..Draw::PLAIN }, Some(20)),
         drawn(Draw { penalties: Some(penalties), forbidden: vec![1], ..greedy }, None),
     ]
 }
@@ -75,12 +64,12 @@ fn rows_without_a_usable_number_give_no_token() {
     let rows = [[f32::NAN, 0.0], [f32::NEG_INFINITY; 2], [0.0, 1.0]].concat();
     let logits = candle_core::Tensor::from_vec(rows, (3, 2), &DEVICE).unwrap();
     for forbidden in [Vec::new(), vec![0]] {
-        let asked = vec![drawn(Draw { forbidden, ..PLAIN }, Some(1)); 3];
+        let asked = vec![drawn(Draw { forbidden, ..Draw::PLAIN }, Some(1)); 3];
         let found = read_logits(&logits, &asked).unwrap();
         assert_eq!(found.iter().map(|row| row.token.is_some()).collect::<Vec<_>>(), [false, false, true]);
         assert!(found[0].logprob.is_none() && found[0].top.is_empty() && found[2].top.len() == 1);
     }
     assert!(read_logits(&logits.narrow(0, 0, 0).unwrap(), &[]).unwrap().is_empty());
     let halves = logits.to_device(&Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap();
-    assert!(read_logits(&halves, &vec![drawn(PLAIN, None); 3]).is_err(), "bf16 is for devices");
+    assert!(read_logits(&halves, &vec![drawn(Draw::PLAIN, None); 3]).is_err(), "bf16 is for devices");
 }
