@@ -96,19 +96,20 @@ def turns_of(document: dict) -> tuple[list[tuple[str, str]], str | None]:
     return turns, None
 
 
-def read(path: Path) -> tuple[list[dict], Counter]:
-    """Documents as `{id, kind, theme, held_out, turns}`, and how many were left out, why."""
-    kept, faults, seen = [], Counter(), set()
+def read(path: Path) -> tuple[list[dict], dict[str, Counter]]:
+    """Documents as `{id, kind, theme, held_out, turns}`, and how many were left out, whole or from a later turn on, why."""
+    kept, seen = [], set()
+    faults = {"whole": Counter(), "later_turns": Counter()}
     for line in path.read_text(encoding="utf-8").splitlines():
         document = json.loads(line)
         turns, why = turns_of(document)
         if why:
-            faults[why] += 1
+            faults["later_turns" if turns else "whole"][why] += 1
         if not turns:
             continue
         key = re.sub(r"\W+", " ", turns[0][1].lower()) if len(turns[0][1].split()) > 8 else turns[0]
         if key in seen:
-            faults["seen before"] += 1
+            faults["whole"]["seen before"] += 1
             continue
         seen.add(key)
         kept.append({name: document[name] for name in ("id", "kind", "theme", "held_out")} | {"turns": turns})

@@ -1,9 +1,9 @@
 """What a trained model is worth, measured: in training's own numbers, and as Moesaic serves its packed folder.
 
-Everything goes to `figures.json`, the pictures beside it; `card.py` makes the model card of them.
+Everything goes to `figures.json`, part by part, so that what was measured before a stop is not measured again; `card.py`
+makes the model card of it.
 """
 
-import csv
 import http.client
 import json
 import random
@@ -23,23 +23,38 @@ from train import Data, autocast, held_out_loss, load_data, padded
 NUM_PROMPTS = 200
 NUM_SHUFFLES = 200
 NUM_REFERENCES = 8
+NUM_LOGPROBS = 20
+NUM_STARTS = 5
+# As the program serves the model that is inside it.
+AS_DEMO = ("--kv-cache-memory", "32MiB")
+# Of answers in the card, by kind.
+SAMPLES = {"story": 12, "fact": 3, "talk": 3, "task": 2}
 STREAMS = 16
 PORT = 8731
 
 
 @torch.no_grad()
 def drafts_accepted(model, data: Data, device: torch.device) -> float:
-    """Share of positions where the MTP layer's best token, given the next one, is the model's own choice after it."""
+    """Share of the tokens of held-out answers where the MTP layer's best token, given the one before, is the model's own
+    choice."""
     agreed = total = 0
     for batch in data.held_out:
         ids, real = padded(batch, device)
         with autocast(device):
             logits, ahead, _ = model(ids, real)
-        # Row i of `ahead` has read token i + 1 and guesses what row i + 1 of the model chooses.
-        same = ahead.argmax(-1) == logits[:, 1:].argmax(-1)
-        agreed += int((same & real[:, 1:]).sum())
-        total += int(real[:, 1:].sum())
+        # Row i of `ahead` has read token i + 1 and guesses what row i + 1 of the model chooses for token i + 2.
+        same = (ahead.argmax(-1) == logits[:, 1:].argmax(-1))[:, :-1]
+        answers = is_answer(ids)[:, 2:]
+        agreed += int((same & answers).sum())
+        total += int(answers.sum())
     return agreed / total
+
+
+def is_answer(ids: torch.Tensor) -> torch.Tensor:
+    """Whether each token is one that the model says: behind an `<|assistant|>`, with the `<|end|>`."""
+    begun = (ids == corpus.ASSISTANT).int().cumsum(1) - (ids == corpus.ASSISTANT).int()
+    ended = (ids == corpus.END).int().cumsum(1) - (ids == corpus.END).int()
+    return begun > ended
 
 
 @torch.no_grad()
@@ -138,46 +153,40 @@ def distinct_3(texts: list[str], num_words: int) -> float:
     return corpus.distinct_3(words[:num_words])
 
 
-def asked(documents: list[dict], kind: str | None, count: int) -> list[str]:
-    """Different first questions of documents in a fixed random order."""
-    found = sorted({one["turns"][0][0] for one in documents if kind is None or one["kind"].startswith(kind)})
-    random.Random(0).shuffle(found)
-    return found[:count]
+def asked(documents: list[dict], kind: str, count: int) -> list[dict]:
+    """Documents of a kind with different first questions, in a fixed random order."""
+    found = {one["turns"][0][0]: one for one in documents if one["kind"].startswith(kind)}
+    asks = sorted(found)
+    random.Random(0).shuffle(asks)
+    return [found[text] for text in asks[:count]]
+
+
+def first_asks(documents: list[dict]) -> list[str]:
+    return [one["turns"][0][0] for one in documents]
 
 
 def served(moesaic: str, packed: Path, writer: Path, work: Path, documents: list[dict]) -> dict:
     held_out = [one for one in documents if one["held_out"]]
     learned = [one["turns"][0][1] for one in documents if not one["held_out"] and one["kind"].startswith("story")]
-    own = [one["turns"][0][1] for one in held_out if one["kind"].startswith("story")][:NUM_PROMPTS]
+    of_stories = asked(held_out, "story", NUM_PROMPTS)
     out: dict = {}
-    start = time.monotonic()
     with write.Server(moesaic, packed, PORT, work / "serve.log") as server:
-        out["ready_seconds"] = time.monotonic() - start
-        stories = chats(server.address, asked(held_out, "story", NUM_PROMPTS))
-        talks = chats(server.address, asked(held_out, None, NUM_PROMPTS))
-        status = Path(f"/proc/{server.process.pid}/status")
-        if status.exists():
-            (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmRSS")]
-            out["resident_mib"] = int(line.split()[1]) / 1024
-        report = work / "bench.json"
-        bench = [moesaic, "bench", "--url", f"http://{server.address}", "--concurrency", "1", "--prompt-tokens", "32"]
-        subprocess.run([*bench, "--output-tokens", "256", "--json", report], check=True, stdout=subprocess.DEVNULL)
-        out["bench"] = json.loads(report.read_text())
-        samples = (
-            asked(held_out, "story", 12)
-            + asked(held_out, "fact", 3)
-            + asked(held_out, "talk", 3)
-            + asked(held_out, "task", 2)
-        )
+        stories = chats(server.address, first_asks(of_stories))
+        talks = chats(server.address, first_asks(asked(held_out, "", NUM_PROMPTS)))
+        samples = [one for kind, count in SAMPLES.items() for one in asked(held_out, kind, count)]
+        answers = chats(server.address, first_asks(samples))
         out["samples"] = [
             {"ask": text, "answer": answer, "finish": finish}
-            for text, (answer, finish) in zip(samples, chats(server.address, samples))
+            for text, (answer, finish) in zip(first_asks(samples), answers)
         ]
+    # The writer's answers to the same questions. An answer without text has no tokens to judge.
+    ours = [text for text in (corpus.clean(text) for text, _ in stories) if text]
+    own = [one["turns"][0][1] for one in of_stories]
     with write.Server(moesaic, writer, PORT, work / "serve.log") as server:
         out["judged"] = {
-            "ours": perplexity(server.address, [corpus.clean(text) for text, _ in stories]),
+            "ours": perplexity(server.address, ours),
             "writer": perplexity(server.address, own),
-            "num_ours": len(stories),
+            "num_ours": len(ours),
             "num_writer": len(own),
         }
     num_words = sum(len(text.split()) for text, _ in stories)
@@ -194,84 +203,119 @@ def served(moesaic: str, packed: Path, writer: Path, work: Path, documents: list
     return out
 
 
-def quantization(moesaic: str, folder: Path, documents: list[dict], work: Path) -> dict:
-    """KL divergence and greedy agreement of the packed formats on held-out stories."""
+def server(moesaic: str, work: Path, packed: Path, documents: list[dict]) -> dict:
+    """Times and memory of the packed folder, served as the program serves the model inside it."""
+    asks = first_asks(asked([one for one in documents if one["held_out"]], "", NUM_PROMPTS))
+    out: dict = {"ready_seconds": []}
+    for _ in range(NUM_STARTS):
+        start = time.monotonic()
+        with write.Server(moesaic, packed, PORT, work / "serve.log", options=AS_DEMO):
+            out["ready_seconds"].append(time.monotonic() - start)
+    with write.Server(moesaic, packed, PORT, work / "serve.log", options=AS_DEMO) as running:
+        out["resident_bytes_ready"] = resident_bytes(running.process.pid)
+        report = work / "bench.json"
+        bench = [moesaic, "bench", "--url", f"http://{running.address}", "--concurrency", "1", "--prompt-tokens", "32"]
+        subprocess.run([*bench, "--output-tokens", "256", "--json", report], check=True, stdout=subprocess.DEVNULL)
+        out["bench"] = json.loads(report.read_text())
+        chats(running.address, asks)
+        out["resident_bytes"], out["num_chats"] = resident_bytes(running.process.pid), len(asks)
+    return out
+
+
+def resident_bytes(pid: int) -> int:
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS")]
+    return int(line.split()[1]) * 1024
+
+
+def quantization(moesaic: str, folder: Path, packed: Path, documents: list[dict], work: Path) -> dict:
+    """KL divergence from the float folder and greedy agreement with it on held-out text: of the float folder quantized while it
+    loads, and of the packed folder that is shipped."""
     text = work / "held_out.txt"
     text.write_text("\n".join(answer for one in documents if one["held_out"] for _, answer in one["turns"]))
     out = {}
-    for quant in ("int8", "int4"):
-        command = [
-            moesaic,
-            "eval",
-            folder,
-            "--against",
-            folder,
-            "--file",
-            text,
-            "--quant",
-            quant,
-            "--json",
-            "--context",
-            "512",
-        ]
-        out[quant] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    for name, options in {
+        "int8": [folder, "--quant", "int8"],
+        "int4": [folder, "--quant", "int4"],
+        "packed int4": [packed],
+    }.items():
+        command = [moesaic, "eval", *options, "--against", folder, "--file", text, "--json", "--context", "512"]
+        out[name] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     return out
 
 
 @torch.no_grad()
-def reference(moesaic: str, folder: Path, data: Data, work: Path) -> dict:
-    """Largest difference between transformers' log-probabilities and those of the served float folder, and whether 32
-    greedy tokens are the same, on held-out conversations."""
+def reference(moesaic: str, folder: Path, model, data: Data, work: Path) -> dict:
+    """On held-out conversations, transformers beside training's own definition (all log-probabilities) and beside the served
+    float folder (those of the tokens that are there, and of the most probable ones); and whether 32 greedy tokens are the same."""
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    largest, same, rows = 0.0, 0, [data.held_rows.alone(index)[:200] for index in range(NUM_REFERENCES)]
+    of_training, of_server, same = 0.0, 0.0, 0
+    rows = [data.held_rows.alone(index)[:200] for index in range(NUM_REFERENCES)]
     with write.Server(moesaic, folder, PORT, work / "serve.log", dtype="f32") as server:
         for ids in rows:
             body = {
                 "prompt": ids,
                 "max_tokens": 32,
                 "temperature": 0,
-                "prompt_logprobs": 0,
+                "prompt_logprobs": NUM_LOGPROBS,
                 "ignore_eos": True,
                 "return_token_ids": True,
             }
             choice = ask(server.address, "/v1/completions", body)["choices"][0]
             expected = theirs(torch.tensor([ids])).logits[0].log_softmax(-1)
-            for position, row in enumerate(choice["prompt_logprobs"][1:], 1):
-                found = row[str(ids[position])]["logprob"]
-                largest = max(largest, abs(found - expected[position - 1, ids[position]].item()))
+            trained_rows = model(torch.tensor([ids]))[0][0].log_softmax(-1)
+            of_training = max(of_training, (trained_rows - expected).abs().max().item())
+            for position, row in enumerate(choice["prompt_logprobs"][1:]):
+                for token, entry in row.items():
+                    of_server = max(of_server, abs(entry["logprob"] - expected[position, int(token)].item()))
             more = theirs.generate(
                 torch.tensor([ids]), max_new_tokens=32, min_new_tokens=32, do_sample=False, eos_token_id=None
             )
             same += more[0, len(ids) :].tolist() == choice["token_ids"]
-    return {"largest_difference": largest, "same_greedy": same, "num_prompts": len(rows)}
+    return {"training": of_training, "server": of_server, "same_greedy": same, "num_prompts": len(rows)}
 
 
-def training_curves(work: Path) -> dict[str, list[dict]]:
-    return {kind: list(csv.DictReader((work / kind / "log.csv").open())) for kind in ("moe", "dense")}
+@torch.no_grad()
+def measured(kind: str, work: Path, data: Data, device: torch.device) -> dict:
+    """What training left of a model."""
+    model = trained(work, kind).to(device)
+    total, active = model.num_parameters()
+    state = torch.load(work / kind / "checkpoint.pt", map_location="cpu", weights_only=True)
+    out = {
+        "parameters": total,
+        "mtp_parameters": sum(parameter.numel() for parameter in model.mtp.parameters()),
+        "active_parameters": active,
+        "steps": state["step"],
+        "tokens": state["tokens"],
+        "seconds": state["seconds"],
+        "machine": state["machine"],
+        "held_out_perplexity": float(np.exp(held_out_loss(model, data, device))),
+    }
+    if kind == "moe":
+        out["drafts_accepted"] = drafts_accepted(model, data, device)
+        out["routing"] = routing(model, data, device)
+    return out
 
 
 def evaluate(moesaic: str, work: Path, folder: Path, packed: Path, writer: Path):
     data, device = load_data(work), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     documents = json.loads((work / "corpus.json").read_text())
-    figures: dict = {"statistics": json.loads((work / "statistics.json").read_text())}
-    for kind in ("moe", "dense"):
-        model = trained(work, kind).to(device)
-        total, active = model.num_parameters()
-        last = training_curves(work)[kind][-1]
-        figures[kind] = {
-            "parameters": total,
-            "active_parameters": active,
-            "steps": int(last["step"]),
-            "tokens": int(last["tokens"]),
-            "seconds": float(last["seconds"]),
-            "held_out_perplexity": float(np.exp(held_out_loss(model, data, device))),
-        }
-        if kind == "moe":
-            figures["drafts_accepted"] = drafts_accepted(model, data, device)
-            figures["routing"] = routing(model, data, device)
-    figures["reference"] = reference(moesaic, folder, data, work)
-    figures["quantization"] = quantization(moesaic, folder, documents, work)
-    figures |= served(moesaic, packed, writer, work, documents)
-    (work / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    path = work / "figures.json"
+    newest = max((work / kind / "checkpoint.pt").stat().st_mtime for kind in ("moe", "dense"))
+    fresh = path.exists() and path.stat().st_mtime > newest
+    figures: dict = json.loads(path.read_text()) if fresh else {}
+    parts = {
+        "statistics": lambda: json.loads((work / "statistics.json").read_text()),
+        "moe": lambda: measured("moe", work, data, device),
+        "dense": lambda: measured("dense", work, data, device),
+        "reference": lambda: reference(moesaic, folder, trained(work, "moe"), data, work),
+        "quantization": lambda: quantization(moesaic, folder, packed, documents, work),
+        "served": lambda: served(moesaic, packed, writer, work, documents),
+        "server": lambda: server(moesaic, work, packed, documents),
+    }
+    for name, part in parts.items():
+        if name not in figures:
+            print(f"figures: {name}", flush=True)
+            figures[name] = part()
+            path.write_text(json.dumps(figures, indent=1) + "\n")

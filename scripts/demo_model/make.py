@@ -2,7 +2,8 @@
 """Makes the demonstration model from nothing: `python3 make.py --work DIR`, with `moesaic` built before.
 
 Stages: text (SmolLM2 writes it), corpus, moe and dense (training), figures, folder. Each goes on from where it was when it was
-stopped, and one that is finished is passed over; `--minutes` stops after that time, with exit status 3.
+stopped, and what is finished is not done again but for the folder; `--minutes` stops text and training after that time, with exit
+status 3, and figures come in parts of a few minutes each.
 """
 
 import argparse
@@ -18,7 +19,9 @@ from collections import Counter
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-WRITER_TOKENS = 4_300_000
+WRITER_TOKENS = 3_800_000
+MIN_TOKENS = 4_000_000
+MAX_BYTES = 16 << 20
 NUM_SAMPLES = 50
 
 
@@ -43,7 +46,8 @@ class Maker:
             sys.exit(3)
 
     def corpus(self):
-        if (self.work / "statistics.json").exists():
+        path = self.work / "statistics.json"
+        if path.exists() and path.stat().st_mtime > (self.work / "written.jsonl").stat().st_mtime:
             return
         import corpus
 
@@ -60,9 +64,11 @@ class Maker:
             "characters": sum(len(text) for one in documents for turn in one["turns"] for text in turn),
             "kinds": Counter(one["kind"] for one in documents),
             "themes": Counter(one["theme"] for one in documents if one["theme"]),
-            "left_out": dict(left_out.most_common()),
+            "left_out": {what: dict(faults.most_common()) for what, faults in left_out.items()},
         }
-        (self.work / "statistics.json").write_text(json.dumps(statistics, indent=1) + "\n")
+        if statistics["tokens"] < MIN_TOKENS:
+            raise SystemExit(f"{statistics['tokens']:,} tokens are fewer than {MIN_TOKENS:,}; raise WRITER_TOKENS")
+        path.write_text(json.dumps(statistics, indent=1) + "\n")
 
     def train(self, kind: str):
         script = Path(__file__).with_name("train.py")
@@ -86,16 +92,19 @@ class Maker:
         import card
         import pictures
 
-        shutil.rmtree(self.out, ignore_errors=True)
-        shutil.copytree(self.work / "packed", self.out)
-        pictures.draw(self.work, self.out)
-        card.write_card(self.work, self.out)
-        shutil.copy(self.work / "statistics.json", self.out / "data_statistics.json")
+        partial = self.out.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(self.work / "packed", partial)
+        pictures.draw(self.work, partial)
+        card.write_card(self.work, partial)
+        shutil.copy(self.work / "figures.json", partial)
+        shutil.copy(self.work / "moe" / "samples.csv", partial)
+        shutil.copy(self.work / "statistics.json", partial / "data_statistics.json")
         documents = json.loads((self.work / "corpus.json").read_text())
         samples = random.Random(0).sample(documents, NUM_SAMPLES)
         lines = (json.dumps({"kind": one["kind"], "theme": one["theme"], "turns": one["turns"]}) for one in samples)
-        (self.out / "data_samples.jsonl").write_text("\n".join(lines) + "\n")
-        with (self.out / "training.csv").open("w", newline="") as out:
+        (partial / "data_samples.jsonl").write_text("\n".join(lines) + "\n")
+        with (partial / "training.csv").open("w", newline="") as out:
             rows = [
                 {"model": kind} | row
                 for kind in ("moe", "dense")
@@ -104,7 +113,12 @@ class Maker:
             writer = csv.DictWriter(out, list(rows[0]), restval="")
             writer.writeheader()
             writer.writerows(rows)
-        print(f"{self.out}: {sum(file.stat().st_size for file in self.out.iterdir()) / 2**20:.1f} MiB")
+        num_bytes = sum(file.stat().st_size for file in partial.iterdir())
+        if num_bytes > MAX_BYTES:
+            raise SystemExit(f"{partial} has {num_bytes / 2**20:.1f} MiB, more than {MAX_BYTES >> 20}")
+        shutil.rmtree(self.out, ignore_errors=True)
+        partial.rename(self.out)
+        print(f"{self.out}: {num_bytes / 2**20:.1f} MiB")
 
 
 def main() -> int:

@@ -35,8 +35,10 @@ class Shape:
     max_positions: int = 1024
 
     def dense(self) -> "Shape":
-        """As many active parameters without a choice: networks as wide as the shared and the chosen experts together."""
-        return Shape(**(asdict(self) | {"num_experts": 0, "expert_width": self.expert_width * (1 + self.top_k)}))
+        """As many active parameters without a choice: networks as wide as the shared and the chosen experts together, and
+        as many parameters more as a router has."""
+        width = self.expert_width * (1 + self.top_k) + round(self.num_experts / 3)
+        return Shape(**(asdict(self) | {"num_experts": 0, "expert_width": width}))
 
 
 def rotary(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -109,7 +111,7 @@ class Mlp(nn.Module):
 
 
 class Moe(nn.Module):
-    """`bias` moves only the choice of experts; `loads` are the tokens of each since it was last moved."""
+    """`bias` moves only the choice of experts; `loads` are the tokens of each in training since it was last moved."""
 
     def __init__(self, s: Shape):
         super().__init__()
@@ -150,7 +152,8 @@ class Moe(nn.Module):
         s = self.shape
         use = F.one_hot(self.chosen, s.num_experts).sum(2).float()
         mask = torch.ones_like(use[..., :1]) if real is None else real[..., None].float()
-        self.loads += (use * mask).sum((0, 1))
+        if self.training:
+            self.loads += (use * mask).sum((0, 1))
         lengths = mask.sum(1).clamp(min=1)
         share = (use * mask).sum(1) / lengths * s.num_experts / s.top_k
         probable = (scores / scores.sum(-1, keepdim=True) * mask).sum(1) / lengths

@@ -35,7 +35,9 @@ class Muon(torch.optim.Optimizer):
                 momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
                 momentum.lerp_(weight.grad, 1 - group["momentum"])
                 step = orthogonal(weight.grad.lerp(momentum, group["momentum"]))
-                scale = max(1.0, weight.shape[-2] / weight.shape[-1]) ** 0.5
+                # By outputs over inputs, which stacked matrices have the other way round.
+                outputs, inputs = weight.shape if weight.ndim == 2 else weight.shape[:0:-1]
+                scale = max(1.0, outputs / inputs) ** 0.5
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 weight.add_(step, alpha=-group["lr"] * scale)
 

@@ -29,15 +29,17 @@ def draw(work: Path, folder: Path):
 
     figure, axes = plt.subplots(figsize=SIZE, dpi=DPI, layout="constrained")
     millions = [tokens / 1e6 for tokens in column(logs["moe"], "tokens")]
-    for name in [name for name in logs["moe"][0] if name.startswith("load_")]:
+    names = [name for name in logs["moe"][0] if name.startswith("load_")]
+    num_layers = len(names)
+    for name in names:
         layer = int(name.removeprefix("load_")) + 1
-        axes.plot(millions, column(logs["moe"], name), label=f"layer {layer}")
+        axes.plot(millions, column(logs["moe"], name), label=f"layer {layer}" + (" (MTP)" if layer == num_layers else ""))
     axes.axhline(1.6, color="grey", linestyle=":")
-    axes.set(xlabel="million tokens", ylabel="largest load of a batch / mean", ylim=(1, 4))
+    axes.set(xlabel="million tokens", ylabel="largest load of a batch / mean", ylim=(1, None))
     axes.legend(ncols=2)
     figure.savefig(folder / "balance.png")
 
-    routing = figures["routing"]
+    routing = figures["moe"]["routing"]
     layer = max(range(len(routing["information_bits"])), key=lambda index: routing["information_bits"][index])
     shares = [[share * len(row[layer]) for share in row[layer]] for row in routing["by_theme"]]
     figure, axes = plt.subplots(figsize=SIZE, dpi=DPI, layout="constrained")

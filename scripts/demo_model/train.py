@@ -6,6 +6,7 @@ a run are under WORK/moe or WORK/dense.
 
 import argparse
 import csv
+import hashlib
 import json
 import math
 import os
@@ -23,7 +24,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 SEED = 7
-EPOCHS = 2
+# As many as fit an hour and a half on two cores.
+EPOCHS = 1.4
 BATCH_TOKENS = 8192
 MUON_LR = 0.02
 ADAM_LR = 3e-3
@@ -35,7 +37,7 @@ BIAS_SPEED = 2e-3
 SAVE_SECONDS = 120
 # Rows whose logits are held at a time.
 HEAD_ROWS = 512
-EVALUATE_EVERY = 50
+EVALUATE_EVERY = 100
 SAMPLE_PROMPTS = (
     "Tell me a story about a shy fox and a lantern.",
     "What does an owl eat?",
@@ -112,15 +114,13 @@ def autocast(device: torch.device):
 
 @torch.no_grad()
 def held_out_loss(model: Model, data: Data, device: torch.device) -> float:
-    """Nats per token, in f32."""
+    """Nats per token."""
     total, count = 0.0, 0
     for batch in data.held_out:
         ids, real = padded(batch, device)
         with autocast(device):
             loss, _, _ = losses(model, ids, real)
         total, count = total + loss.item(), count + int(real[:, 1:].sum())
-    for moe in model.moes():
-        moe.loads.zero_()
     return total / count
 
 
@@ -139,6 +139,15 @@ def sample(model: Model, data: Data, prompt: str, device: torch.device, max_toke
     return data.tokenizer.decode(ids[start:])
 
 
+def machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text().splitlines() if cpus.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{torch.get_num_threads()} cores of {names[0] if names else 'a CPU'}"
+
+
 class Run:
     """One model on its way."""
 
@@ -150,15 +159,20 @@ class Run:
         shape = Shape() if kind == "moe" else Shape().dense()
         self.model = Model(shape).to(device)
         self.optimizers = optimizers(self.model, MUON_LR, ADAM_LR)
-        self.plans = [
+        epochs = [
             corpus.batches(data.rows.conversations(f"{SEED} {epoch}"), BATCH_TOKENS, f"{SEED} {epoch}")
-            for epoch in range(EPOCHS)
+            for epoch in range(math.ceil(EPOCHS))
         ]
-        self.plan = [batch for plan in self.plans for batch in plan]
+        num_steps = round(EPOCHS * len(epochs[0]))
+        self.plan = [batch for epoch in epochs for batch in epoch][:num_steps]
         self.step, self.tokens, self.seconds = 0, 0, 0.0
+        lengths = [[len(row) for row in batch] for batch in self.plan]
+        self.plan_hash = hashlib.sha256(json.dumps([lengths, self.plan[0]]).encode()).hexdigest()
         self.checkpoint = self.folder / "checkpoint.pt"
         if self.checkpoint.exists():
             state = torch.load(self.checkpoint, map_location=device, weights_only=True)
+            if state["plan"] != self.plan_hash:
+                raise SystemExit(f"{self.checkpoint} is of another corpus or another number of passes; remove {self.folder}")
             self.model.load_state_dict(state["model"])
             for optimizer, kept in zip(self.optimizers, state["optimizers"]):
                 optimizer.load_state_dict(kept)
@@ -168,9 +182,11 @@ class Run:
         state = {
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "plan": self.plan_hash,
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self.seconds,
+            "machine": machine(self.device),
         }
         partial = self.checkpoint.with_suffix(".partial")
         torch.save(state, partial)
@@ -207,54 +223,57 @@ class Run:
         unevenness = {f"load_{index}": load.max().item() for index, load in enumerate(loads)}
         return {"loss": loss.item() / count, "mtp_loss": ahead.item() / further, **unevenness}
 
-    def log(self, measured: dict[str, float]):
-        row = {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 1)}
-        row |= {name: round(value, 4) for name, value in measured.items()}
-        path = self.folder / "log.csv"
-        # Steps after the last checkpoint are taken again: what they logged goes.
-        rows = [] if not path.exists() else [old for old in csv.DictReader(path.open()) if int(old["step"]) < self.step]
-        with path.open("w", newline="") as out:
-            writer = csv.DictWriter(out, list(row))
+    def append(self, name: str, rows: list[dict]):
+        """To a table of this run. Steps after the last checkpoint are taken again: what they left goes."""
+        path = self.folder / name
+        old = [] if not path.exists() else list(csv.DictReader(path.open(encoding="utf-8", newline="")))
+        old = [row for row in old if int(row["step"]) < self.step]
+        with path.open("w", newline="", encoding="utf-8") as out:
+            writer = csv.DictWriter(out, list(rows[0]))
             writer.writeheader()
-            writer.writerows([*rows, row])
+            writer.writerows([*old, *rows])
 
     def evaluate(self, measured: dict[str, float]):
         self.model.eval()
-        held_out = held_out_loss(self.model, self.data, self.device)
-        self.log({**measured, "held_out_loss": held_out})
-        if self.step % (4 * EVALUATE_EVERY) == 0 or self.step == len(self.plan):
-            with (self.folder / "samples.txt").open("a", encoding="utf-8") as out:
-                for prompt in SAMPLE_PROMPTS:
-                    text = sample(self.model, self.data, prompt, self.device)
-                    out.write(f"step {self.step}, {self.tokens:,} tokens\n> {prompt}\n{text}\n\n")
+        measured |= {"held_out_loss": held_out_loss(self.model, self.data, self.device)}
+        row = {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 1)}
+        self.append("log.csv", [row | {name: round(value, 4) for name, value in measured.items()}])
+        if self.step % (2 * EVALUATE_EVERY) == 0 or self.step == len(self.plan):
+            texts = [sample(self.model, self.data, prompt, self.device) for prompt in SAMPLE_PROMPTS]
+            self.append(
+                "samples.csv",
+                [{"step": self.step, "prompt": prompt, "text": text} for prompt, text in zip(SAMPLE_PROMPTS, texts)],
+            )
         self.model.train()
-        print(f"\n{self.step} of {len(self.plan)}: held out {held_out:.3f}", flush=True)
+        print(f"\n{self.step} of {len(self.plan)}: held out {measured['held_out_loss']:.3f}", flush=True)
 
     def run(self, seconds: float) -> bool:
         """Whether it is finished."""
-        end, saved = time.monotonic() + seconds, time.monotonic()
+        saved = mark = time.monotonic()
+        end = mark + seconds
         sums: dict[str, float] = {}
         since = 0
-        while self.step < len(self.plan) and time.monotonic() < end:
-            start = time.monotonic()
+        while self.step < len(self.plan) and mark < end:
             measured = self.learn()
-            self.seconds += time.monotonic() - start
             sums = {name: sums.get(name, 0.0) + value for name, value in measured.items()}
             since += 1
             if sys.stdout.isatty() or self.step % 10 == 0:
                 left = self.seconds / self.step * (len(self.plan) - self.step)
                 print(
                     f"\rstep {self.step} of {len(self.plan)}  loss {measured['loss']:.3f}  mtp {measured['mtp_loss']:.3f}  "
-                    f"{self.tokens / self.seconds:.0f} tokens/s  {left / 60:.0f} min left ",
+                    f"{self.tokens / max(self.seconds, 1):.0f} tokens/s  {left / 60:.0f} min left ",
                     end="",
                     flush=True,
                 )
             if self.step % EVALUATE_EVERY == 0 or self.step == len(self.plan):
                 self.evaluate({name: value / since for name, value in sums.items()})
                 sums, since = {}, 0
-            if time.monotonic() - saved > SAVE_SECONDS or self.step == len(self.plan):
+            # Evaluations and checkpoints are part of the time that training takes.
+            now = time.monotonic()
+            self.seconds, mark = self.seconds + now - mark, now
+            if now - saved > SAVE_SECONDS or self.step == len(self.plan):
                 self.save()
-                saved = time.monotonic()
+                saved = now
         self.save()
         print()
         return self.step == len(self.plan)

