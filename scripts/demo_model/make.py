@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-WRITER_TOKENS = 3_800_000
+WRITER_TOKENS = 3_710_000
 MIN_TOKENS = 4_000_000
 MAX_BYTES = 16 << 20
 NUM_SAMPLES = 50
