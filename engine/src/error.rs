@@ -44,6 +44,11 @@ pub enum EngineError {
         utilization: f64,
         hint: &'static str,
     },
+    #[error(
+        "a step of {num_tokens} tokens, the largest that there may be, cannot be computed: {source}; \
+         hint: fewer tokens at once (--max-num-batched-tokens) take less memory"
+    )]
+    LargestStep { num_tokens: usize, source: Box<EngineError> },
     #[error("the KV cache has room for {capacity} tokens, fewer than one block of {block_size}")]
     KvTooSmall { capacity: usize, block_size: usize },
     #[error(

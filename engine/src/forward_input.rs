@@ -1,6 +1,6 @@
 //! The rows of one step, flat: prefill chunks and decodes side by side in one token dimension, without padding.
 
-use kernels::PagedBatch;
+use kernels::{BatchLists, PagedBatch};
 use scheduler::{BlockId, StateSlot};
 
 use crate::experts::ExpertOptions;
@@ -96,7 +96,7 @@ impl ForwardInput {
 impl PagedRows {
     fn clear(&mut self) {
         self.slot_mapping.clear();
-        let batch = &mut self.batch;
+        let batch: &mut BatchLists = &mut self.batch;
         for list in [&mut batch.cu_seqlens, &mut batch.block_offsets] {
             list.clear();
             list.push(0);
@@ -114,7 +114,7 @@ impl PagedRows {
             let block = table.blocks[position / block_size - table.start].0 as usize;
             self.slot_mapping.push((block * block_size + position % block_size) as u32);
         }
-        let batch = &mut self.batch;
+        let batch: &mut BatchLists = &mut self.batch;
         batch.cu_seqlens.push(self.slot_mapping.len() as u32);
         batch.context_lens.push(end as u32);
         batch.source_lens.push(chunk.source_len as u32);
@@ -165,7 +165,10 @@ mod tests {
         assert_eq!(batch.block_tables, [5, 2, 0, 1, 4]);
         assert_eq!(batch.block_offsets, [0, 2, 5]);
         assert_eq!(input.windowed.slot_mapping, [7, 12, 0]);
-        let expected = PagedBatch { block_tables: vec![1, 3, PagedBatch::NO_BLOCK, 7, 0], ..batch.clone() };
+        let expected = PagedBatch::from(BatchLists {
+            block_tables: vec![1, 3, PagedBatch::NO_BLOCK, 7, 0],
+            ..BatchLists::clone(batch)
+        });
         assert_eq!(input.windowed.batch, expected);
     }
 }

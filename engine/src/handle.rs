@@ -201,6 +201,8 @@ pub struct ModelSummary {
     pub isa: &'static str,
     /// `cpu`, or a CUDA device with its name.
     pub device: String,
+    /// What steps may take of a CUDA device beside weights and KV cache.
+    pub device_step_bytes: Option<u64>,
     /// Of a CUDA device, when the model was loaded.
     pub device_memory: Option<kernels::DeviceMemory>,
     pub generation_defaults: GenerationDefaults,

@@ -17,6 +17,7 @@ use crate::layers::rope::ContextLen;
 use crate::memory::room::Room;
 use crate::memory::{ArenaSize, BlockCoding, KvArena, budget};
 use crate::models::{self, CacheSite, MAX_MODEL_LEN, Model, ModelShape, ModelSource, Prefill};
+use crate::runner::largest_step::LargestStep;
 use crate::runner::{Runner, TokenPlaces};
 use crate::shared::{Front, Shared};
 use crate::step_loop::StepLoop;
@@ -103,18 +104,24 @@ fn load_files(
         load_weights(config, (files, &model_config, &device), (len, &inspection), progress)?;
     room.check_weights(weight_bytes, config.kv_cache_memory)?;
     let kv_dtype = resolve_kv_dtype(config, &inspection);
+    let format = if kv_dtype == KvDtype::F32 { KvFormat::F32 } else { KvFormat::Bf16 };
     let routed = RoutedLayout::of(model.shape());
-    let demand = budget::KvDemand {
-        sites: &model.shape().cache_sites,
+    let cache_sites = model.shape().cache_sites.clone();
+    let demand = |room: &Room| budget::KvDemand {
+        sites: &cache_sites,
         routing_bytes_per_token: routed.bytes_per_token() as u64,
         dtype: kv_dtype,
         most_bytes: room.for_cache(weight_bytes),
         max_position_embeddings: max_len,
     };
-    let kv = budget::plan(config, &demand)?;
+    let kv = budget::plan(config, &demand(&room))?;
+    let (model, step_bytes) = LargestStep::new(config, &kv).measure(model, (format, &device))?;
+    let step_bytes = step_bytes.unwrap_or_else(|| Room::estimated_step_bytes(config));
+    let room = room.without_steps(step_bytes, weight_bytes)?;
+    room.check_weights(weight_bytes, config.kv_cache_memory)?;
+    let kv = budget::plan(config, &demand(&room))?;
     warn_of_surprises(config, &room, (&kv, positions.default));
     let shape = model.shape();
-    let format = if kv_dtype == KvDtype::F32 { KvFormat::F32 } else { KvFormat::Bf16 };
     let settings =
         numerics(config, kernels::device_kind(&device)?, (&model_config, &weight_formats), format, configured);
     let fingerprint = Fingerprint::new(&settings, weights);
@@ -140,7 +147,7 @@ fn load_files(
     let size = ArenaSize { format, block_size: config.block_size, num_blocks, window: kv.window, num_state_slots };
     let arena = KvArena::new(&shape.cache_sites, size, &device)?;
     let routed_rows = RoutedRows::new(routed.clone(), num_blocks, config.block_size);
-    let routing_bytes_per_token = demand.routing_bytes_per_token;
+    let routing_bytes_per_token = routed.bytes_per_token() as u64;
     let expert_memory_bytes = experts.as_ref().map_or(expert_bytes, ExpertStore::capacity_bytes);
     let expert_read = experts.as_ref().map(|store| store.read_mode().name());
     let places = TokenPlaces { routed: routed_rows, block_size: config.block_size };
@@ -179,6 +186,7 @@ fn load_files(
         threads,
         isa: kernels::isa(),
         device: kernels::device_name(&device)?,
+        device_step_bytes: (!device.is_cpu()).then_some(step_bytes),
         device_memory: kernels::device_memory(&device)?,
         generation_defaults: files.generation_defaults(&model_config)?,
     };

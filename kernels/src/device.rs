@@ -116,6 +116,26 @@ pub fn device_memory(device: &Device) -> Result<Option<DeviceMemory>> {
     }
 }
 
+/// Most bytes of a device that steps like `step` take beside what is there, however long their contexts: what it holds while it
+/// runs, and what attention may take to divide long contexts. `None` where a device does not say, and on the CPU. Waits until the
+/// step is done; for when nobody else in this process uses the device.
+///
+/// # Errors
+/// Those of `step`, and of the device.
+pub fn device_step_bytes<E: From<KernelError>>(
+    device: &Device,
+    step: impl FnOnce() -> std::result::Result<(), E>,
+) -> std::result::Result<Option<u64>, E> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => {
+            let peak = cuda::peak_of(device, step)?;
+            Ok(peak.map(|peak| (peak + crate::ops::attention::cuda::MOST_PARTIAL_BYTES) as u64))
+        }
+        _ => step().map(|()| None),
+    }
+}
+
 #[cfg(feature = "cuda")]
 use crate::cuda::device as cuda;
 

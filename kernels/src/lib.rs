@@ -1,6 +1,6 @@
 //! Ops that mixture-of-experts models need beyond plain candle: each with a reference, a fast CPU path, and checks.
 //!
-//! Map: `weight` and `mapped_file` hold weights, `range_file` reads parts of files for them, `huge_pages` backs them, `freed_memory` keeps what steps give back, `paged_cache` holds keys and values, `state_cache` what recurrent layers
+//! Map: `weight` and `mapped_file` hold weights, `range_file` reads parts of files for them, `huge_pages` backs them, `freed_memory` keeps what steps give back, `paged_cache` holds keys and values, `paged_batch` says who reads them, `state_cache` what recurrent layers
 //! carry, `slabs` their memory, `pool` runs tasks on the compute threads, `dispatch` and `lanes` choose and wrap the instruction set, `amx` has
 //! its matrix tiles, `quant` has the quantized formats and their product, `ops` has one folder per op, and `bench` measures
 //! them beside the machine's limits.
@@ -29,6 +29,7 @@ mod mapped_file;
 mod matmul;
 mod memory;
 mod ops;
+mod paged_batch;
 mod paged_cache;
 pub mod pool;
 mod quant;
@@ -44,7 +45,9 @@ mod weight;
 /// even by another process that shares a store with this one.
 pub const NUMERICS_VERSION: u32 = 3;
 
-pub use device::{DeviceChoice, DeviceMemory, device_kind, device_memory, device_name, open_device, to_host};
+pub use device::{
+    DeviceChoice, DeviceMemory, device_kind, device_memory, device_name, device_step_bytes, open_device, to_host,
+};
 pub use dispatch::{choose_isa, isa, isas};
 pub use error::{KernelError, Result};
 pub use freed_memory::keep_freed_memory;
@@ -65,9 +68,12 @@ pub use ops::paged_attention::{GqaSpec, LearnedScores, PositionBias, Reach, page
 pub use ops::pointwise::{Pointwise, pointwise};
 pub use ops::rms_norm::{rms_norm, rms_norm_residual};
 pub use ops::rope::{RopeStyle, RopeTable, rope};
-pub use ops::route::{GroupScore, Groups, RouterSpec, Scoring, TopK, route};
+#[cfg(feature = "cuda")]
+pub use ops::route::DeviceChoices;
+pub use ops::route::{Choices, Chosen, GroupScore, Groups, RouterSpec, Scoring, TopK, choose, route};
 pub use ops::sampling::{Choice, Draw, LogitRow, Penalties, ReadRow, read_logits};
-pub use paged_cache::{KvFormat, PagedBatch, PagedCache};
+pub use paged_batch::{BatchLists, PagedBatch};
+pub use paged_cache::{KvFormat, PagedCache};
 pub use quant::{Codes, GroupRow, QuantFormat};
 pub use range_file::{FileStamp, RangeBytes, RangeFile, ReadMode};
 pub use state_cache::StateCache;

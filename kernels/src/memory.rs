@@ -12,6 +12,12 @@ use crate::huge_pages;
 /// Implementors have no padding and no invalid bit pattern.
 pub(crate) unsafe trait Plain: Copy + Send + Sync + 'static {}
 
+// SAFETY: every byte is a number.
+#[cfg(feature = "cuda")]
+unsafe impl Plain for u8 {}
+// SAFETY: a u32 has no padding and every bit pattern is a number.
+#[cfg(feature = "cuda")]
+unsafe impl Plain for u32 {}
 // SAFETY: an f32 has no padding and every bit pattern is a number.
 unsafe impl Plain for f32 {}
 // SAFETY: bf16 is a transparent u16.
@@ -85,6 +91,14 @@ pub(crate) fn view_mut<T: Plain>(bytes: &mut [u8]) -> &mut [T] {
     let len = bytes.len() / size_of::<T>();
     // SAFETY: as in `view`; `Plain` has no padding, so the bytes stay initialised whatever is written.
     unsafe { std::slice::from_raw_parts_mut(bytes.as_mut_ptr().cast::<T>(), len) }
+}
+
+/// The bytes of numbers.
+#[cfg(feature = "cuda")]
+pub(crate) fn bytes_of<T: Plain>(values: &mut [T]) -> &mut [u8] {
+    let (start, len) = (values.as_mut_ptr().cast::<u8>(), size_of_val(values));
+    // SAFETY: `Plain` has no padding, so all bytes are initialised, and whatever is written is a number.
+    unsafe { std::slice::from_raw_parts_mut(start, len) }
 }
 
 /// The same bytes without sign.

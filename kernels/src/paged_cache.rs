@@ -1,4 +1,4 @@
-//! Bytes of one cache site in blocks of token slots, and the description of a batch that reads them.
+//! Bytes of one cache site in blocks of token slots.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -10,7 +10,6 @@ use half::slice::HalfFloatSliceExt;
 use crate::check::{self, Input};
 use crate::error::{KernelError, Result};
 use crate::memory::{Plain, view, view_mut};
-use crate::ops::paged_attention::Reach;
 use crate::slabs::Slabs;
 
 const OP: &str = "paged cache";
@@ -249,149 +248,6 @@ impl PagedCache {
 
     fn slab_slots(&self) -> usize {
         self.blocks_per_slab * self.block_size
-    }
-}
-
-/// Which rows belong to which sequence, and where each sequence's context lies. Row `i` of a sequence with `n` rows in
-/// this step has position `context_len - n + i` and sees the positions up to its own. Where a sequence has a source, its
-/// first positions hold what an encoder made of it, and the decoder's own come after them.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct PagedBatch {
-    /// First row of each sequence, then the number of rows; `[num_seqs + 1]`.
-    pub cu_seqlens: Vec<u32>,
-    /// Positions of each sequence, this step's rows included; `[num_seqs]`.
-    pub context_lens: Vec<u32>,
-    /// Leading positions of each sequence that belong to its source, 0 without an encoder; `[num_seqs]`.
-    pub source_lens: Vec<u32>,
-    /// Where the recurrent state of each sequence is, `[num_seqs]`, no two the same; empty for models that have none.
-    pub state_slots: Vec<u32>,
-    /// Blocks of all sequences, one after the other; [`Self::NO_BLOCK`] where no row reaches.
-    pub block_tables: Vec<u32>,
-    /// First entry of each sequence in `block_tables`, then their number; `[num_seqs + 1]`.
-    pub block_offsets: Vec<u32>,
-    /// Of no consequence for what the batch is.
-    pub on_device: OnDevice,
-}
-
-/// What ops have put on a CUDA device for a batch, for the next ones while the batch stays as it is. A copy of the
-/// batch has none of it.
-#[derive(Default)]
-pub struct OnDevice {
-    #[cfg(feature = "cuda")]
-    latest: std::sync::Mutex<Option<std::sync::Arc<crate::cuda::batch::DeviceBatch>>>,
-}
-
-impl Clone for OnDevice {
-    fn clone(&self) -> Self {
-        Self::default()
-    }
-}
-
-impl PartialEq for OnDevice {
-    fn eq(&self, _other: &Self) -> bool {
-        true
-    }
-}
-
-impl Eq for OnDevice {}
-
-impl std::fmt::Debug for OnDevice {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.write_str("OnDevice")
-    }
-}
-
-impl PagedBatch {
-    /// Stands in a block table for a block that the sequence gave back.
-    pub const NO_BLOCK: u32 = u32::MAX;
-
-    pub(crate) fn num_seqs(&self) -> usize {
-        self.context_lens.len()
-    }
-
-    /// On a device: what was copied before, unless the batch was changed since.
-    #[cfg(feature = "cuda")]
-    pub(crate) fn on_device(
-        &self,
-        device: &candle_core::CudaDevice,
-    ) -> candle_core::Result<std::sync::Arc<crate::cuda::batch::DeviceBatch>> {
-        let mut latest = self.on_device.latest.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if let Some(found) = latest.as_ref().filter(|found| found.is_of(self, device)) {
-            return Ok(found.clone());
-        }
-        let made = std::sync::Arc::new(crate::cuda::batch::DeviceBatch::new(self, device)?);
-        *latest = Some(made.clone());
-        Ok(made)
-    }
-
-    /// Refuses a batch that does not describe `num_rows` rows of its sequences.
-    pub(crate) fn check_rows(&self, op: &'static str, num_rows: usize) -> Result<()> {
-        check_offsets(op, "cu_seqlens", &self.cu_seqlens, (self.num_seqs(), num_rows))?;
-        check::length(op, "number of source lengths", self.source_lens.len(), self.num_seqs())?;
-        for (seq_idx, &context_len) in self.context_lens.iter().enumerate() {
-            let seq_rows = self.cu_seqlens[seq_idx + 1] - self.cu_seqlens[seq_idx];
-            if seq_rows > context_len {
-                let reason = format!("sequence {seq_idx} has {seq_rows} rows in a context of {context_len}");
-                return Err(KernelError::Invalid { op, reason });
-            }
-        }
-        Ok(())
-    }
-
-    /// Refuses a batch whose rows would read what does not exist, or nothing at all.
-    pub(crate) fn check(&self, op: &'static str, num_rows: usize, cache: &PagedCache, reach: Reach) -> Result<()> {
-        self.check_rows(op, num_rows)?;
-        check_offsets(op, "block_offsets", &self.block_offsets, (self.num_seqs(), self.block_tables.len()))?;
-        for (seq_idx, (&context_len, &source_len)) in self.context_lens.iter().zip(&self.source_lens).enumerate() {
-            let reaches_something = match reach {
-                Reach::Source => (1..=context_len).contains(&source_len),
-                _ => source_len <= context_len - self.seq_rows(seq_idx).len() as u32,
-            };
-            if !reaches_something {
-                let reason = format!("sequence {seq_idx} has a source of {source_len} in a context of {context_len}");
-                return Err(KernelError::Invalid { op, reason });
-            }
-            let num_blocks = (self.block_offsets[seq_idx + 1] - self.block_offsets[seq_idx]) as usize;
-            if num_blocks * cache.block_size() < context_len as usize {
-                let reason = format!("sequence {seq_idx} has {num_blocks} blocks for a context of {context_len}");
-                return Err(KernelError::Invalid { op, reason });
-            }
-            let first_row = context_len as usize - self.seq_rows(seq_idx).len();
-            let first_seen = reach.start(first_row, source_len as usize) / cache.block_size();
-            for (idx, &block) in self.block_table(seq_idx).iter().enumerate() {
-                if block != Self::NO_BLOCK || idx >= first_seen {
-                    check::below(op, "block", block as usize, cache.num_blocks())?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// The rows of a sequence of a checked batch.
-    pub(crate) fn seq_rows(&self, seq_idx: usize) -> Range<usize> {
-        self.cu_seqlens[seq_idx] as usize..self.cu_seqlens[seq_idx + 1] as usize
-    }
-
-    /// Whether nothing of the sequence was computed before, its source apart.
-    pub(crate) fn is_first(&self, seq_idx: usize) -> bool {
-        self.context_lens[seq_idx] as usize - self.seq_rows(seq_idx).len() == self.source_lens[seq_idx] as usize
-    }
-
-    /// The blocks of a sequence of a checked batch.
-    pub(crate) fn block_table(&self, seq_idx: usize) -> &[u32] {
-        &self.block_tables[self.block_offsets[seq_idx] as usize..self.block_offsets[seq_idx + 1] as usize]
-    }
-}
-
-/// Offsets of `shape.0` parts must rise from 0 to `shape.1`.
-fn check_offsets(op: &'static str, what: &'static str, offsets: &[u32], shape: (usize, usize)) -> Result<()> {
-    let (num_parts, total) = shape;
-    check::length(op, what, offsets.len(), num_parts + 1)?;
-    let rises = offsets.windows(2).all(|pair| pair[0] <= pair[1]);
-    if rises && offsets[0] == 0 && offsets[num_parts] as usize == total {
-        Ok(())
-    } else {
-        Err(KernelError::Invalid { op, reason: format!("{what} must rise from 0 to {total}") })
     }
 }
 

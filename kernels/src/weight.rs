@@ -7,15 +7,15 @@ use std::sync::Arc;
 
 use candle_core::Device;
 #[cfg(feature = "cuda")]
-use candle_core::cuda_backend::cudarc::driver::CudaSlice;
+use candle_core::cuda_backend::CudaDevice;
 #[cfg(feature = "cuda")]
-use candle_core::cuda_backend::{CudaDevice, WrapErr};
+use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::check;
 #[cfg(feature = "cuda")]
-use crate::cuda::memory::{Address, upload};
+use crate::cuda::memory::{Address, read, upload};
 use crate::error::{KernelError, Result};
 use crate::mapped_file::MappedFile;
 use crate::memory::{AlignedBytes, Plain, is_aligned, view, view_mut};
@@ -214,11 +214,7 @@ impl PackedWeight {
             #[cfg(feature = "cuda")]
             Bytes::Cuda(there) => {
                 let mut owned = AlignedBytes::zeroed(self.num_bytes());
-                if owned.len() > 0 {
-                    let stream = there.device.cuda_stream();
-                    stream.memcpy_dtoh(&there.bytes.slice(..owned.len()), owned.as_mut_slice()).w()?;
-                    stream.synchronize().w()?;
-                }
+                read(&there.device, &there.bytes, 0, owned.as_mut_slice())?;
                 Ok(Self::owned(self.format, self.rows, self.cols, owned))
             }
             _ => Ok(self.clone()),

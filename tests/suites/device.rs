@@ -46,8 +46,8 @@ fn what_does_not_fit_is_refused_with_the_numbers() {
         assert!(!status.success());
         output
     };
-    let output =
-        refused(&["--device", "cuda", "--gpu-memory-utilization", "0.05", "--max-num-batched-tokens", "1000000"]);
+    // The largest step is computed first.
+    let output = refused(&["--device", "cuda", "--gpu-memory-utilization", "0.05", "--max-num-batched-tokens", "32"]);
     assert!(output.contains("the steps want ") && output.contains("--gpu-memory-utilization"), "{output}");
     let output = refused(&["--device", "cuda", "--kv-cache-memory", "100TiB"]);
     assert!(output.contains("the KV cache wants 102400.00 GiB on the device"), "{output}");

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use kernels::TopK;
+use kernels::{Choices, TopK};
 
 use crate::experts::{ExpertLoads, MoeShape};
 
@@ -16,6 +16,8 @@ pub struct RoutingStats {
     calls_in_step: usize,
     /// Choices and tokens of the present step, summed over layers.
     choices_in_step: [usize; 2],
+    /// Choices of the present step that are still where they were made, by layer.
+    later: Vec<(usize, Choices)>,
     /// Router calls of the present step in layer order, if captured.
     capture: Option<Vec<TopK>>,
 }
@@ -28,6 +30,7 @@ impl RoutingStats {
             active_in_step: 0,
             calls_in_step: 0,
             choices_in_step: [0; 2],
+            later: Vec::new(),
             capture: None,
         }
     }
@@ -63,6 +66,22 @@ impl RoutingStats {
         if let Some(capture) = &mut self.capture {
             capture.push(topk.clone());
         }
+    }
+
+    /// Keeps choices for [`Self::take_later`].
+    pub fn record_later(&mut self, moe_idx: usize, choices: Choices) {
+        self.later.push((moe_idx, choices));
+    }
+
+    /// What is to be recorded yet, by layer; waits for a device.
+    pub fn take_later(&mut self) -> kernels::Result<Vec<(usize, TopK)>> {
+        let (layers, choices): (Vec<usize>, Vec<Choices>) = self.later.drain(..).unzip();
+        Ok(layers.into_iter().zip(Choices::all_to_host(choices)?).collect())
+    }
+
+    /// Forgets what a step left that failed.
+    pub fn begin_step(&mut self) {
+        self.later.clear();
     }
 
     /// Counts that the experts of a layer could take `num_places` tokens of the step together, and that `num_dropped` choices

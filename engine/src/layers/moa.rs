@@ -95,8 +95,9 @@ impl MoaAttention {
         let MoaConfig { num_kv_heads, head_dim, ref rope, .. } = self.config;
         let (width, num_heads) = (num_kv_heads * head_dim, self.attention.num_heads);
         let num_tokens = x.dim(0)?;
-        let topk = kernels::route(&self.router.forward(x)?, &self.config.spec)?;
-        context.record_routing(self.place.moe_idx, &topk);
+        let choices = kernels::choose(&self.router.forward(x)?, &self.config.spec)?;
+        context.record_routing(self.place.moe_idx, &choices);
+        let topk = choices.into_host()?;
 
         let tokens: Vec<u32> = (0..num_tokens as u32).flat_map(|token| (0..topk.k).map(move |_| token)).collect();
         let q = grouped_linear(&gather_rows(x, &tokens)?, &topk, &self.queries)?;

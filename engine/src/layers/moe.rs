@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 use kernels::{
-    Expert, ExpertActivation, ExpertWeights, Experts, GluActivation, PackedWeight, Pointwise, RouterSpec, TopK,
+    Choices, Expert, ExpertActivation, ExpertWeights, Experts, GluActivation, PackedWeight, Pointwise, RouterSpec, TopK,
 };
 
 use super::ends::scaled_by;
@@ -136,16 +136,20 @@ impl Moe {
     /// `x`: `[num_tokens, hidden_size]`, normalised.
     pub fn forward(&self, x: &Tensor, context: &mut ForwardContext) -> Result<Tensor, EngineError> {
         let router = Router { spec: &self.spec, is_free: &self.cost.is_free, moe_idx: self.moe_idx };
-        let mut topk = context.route(&self.gate.forward(x)?, router)?;
+        let mut choices = context.route(&self.gate.forward(x)?, router)?;
         if let Some(capacity) = self.capacity {
+            let mut topk = choices.into_host()?;
             let num_dropped =
                 drop_overflow(&mut topk, &context.input.paged.batch.cu_seqlens, (capacity, self.num_experts));
             let num_places = capacity * self.num_experts * (context.input.paged.batch.cu_seqlens.len() - 1);
             context.routing.record_capacity(self.moe_idx, (num_places, num_dropped));
+            choices = Choices::Host(topk);
         }
         let routed = match self.weighting {
-            Weighting::Output => self.compute(x, &topk, context)?,
-            Weighting::Input => weigh_inputs(x, &topk, |x, topk| self.compute(x, topk, context))?,
+            Weighting::Output => self.compute(x, choices, context)?,
+            Weighting::Input => {
+                weigh_inputs(x, &choices.into_host()?, |x, topk| self.compute(x, Choices::Host(topk), context))?
+            }
         };
         match &self.shared {
             None => Ok(routed),
@@ -154,13 +158,14 @@ impl Moe {
     }
 
     /// The chosen experts on every row, wherever they are.
-    fn compute(&self, x: &Tensor, topk: &TopK, context: &mut ForwardContext) -> Result<Tensor, EngineError> {
+    fn compute(&self, x: &Tensor, choices: Choices, context: &mut ForwardContext) -> Result<Tensor, EngineError> {
         match context.experts.as_deref_mut() {
-            None => Ok(kernels::grouped_swiglu(x, &self.experts, topk)?),
+            None => Ok(kernels::grouped_swiglu(x, &self.experts, &choices)?),
             Some(store) => {
-                let out = store.forward(self.moe_idx, x, topk)?;
+                let topk = choices.into_host()?;
+                let out = store.forward(self.moe_idx, x, &topk)?;
                 let found = (store.missed(), &*self.cost.is_free);
-                ExpertTraffic::count(context.traffic, &context.input.paged.batch.cu_seqlens, topk, found);
+                ExpertTraffic::count(context.traffic, &context.input.paged.batch.cu_seqlens, &topk, found);
                 Ok(out)
             }
         }
@@ -189,7 +194,7 @@ fn drop_overflow(topk: &mut TopK, cu_seqlens: &[u32], (capacity, num_experts): (
 fn weigh_inputs(
     x: &Tensor,
     topk: &TopK,
-    mut compute: impl FnMut(&Tensor, &TopK) -> Result<Tensor, EngineError>,
+    mut compute: impl FnMut(&Tensor, TopK) -> Result<Tensor, EngineError>,
 ) -> Result<Tensor, EngineError> {
     let num_tokens = x.dim(0)?;
     let mut sum: Option<Tensor> = None;
@@ -202,7 +207,7 @@ fn weigh_inputs(
             k: 1,
         };
         let weights = Tensor::from_vec(weights, (num_tokens, 1), x.device())?;
-        let out = compute(&scaled_by(x, &weights)?, &choice)?;
+        let out = compute(&scaled_by(x, &weights)?, choice)?;
         sum = Some(match sum {
             Some(sum) => (sum + out)?,
             None => out,

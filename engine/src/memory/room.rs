@@ -9,13 +9,12 @@ use crate::error::EngineError;
 /// Share of what weights leave that the default KV cache may take of the host, where others live too.
 const HOST_SHARE: f64 = 0.4;
 
-/// What a step takes on a device beside weights and caches, whatever its size: the sums of split attention.
+/// What a step may take where a device does not say what one took: with the sums of split attention, and for each token the activations
+/// of the widest layer of known models and a part of what its experts leave between their products.
 const STEP_BYTES: u64 = 512 << 20;
-
-/// Activations of a token in the widest layer of known models, and a part of what its experts leave between their products.
 const TOKEN_BYTES: u64 = 1 << 20;
 
-/// Memory for weights and KV cache.
+/// Memory for weights and KV cache, and on a device for steps until [`Self::without_steps`] takes that away.
 #[derive(Clone, Copy, Debug)]
 pub struct Room {
     bytes: u64,
@@ -42,15 +41,23 @@ impl Room {
         let utilization = config.gpu_memory_utilization;
         let usable = (memory.total_bytes as f64 * utilization) as u64;
         let taken = memory.total_bytes - memory.free_bytes;
-        let of_steps = STEP_BYTES + config.max_num_batched_tokens as u64 * TOKEN_BYTES;
-        let room = Self {
-            bytes: usable.saturating_sub(taken + of_steps),
-            cache_share: 1.0,
-            device: Some((memory, utilization)),
-        };
-        let hint = "fewer tokens at once (--max-num-batched-tokens, or --context) take less; --device cpu takes the host's memory";
-        room.check("the steps want", (of_steps, usable.saturating_sub(taken)), hint)?;
+        let room = Self { bytes: usable.saturating_sub(taken), cache_share: 1.0, device: Some((memory, utilization)) };
+        if room.bytes == 0 {
+            room.check("a model wants", (1, 0), "a larger share, or --device cpu, which takes the host's memory")?;
+        }
         Ok(room)
+    }
+
+    /// Without what steps take of a device beside weights of so many bytes; fails where that is more than there is.
+    pub fn without_steps(self, step_bytes: u64, weight_bytes: u64) -> Result<Self, EngineError> {
+        let hint = "fewer tokens at once (--max-num-batched-tokens, or --context) take less; --device cpu takes the host's memory";
+        self.check("the steps want", (step_bytes, self.bytes.saturating_sub(weight_bytes)), hint)?;
+        Ok(Self { bytes: self.bytes.saturating_sub(step_bytes), ..self })
+    }
+
+    /// What steps are taken to want where a device does not say.
+    pub fn estimated_step_bytes(config: &EngineConfig) -> u64 {
+        STEP_BYTES + config.max_num_batched_tokens as u64 * TOKEN_BYTES
     }
 
     /// What a KV cache of no configured size may take beside the weights.
@@ -95,8 +102,12 @@ mod tests {
 
     #[test]
     fn a_device_is_used_up_to_its_share() {
-        // A half of 8 GiB, without the GiB of others and the GiB of a step.
+        // A half of 8 GiB, without the GiB of others.
         let room = on_device(0.5).unwrap();
+        assert_eq!(room.bytes(), 3 << 30);
+        let text = room.without_steps(3 << 30, 1 << 30).unwrap_err().to_string();
+        assert!(text.starts_with("the steps want 3.00 GiB on the device, 2.00 GiB are left"), "{text}");
+        let room = room.without_steps(1 << 30, 1 << 30).unwrap();
         assert_eq!(room.bytes(), 2 << 30);
         assert_eq!(room.for_cache(1 << 30), 1 << 30);
         assert_eq!(room.for_cache(3 << 30), 0);
@@ -107,7 +118,7 @@ mod tests {
         assert!(text.starts_with(expected), "{text}");
         let text = room.check_weights(1 << 30, Some(2 << 30)).unwrap_err().to_string();
         assert!(text.starts_with("the KV cache wants 2.00 GiB on the device, 1.00 GiB are left"), "{text}");
-        assert!(on_device(0.2).unwrap_err().to_string().starts_with("the steps want 1.00 GiB"));
+        assert!(on_device(0.1).unwrap_err().to_string().starts_with("a model wants"));
     }
 
     #[test]

@@ -25,7 +25,7 @@ mod switch;
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use kernels::{PagedCache, TopK};
+use kernels::{Choices, PagedCache};
 
 pub use footprint::{Footprint, MAX_MODEL_LEN, Positions};
 pub use mtp::MtpStorage;
@@ -203,21 +203,26 @@ impl<'a> ForwardContext<'a> {
         &mut self,
         logits: &Tensor, /* [num_tokens, num_experts] */
         router: Router<'_>,
-    ) -> Result<TopK, EngineError> {
-        let topk = self.control.route(self.input, logits, router)?;
-        self.record_routing(router.moe_idx, &topk);
-        if let Some(capacity) = self.control.options().capacity {
+    ) -> Result<Choices, EngineError> {
+        let choices = self.control.route(self.input, logits, router)?;
+        self.record_routing(router.moe_idx, &choices);
+        if let (Some(capacity), Some(topk)) = (self.control.options().capacity, choices.host()) {
             // What was dropped is not among the choices that run, and counted where it was.
             let num_places = capacity.num_places(topk.experts.len(), router.is_free);
             self.routing.record_capacity(router.moe_idx, (num_places, 0));
         }
-        Ok(topk)
+        Ok(choices)
     }
 
-    /// Counts the choices of a router for all rows, and keeps them with the rows' blocks.
-    pub fn record_routing(&mut self, moe_idx: usize, topk: &TopK) {
-        self.routing.record(moe_idx, topk);
-        self.routed.write(moe_idx, topk, &self.input.paged.slot_mapping);
+    /// Counts the choices of a router for all rows, and keeps them with the rows' blocks: those on a device when the step is over.
+    pub fn record_routing(&mut self, moe_idx: usize, choices: &Choices) {
+        match choices.host() {
+            Some(topk) => {
+                self.routing.record(moe_idx, topk);
+                self.routed.write(moe_idx, topk, &self.input.paged.slot_mapping);
+            }
+            None => self.routing.record_later(moe_idx, choices.clone()),
+        }
     }
 }
 

@@ -1,5 +1,7 @@
 //! Runs one batch through the model and samples it: the part of a step that computes.
 
+pub(crate) mod largest_step;
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -115,6 +117,10 @@ impl Runner {
         Self { experts, ..self }
     }
 
+    pub(crate) fn into_model(self) -> Box<dyn Model> {
+        self.model
+    }
+
     /// Beats where a step takes as long as a disk wants.
     pub(crate) fn pulse(&self) -> &Arc<Pulse> {
         &self.pulse
@@ -219,6 +225,8 @@ impl Runner {
                 }
             }
         }
+        // What was sampled came last: nothing is waited for any more.
+        self.finish_routing()?;
         for ((chunk, request), output) in batch.chunks.iter().zip(&requests).zip(&mut outputs) {
             let Some(Some(sampled)) = &mut output.sampled else { continue };
             let sequence = scheduler.sequence(chunk.id).expect("a scheduled sequence is known");
@@ -290,12 +298,12 @@ impl Runner {
             self.input.clear(Pass::Encoder);
             let rows = ChunkRows { start: 0, tokens: source, source_len, blocks: &blocks, window, state_slot, experts };
             self.input.push(rows, self.block_size);
-            refuse(self.hidden()?)?;
+            refuse(self.hidden_now()?)?;
         }
         self.input.clear(Pass::Decoder);
         let rows = ChunkRows { start: source_len, tokens, source_len, blocks: &blocks, window, state_slot, experts };
         self.input.push(rows, self.block_size);
-        refuse(self.hidden()?)
+        refuse(self.hidden_now()?)
     }
 
     /// What every loaded multi-token-prediction layer guesses, `[layer][position][vocab_size]`: layer `k` at position `i`
@@ -312,7 +320,7 @@ impl Runner {
         let mut rows = ChunkRows { start: 0, tokens, source_len: 0, blocks: &blocks, window, state_slot, experts };
         self.input.clear(Pass::Decoder);
         self.input.push(rows, self.block_size);
-        let mut hidden = refuse(self.hidden()?)?;
+        let mut hidden = refuse(self.hidden_now()?)?;
         let mut guesses = Vec::new();
         for mtp_idx in 0..num_mtp_layers {
             let Some((_, behind)) = rows.tokens.split_first().filter(|(_, behind)| !behind.is_empty()) else { break };
@@ -331,7 +339,7 @@ impl Runner {
                 traffic: &mut [],
             };
             let draft = self.model.draft(&input, context)?;
-            self.routing.finish_step();
+            self.finish_routing()?;
             let faults = self.experts.as_mut().map(ExpertStore::finish_step).unwrap_or_default();
             let draft = refuse((draft, faults))?;
             guesses.push(kernels::to_host(&draft.logits)?.to_vec2::<f32>()?);
@@ -372,7 +380,15 @@ impl Runner {
         self.hidden()
     }
 
+    /// With what its routers chose, which `hidden` leaves on a device for [`Self::finish_routing`].
+    fn hidden_now(&mut self) -> Result<(Tensor, Faults), EngineError> {
+        let found = self.hidden()?;
+        self.finish_routing()?;
+        Ok(found)
+    }
+
     fn hidden(&mut self) -> Result<(Tensor, Faults), EngineError> {
+        self.routing.begin_step();
         if let Some(experts) = &mut self.experts {
             experts.begin_step();
         }
@@ -386,8 +402,17 @@ impl Runner {
             traffic: &mut self.traffic,
         };
         let hidden = self.model.hidden(context)?;
-        self.routing.finish_step();
         Ok((hidden, self.experts.as_mut().map(ExpertStore::finish_step).unwrap_or_default()))
+    }
+
+    /// Counts what the routers of the present step chose on a device, and keeps it with the rows' blocks.
+    fn finish_routing(&mut self) -> Result<(), EngineError> {
+        for (moe_idx, topk) in self.routing.take_later()? {
+            self.routing.record(moe_idx, &topk);
+            self.routed.write(moe_idx, &topk, &self.input.paged.slot_mapping);
+        }
+        self.routing.finish_step();
+        Ok(())
     }
 }
 

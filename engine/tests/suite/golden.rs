@@ -154,8 +154,12 @@ pub fn open(dir: &Path) -> (Driver, Value) {
 pub fn open_with(dir: &Path, change: impl Fn(&mut EngineConfig)) -> (Driver, Value) {
     let text = std::fs::read_to_string(dir.join("reference.json")).expect("reference.json");
     let reference: Value = serde_json::from_str(&text).expect("JSON");
+    let config_json = std::fs::read_to_string(dir.join("config.json")).expect("config.json");
+    let config_json: Value = serde_json::from_str(&config_json).expect("JSON");
     let mut config = EngineConfig {
         dtype: WeightDtype::F32,
+        // A device computes so many when it loads. An encoder reads its prompt whole, the longest of 200 tokens.
+        max_num_batched_tokens: if config_json["is_encoder_decoder"] == true { 256 } else { 48 },
         kv_cache_memory: Some(16 << 20),
         // Where a reference depends on the served length.
         max_model_len: reference["max_model_len"].as_u64().map(|len| len as usize),

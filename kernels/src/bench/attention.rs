@@ -8,7 +8,8 @@ use super::session::{Session, Work};
 use crate::error::Result;
 use crate::ops::mla_attention::{MlaSpec, mla_attention};
 use crate::ops::paged_attention::{GqaSpec, LearnedScores, Reach, paged_attention};
-use crate::paged_cache::{KvFormat, PagedBatch, PagedCache};
+use crate::paged_batch::{BatchLists, PagedBatch};
+use crate::paged_cache::{KvFormat, PagedCache};
 
 pub(super) const PAGED_ATTENTION: &str = "paged_attention";
 pub(super) const MLA_ATTENTION: &str = "mla_attention";
@@ -49,14 +50,15 @@ impl Step {
         let per_step = self.num_seqs * self.blocks_per_seq();
         let first = call % (num_blocks / per_step) * per_step;
         let ends = |step: usize| (0..=self.num_seqs).map(|seq| (seq * step) as u32).collect();
-        PagedBatch {
+        let lists = BatchLists {
             cu_seqlens: ends(self.rows),
             context_lens: vec![self.context_len as u32; self.num_seqs],
             source_lens: vec![0; self.num_seqs],
             block_tables: (first as u32..(first + per_step) as u32).collect(),
             block_offsets: ends(self.blocks_per_seq()),
-            ..PagedBatch::default()
-        }
+            ..BatchLists::default()
+        };
+        lists.into()
     }
 }
 

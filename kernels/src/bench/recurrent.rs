@@ -6,7 +6,7 @@ use super::session::{Session, Work};
 use crate::error::Result;
 use crate::ops::gated_delta::{DeltaSpec, DeltaWeights, gated_delta};
 use crate::ops::pointwise::Pointwise;
-use crate::paged_cache::PagedBatch;
+use crate::paged_batch::{BatchLists, PagedBatch};
 use crate::state_cache::StateCache;
 
 pub(super) const GATED_DELTA: &str = "gated_delta";
@@ -52,14 +52,14 @@ pub(super) fn measure(session: &mut Session<'_>) -> Result<()> {
         };
         session.time(work, |call| {
             let first = call * num_seqs % (num_slots / num_seqs * num_seqs);
-            let batch = PagedBatch {
+            let lists = BatchLists {
                 cu_seqlens: (0..=num_seqs).map(|seq| (seq * rows) as u32).collect(),
                 context_lens: vec![rows as u32 + 1; num_seqs],
                 source_lens: vec![0; num_seqs],
                 state_slots: (first as u32..(first + num_seqs) as u32).collect(),
-                ..PagedBatch::default()
+                ..BatchLists::default()
             };
-            black_box(gated_delta(&qkv, &gates, &weights, &mut states, &batch)?);
+            black_box(gated_delta(&qkv, &gates, &weights, &mut states, &PagedBatch::from(lists))?);
             Ok(())
         })?;
     }

@@ -36,6 +36,12 @@ impl Address {
         self.0 == 0
     }
 
+    /// As the driver takes it.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn raw(self) -> u64 {
+        self.0
+    }
+
     /// So many bytes behind it.
     #[cfg(feature = "cuda")]
     pub(crate) fn plus(self, bytes: usize) -> Self {

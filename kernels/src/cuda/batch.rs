@@ -8,12 +8,10 @@ use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use super::address::Address;
 use super::memory::upload;
 use crate::ops::attention::plan::{Shape, SplitRow, Task};
-use crate::paged_cache::PagedBatch;
+use crate::paged_batch::BatchLists;
 
 pub(crate) struct DeviceBatch {
     device: CudaDevice,
-    /// What it is a copy of.
-    batch: PagedBatch,
     /// All lists of the batch, one after the other.
     _numbers: CudaSlice<u32>,
     pub(crate) cu_seqlens: Address,
@@ -34,8 +32,8 @@ pub(crate) struct DevicePlan {
 }
 
 impl DeviceBatch {
-    pub(crate) fn new(batch: &PagedBatch, device: &CudaDevice) -> candle_core::Result<Self> {
-        let PagedBatch { cu_seqlens, context_lens, source_lens, state_slots, block_tables, block_offsets, .. } = batch;
+    pub(crate) fn new(batch: &BatchLists, device: &CudaDevice) -> candle_core::Result<Self> {
+        let BatchLists { cu_seqlens, context_lens, source_lens, state_slots, block_tables, block_offsets } = batch;
         let lists = [cu_seqlens, context_lens, source_lens, state_slots, block_tables, block_offsets];
         let numbers = upload(device, &lists.map(Vec::as_slice).concat())?;
         let mut next = Address::of(&numbers);
@@ -46,7 +44,6 @@ impl DeviceBatch {
         });
         Ok(Self {
             device: device.clone(),
-            batch: batch.clone(),
             _numbers: numbers,
             cu_seqlens,
             context_lens,
@@ -58,22 +55,21 @@ impl DeviceBatch {
         })
     }
 
-    /// Whether it is a copy of this batch on this device.
-    pub(crate) fn is_of(&self, batch: &PagedBatch, device: &CudaDevice) -> bool {
-        self.device.id() == device.id() && self.batch == *batch
+    pub(crate) fn is_on(&self, device: &CudaDevice) -> bool {
+        self.device.id() == device.id()
     }
 
     /// What was planned for such heads, or is now.
     pub(crate) fn plan(
         &self,
         shape: Shape,
-        make: impl FnOnce(&PagedBatch, &Shape) -> candle_core::Result<DevicePlan>,
+        make: impl FnOnce(&Shape) -> candle_core::Result<DevicePlan>,
     ) -> candle_core::Result<Arc<DevicePlan>> {
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, plan)) = plans.iter().find(|(of, _)| *of == shape) {
             return Ok(plan.clone());
         }
-        let plan = Arc::new(make(&self.batch, &shape)?);
+        let plan = Arc::new(make(&shape)?);
         plans.push((shape, plan.clone()));
         Ok(plan)
     }

@@ -13,7 +13,7 @@ use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaDevice, DeviceId, WrapErr};
 use candle_core::{Device, bail};
 
-use crate::error::Result;
+use crate::error::{KernelError, Result};
 
 /// The code of all ops, an image for each source.
 static IMAGES: &[&[u8]] = include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
@@ -24,8 +24,35 @@ const MOST_BLOCKS: usize = 65535;
 /// One of each number: candle takes tensors of one number for tensors of one stream.
 static OPENED: Mutex<Vec<CudaDevice>> = Mutex::new(Vec::new());
 
-/// What was loaded, by device.
-static LOADED: RwLock<Vec<(DeviceId, Arc<Kernels>)>> = RwLock::new(Vec::new());
+static LOADED: PerDevice<Kernels> = PerDevice::new();
+
+/// What each device has one of, made when it is first asked for.
+pub(crate) struct PerDevice<T>(RwLock<Vec<(DeviceId, Arc<T>)>>);
+
+impl<T> PerDevice<T> {
+    pub(crate) const fn new() -> Self {
+        Self(RwLock::new(Vec::new()))
+    }
+
+    pub(crate) fn get_or_make(
+        &self,
+        device: &CudaDevice,
+        make: impl FnOnce() -> candle_core::Result<T>,
+    ) -> candle_core::Result<Arc<T>> {
+        let of_device =
+            |all: &[(DeviceId, Arc<T>)]| all.iter().find(|(id, _)| *id == device.id()).map(|(_, found)| found.clone());
+        if let Some(found) = of_device(&self.0.read().unwrap_or_else(PoisonError::into_inner)) {
+            return Ok(found);
+        }
+        let mut all = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = of_device(&all) {
+            return Ok(found);
+        }
+        let made = Arc::new(make()?);
+        all.push((device.id(), made.clone()));
+        Ok(made)
+    }
+}
 
 struct Kernels {
     modules: Vec<Arc<CudaModule>>,
@@ -113,11 +140,48 @@ pub(crate) fn memory(device: &CudaDevice) -> candle_core::Result<(usize, usize)>
     let stream = device.cuda_stream();
     stream.synchronize().w()?;
     if let Some(pool) = pool(device)? {
-        // What is kept counts as taken.
-        // SAFETY: the pool of an open device.
-        unsafe { sys::cuMemPoolTrimTo(pool, 0) }.result().w()?;
+        trim(pool)?;
     }
     stream.context().mem_get_info().w()
+}
+
+/// How many bytes more than before the device's pool held at most while `work` ran, with what it keeps for later; `None` of a
+/// device that has no pools. For when nobody else uses the device in this process.
+pub(crate) fn peak_of<E: From<KernelError>>(
+    device: &CudaDevice,
+    work: impl FnOnce() -> std::result::Result<(), E>,
+) -> std::result::Result<Option<usize>, E> {
+    let Some((pool, before)) = watch(device)? else { return work().map(|()| None) };
+    work()?;
+    Ok(Some(most_reserved(device, pool)?.saturating_sub(before)))
+}
+
+/// Has a device's pool count from now on what it holds at most; what it holds now. `None` of a device that has no pools.
+fn watch(device: &CudaDevice) -> Result<Option<(sys::CUmemoryPool, usize)>> {
+    let Some(pool) = pool(device)? else { return Ok(None) };
+    device.cuda_stream().synchronize().w()?;
+    trim(pool)?;
+    let mut start_again = 0_u64;
+    let most = CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH;
+    // SAFETY: the attribute is a number of 64 bits.
+    unsafe { sys::cuMemPoolSetAttribute(pool, most, (&raw mut start_again).cast()) }.result().w()?;
+    Ok(Some((pool, most_reserved(device, pool)?)))
+}
+
+/// What a pool held at most since it is watched, when all that was launched is done.
+fn most_reserved(device: &CudaDevice, pool: sys::CUmemoryPool) -> Result<usize> {
+    device.cuda_stream().synchronize().w()?;
+    let mut bytes = 0_u64;
+    let most = CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH;
+    // SAFETY: the attribute is a number of 64 bits.
+    unsafe { sys::cuMemPoolGetAttribute(pool, most, (&raw mut bytes).cast()) }.result().w()?;
+    Ok(bytes as usize)
+}
+
+/// Gives back what a pool keeps for later, which counts as taken.
+fn trim(pool: sys::CUmemoryPool) -> candle_core::Result<()> {
+    // SAFETY: the pool of an open device.
+    unsafe { sys::cuMemPoolTrimTo(pool, 0) }.result().w()
 }
 
 /// A launch's shape.
@@ -172,7 +236,7 @@ pub(crate) unsafe fn launch(
     let stream = device.cuda_stream();
     // Kernels are found and changed in the context of the thread.
     stream.context().bind_to_thread().w()?;
-    let function = loaded(device)?.function(kernel, shared_bytes)?;
+    let function = LOADED.get_or_make(device, || Kernels::load(device))?.function(kernel, shared_bytes)?;
     let mut builder = stream.launch_builder(&function);
     for argument in arguments {
         argument.push(&mut builder);
@@ -184,26 +248,14 @@ pub(crate) unsafe fn launch(
     Ok(())
 }
 
-fn loaded(device: &CudaDevice) -> candle_core::Result<Arc<Kernels>> {
-    let of_device = |all: &[(DeviceId, Arc<Kernels>)]| {
-        all.iter().find(|(id, _)| *id == device.id()).map(|(_, kernels)| kernels.clone())
-    };
-    if let Some(found) = of_device(&LOADED.read().unwrap_or_else(PoisonError::into_inner)) {
-        return Ok(found);
-    }
-    let mut all = LOADED.write().unwrap_or_else(PoisonError::into_inner);
-    if let Some(found) = of_device(&all) {
-        return Ok(found);
-    }
-    let stream = device.cuda_stream();
-    let load = |image: &&[u8]| stream.context().load_module(Ptx::from_binary(image.to_vec())).w();
-    let modules = IMAGES.iter().map(load).collect::<candle_core::Result<_>>()?;
-    let kernels = Arc::new(Kernels { modules, functions: Mutex::default() });
-    all.push((device.id(), kernels.clone()));
-    Ok(kernels)
-}
-
 impl Kernels {
+    fn load(device: &CudaDevice) -> candle_core::Result<Self> {
+        let stream = device.cuda_stream();
+        let load = |image: &&[u8]| stream.context().load_module(Ptx::from_binary(image.to_vec())).w();
+        let modules = IMAGES.iter().map(load).collect::<candle_core::Result<_>>()?;
+        Ok(Self { modules, functions: Mutex::default() })
+    }
+
     /// A kernel that may be launched with so much dynamic shared memory.
     fn function(&self, name: &str, shared_bytes: usize) -> candle_core::Result<CudaFunction> {
         let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,5 +1,6 @@
 //! Where operands of kernels lie.
 
+use std::mem::MaybeUninit;
 use std::sync::{Arc, OnceLock};
 
 use candle_core::backend::BackendStorage;
@@ -10,6 +11,8 @@ use candle_core::{DType, Layout, bail};
 use half::bf16;
 
 pub(crate) use super::address::Address;
+use super::staging;
+use crate::memory::{Plain, bytes_of};
 
 /// What candle hands to an op.
 pub(crate) type Operand<'a> = (&'a CudaStorage, &'a Layout);
@@ -94,23 +97,63 @@ pub(crate) fn scratch<T: DeviceRepr>(device: &CudaDevice, len: usize) -> candle_
 }
 
 /// A copy on the device.
-pub(crate) fn upload<T: DeviceRepr + 'static>(device: &CudaDevice, values: &[T]) -> candle_core::Result<CudaSlice<T>> {
+pub(crate) fn upload<T: DeviceRepr>(device: &CudaDevice, values: &[T]) -> candle_core::Result<CudaSlice<T>> {
     let mut target = scratch(device, values.len())?;
-    if !values.is_empty() {
-        device.cuda_stream().memcpy_htod(values, &mut target.slice_mut(..values.len())).w()?;
-    }
+    write(device, &mut target, 0, values)?;
     Ok(target)
 }
 
-/// A copy on the host, which is there when this returns: a copy into memory that the driver did not lock may still be on its way.
-pub(crate) fn download<T: DeviceRepr + Clone + Default>(
+/// Writes numbers from `start` on, behind what was launched before. Panics if there are not so many.
+pub(crate) fn write<T: DeviceRepr>(
+    device: &CudaDevice,
+    target: &mut CudaSlice<T>,
+    start: usize,
+    values: &[T],
+) -> candle_core::Result<()> {
+    let to = place_of(target, start, values.len());
+    let bytes = values.as_ptr().cast::<MaybeUninit<u8>>();
+    // SAFETY: the bytes of the numbers, with any padding.
+    let bytes = unsafe { std::slice::from_raw_parts(bytes, size_of_val(values)) };
+    // SAFETY: there is room for them, and a device has one stream.
+    unsafe { staging::upload(device, to, bytes) }
+}
+
+/// A copy on the host, when all that was launched before is done.
+pub(crate) fn download<T: DeviceRepr + Plain + Default>(
     device: &CudaDevice,
     values: &CudaSlice<T>,
 ) -> candle_core::Result<Vec<T>> {
-    let stream = device.cuda_stream();
-    let copy = stream.clone_dtoh(values).w()?;
-    stream.synchronize().w()?;
+    let mut copy = vec![T::default(); values.len()];
+    read(device, values, 0, &mut copy)?;
     Ok(copy)
+}
+
+/// Fills `values` with the numbers from `start` on, when all that was launched before is done. Panics if there are not so many.
+pub(crate) fn read<T: DeviceRepr + Plain>(
+    device: &CudaDevice,
+    source: &CudaSlice<T>,
+    start: usize,
+    values: &mut [T],
+) -> candle_core::Result<()> {
+    read_all(device, [(source, start, values)])
+}
+
+/// The same of several places, for which it waits once.
+pub(crate) fn read_all<'a, T: DeviceRepr + Plain>(
+    device: &CudaDevice,
+    places: impl IntoIterator<Item = (&'a CudaSlice<T>, usize, &'a mut [T])>,
+) -> candle_core::Result<()> {
+    let bytes = |(source, start, values): (&CudaSlice<T>, usize, &'a mut [T])| {
+        (place_of(source, start, values.len()), bytes_of(values))
+    };
+    let mut targets: Vec<_> = places.into_iter().map(bytes).collect();
+    // SAFETY: they are where somebody's numbers are, and a device has one stream.
+    unsafe { staging::download(device, &mut targets) }
+}
+
+fn place_of<T>(slice: &CudaSlice<T>, start: usize, len: usize) -> Address {
+    assert!(start <= slice.len() && len <= slice.len() - start, "{len} from {start} on of {} numbers", slice.len());
+    Address::of(slice).plus(start * size_of::<T>())
 }
 
 /// Numbers that are uploaded when a device first asks for them.

@@ -7,11 +7,15 @@ pub(crate) mod batch;
 #[cfg(feature = "cuda")]
 pub(crate) mod device;
 #[cfg(feature = "cuda")]
+pub(crate) mod kept;
+#[cfg(feature = "cuda")]
 pub(crate) mod memory;
 #[cfg(any(test, feature = "cuda"))]
 pub(crate) mod products;
 #[cfg(feature = "cuda")]
 pub(crate) mod slab;
+#[cfg(feature = "cuda")]
+mod staging;
 
 #[cfg(test)]
 mod tests;

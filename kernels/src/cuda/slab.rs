@@ -7,6 +7,7 @@ use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::cuda_backend::{CudaDevice, WrapErr};
 
 use super::address::Address;
+use super::memory::{read, write};
 use crate::error::{KernelError, Result};
 
 pub(crate) struct DeviceSlab {
@@ -47,17 +48,14 @@ impl DeviceSlab {
     /// Waits for what was launched before.
     pub(crate) fn read(&self, place: Range<usize>) -> Result<Vec<u8>> {
         let mut target = vec![0; place.len()];
-        let stream = self.device.cuda_stream();
-        stream.memcpy_dtoh(&self.slice().slice(place), &mut target).w()?;
-        stream.synchronize().w()?;
+        read(&self.device, self.slice(), place.start, &mut target)?;
         Ok(target)
     }
 
     /// Behind what was launched before.
     pub(crate) fn write(&mut self, start: usize, bytes: &[u8]) -> Result<()> {
-        let stream = self.device.cuda_stream();
-        let mut target = self.slice_mut().slice_mut(start..start + bytes.len());
-        Ok(stream.memcpy_htod(bytes, &mut target).w()?)
+        let device = self.device.clone();
+        Ok(write(&device, self.slice_mut(), start, bytes)?)
     }
 
     pub(crate) fn copy_within(&mut self, from: Range<usize>, to: usize) -> Result<()> {

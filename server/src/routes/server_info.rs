@@ -69,6 +69,8 @@ pub struct ModelInfo {
     device_memory_bytes: Option<u64>,
     /// What of that was free when the model was loaded.
     device_free_bytes: Option<u64>,
+    /// What is kept of it for steps, as the largest one took at the start; null on the CPU.
+    device_step_bytes: Option<u64>,
     /// Instruction set of the kernels that compute on the CPU.
     isa: &'static str,
     has_chat_template: bool,
@@ -117,6 +119,7 @@ fn describe(app: &App, model: &Model) -> ModelInfo {
         device: summary.device.clone(),
         device_memory_bytes: summary.device_memory.map(|memory| memory.total_bytes),
         device_free_bytes: summary.device_memory.map(|memory| memory.free_bytes),
+        device_step_bytes: summary.device_step_bytes,
         isa: summary.isa,
         has_chat_template: model.template.is_some(),
     }

@@ -107,6 +107,8 @@ const GAUGES: &[(&str, &str)] = &[
     ),
     ("moesaic_state_snapshots_usage_perc", "Share of the places for kept recurrent states that are taken, 1 is full"),
     ("vllm:cache_config_info", "The KV cache's settings as labels"),
+    ("moesaic_device_memory_bytes", "Bytes of the GPU's memory, where the model computes on one"),
+    ("moesaic_device_step_bytes", "Bytes of it that are kept for steps, as the largest one took at the start"),
     ("moesaic_weight_bytes", "Bytes of the weights in memory, with the formats of the matrices as a label"),
     (
         "moesaic_routing_accuracy",
@@ -202,6 +204,10 @@ pub fn observe_engine(engine: &EngineHandle) {
         "enable_prefix_caching" => if model.has_prefix_cache { "True" } else { "False" }
     )
     .set(1.0);
+    if let (Some(memory), Some(step_bytes)) = (model.device_memory, model.device_step_bytes) {
+        gauge!("moesaic_device_memory_bytes").set(memory.total_bytes as f64);
+        gauge!("moesaic_device_step_bytes").set(step_bytes as f64);
+    }
     gauge!("moesaic_weight_bytes", "format" => model.weight_formats.join("+")).set(model.weight_bytes as f64);
     expert_loads::observe(&engine.expert_loads().over(expert_loads::WINDOW));
 }

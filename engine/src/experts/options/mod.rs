@@ -16,7 +16,7 @@ mod noise;
 mod overload;
 
 use candle_core::Tensor;
-use kernels::{RouterSpec, Scoring, TopK};
+use kernels::{Choices, RouterSpec, Scoring, TopK};
 
 pub use capacity::{Capacity, Overflow};
 
@@ -135,15 +135,15 @@ impl RoutingControl {
         std::mem::take(&mut self.cut)
     }
 
-    /// What the router chooses for the rows of a step.
+    /// What the router chooses for the rows of a step: on the host where an option is in effect.
     pub fn route(
         &mut self,
         input: &ForwardInput,
         logits: &Tensor, /* [num_tokens, num_experts] */
         router: Router<'_>,
-    ) -> Result<TopK, EngineError> {
+    ) -> Result<Choices, EngineError> {
         if !self.options.is_on() && !input.leaves_experts_out {
-            return Ok(kernels::route(logits, router.spec)?);
+            return Ok(kernels::choose(logits, router.spec)?);
         }
         let noisy = match self.options.noise {
             0.0 => None,
@@ -156,7 +156,7 @@ impl RoutingControl {
         if let Some(capacity) = self.options.capacity {
             self.limit(&mut topk, input, (capacity, router.is_free));
         }
-        Ok(topk)
+        Ok(Choices::Host(topk))
     }
 
     fn choose(&mut self, logits: &Tensor, router: Router<'_>) -> Result<TopK, EngineError> {

@@ -38,7 +38,7 @@ fn control(options: RoutingOptions) -> RoutingControl {
 
 fn route(control: &mut RoutingControl, input: &ForwardInput, rows: &[[f32; 4]], spec: &RouterSpec) -> TopK {
     let router = Router { spec, is_free: &[false; 4], moe_idx: 0 };
-    control.route(input, &logits(rows), router).unwrap()
+    control.route(input, &logits(rows), router).unwrap().into_host().unwrap()
 }
 
 fn plain() -> ExpertOptions {

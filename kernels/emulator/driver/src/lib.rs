@@ -3,8 +3,8 @@
 //!
 //! Device memory is NaN until it is written, and after it was given back. Copies must lie within one allocation, and what writes
 //! behind an allocation, or launches what a driver refuses, ends the process. `EMULATED_DEVICE_MEMORY` says how many bytes there are,
-//! `EMULATED_DEVICE_SEED` in which order threads run (`emulator::Launch::seed`). Streams and events are names only, libraries for matrices
-//! and random numbers can be opened and no more.
+//! `EMULATED_DEVICE_SEED` in which order threads run (`emulator::Launch::seed`). There is one stream; an event says which copies of locked
+//! memory came before it (`copies`). Libraries for matrices and random numbers can be opened and no more.
 
 #![expect(clippy::missing_safety_doc, reason = "the manual of CUDA's driver has the contracts")]
 #![expect(clippy::not_unsafe_ptr_arg_deref, reason = "each says so beside its use")]
@@ -17,6 +17,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{LazyLock, Mutex, PoisonError};
 
 use emulator::Launch;
+
+mod copies;
 
 const SUCCESS: c_int = 0;
 const INVALID_VALUE: c_int = 1;
@@ -41,6 +43,9 @@ const ATTRIBUTE_MINOR: c_int = 76;
 const ATTRIBUTE_MOST_SHARED_BYTES: c_int = 97;
 const ATTRIBUTE_MEMORY_POOLS: c_int = 115;
 const FUNCTION_MOST_SHARED_BYTES: c_int = 8;
+const POOL_RELEASE_THRESHOLD: c_int = 4;
+const POOL_RESERVED: c_int = 5;
+const POOL_MOST_RESERVED: c_int = 6;
 
 /// What is opened and only handed back.
 type Handle = *mut c_void;
@@ -48,6 +53,9 @@ type Address = u64;
 
 /// Allocations by where they begin, with their bytes.
 static MEMORY: Mutex<BTreeMap<usize, usize>> = Mutex::new(BTreeMap::new());
+
+/// Bytes that were allocated at once at most, since it was last set back.
+static MOST_RESERVED: AtomicUsize = AtomicUsize::new(0);
 
 static MEMORY_BYTES: LazyLock<usize> = LazyLock::new(|| setting("EMULATED_DEVICE_MEMORY").unwrap_or(4 << 30));
 static SEED: LazyLock<usize> = LazyLock::new(|| setting("EMULATED_DEVICE_SEED").unwrap_or(0));
@@ -160,6 +168,7 @@ pub extern "C" fn cuCtxSetCurrent(_context: Handle) -> c_int {
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuCtxSynchronize() -> c_int {
+    copies::finish(copies::num_asked());
     SUCCESS
 }
 
@@ -180,7 +189,7 @@ pub extern "C" fn cuStreamDestroy_v2(_stream: Handle) -> c_int {
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuStreamSynchronize(_stream: Handle) -> c_int {
-    SUCCESS
+    cuCtxSynchronize()
 }
 
 #[unsafe(no_mangle)]
@@ -193,18 +202,33 @@ pub extern "C" fn cuStreamWaitEvent(_stream: Handle, _event: Handle, _flags: c_u
     SUCCESS
 }
 
+/// Which copies came before it.
+#[derive(Default)]
+pub struct Event(AtomicUsize);
+
 #[unsafe(no_mangle)]
-pub extern "C" fn cuEventCreate(event: *mut Handle, _flags: c_uint) -> c_int {
-    put(event, named())
+pub extern "C" fn cuEventCreate(event: *mut *mut Event, _flags: c_uint) -> c_int {
+    put(event, Box::into_raw(Box::default()))
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cuEventRecord(_event: Handle, _stream: Handle) -> c_int {
+pub unsafe extern "C" fn cuEventRecord(event: *const Event, _stream: Handle) -> c_int {
+    // SAFETY: the caller's event.
+    unsafe { &*event }.0.store(copies::num_asked(), Ordering::Relaxed);
     SUCCESS
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cuEventDestroy_v2(_event: Handle) -> c_int {
+pub unsafe extern "C" fn cuEventSynchronize(event: *const Event) -> c_int {
+    // SAFETY: the caller's event.
+    copies::finish(unsafe { &*event }.0.load(Ordering::Relaxed));
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventDestroy_v2(event: *mut Event) -> c_int {
+    // SAFETY: the caller's event, made by `cuEventCreate`.
+    drop(unsafe { Box::from_raw(event) });
     SUCCESS
 }
 
@@ -240,9 +264,11 @@ pub extern "C" fn cuMemAlloc_v2(address: *mut Address, len: usize) -> c_int {
         return INVALID_VALUE;
     }
     let mut memory = memory();
-    if memory.values().sum::<usize>() + len > *MEMORY_BYTES {
+    let used = memory.values().sum::<usize>() + len;
+    if used > *MEMORY_BYTES {
         return OUT_OF_MEMORY;
     }
+    MOST_RESERVED.fetch_max(used, Ordering::Relaxed);
     // SAFETY: it has bytes, of its guard at least.
     let start = unsafe { std::alloc::alloc(layout(len)) };
     if start.is_null() {
@@ -293,7 +319,7 @@ pub extern "C" fn cuMemsetD8Async(address: Address, value: u8, len: usize, _stre
 pub extern "C" fn cuMemcpyHtoDAsync_v2(to: Address, from: *const c_void, len: usize, _stream: Handle) -> c_int {
     let target = checked(to, len, "a copy to memory");
     // SAFETY: the target was checked, the source is the caller's.
-    unsafe { ptr::copy(from.cast(), target, len) };
+    unsafe { copies::from_host(from, target, len) };
     SUCCESS
 }
 
@@ -301,7 +327,7 @@ pub extern "C" fn cuMemcpyHtoDAsync_v2(to: Address, from: *const c_void, len: us
 pub extern "C" fn cuMemcpyDtoHAsync_v2(to: *mut c_void, from: Address, len: usize, _stream: Handle) -> c_int {
     let source = checked(from, len, "a copy from memory");
     // SAFETY: the source was checked, the target is the caller's.
-    unsafe { ptr::copy(source.cast_const(), to.cast(), len) };
+    unsafe { copies::to_host(source, to, len) };
     SUCCESS
 }
 
@@ -325,17 +351,24 @@ pub extern "C" fn cuMemcpyPeerAsync(
     cuMemcpyDtoDAsync_v2(to, from, len, stream)
 }
 
-/// Page-locked memory of the host.
+/// Locked memory of the host, which is not the device's.
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemHostAlloc(start: *mut *mut c_void, len: usize, _flags: c_uint) -> c_int {
-    let mut address = 0;
-    let error = cuMemAlloc_v2(&mut address, len);
-    if error == SUCCESS { put(start, ptr::with_exposed_provenance_mut(address as usize)) } else { error }
+    // SAFETY: it has bytes, of its guard at least.
+    let memory = unsafe { std::alloc::alloc_zeroed(layout(len)) };
+    if memory.is_null() {
+        return OUT_OF_MEMORY;
+    }
+    copies::lock(memory.expose_provenance(), len);
+    put(start, memory.cast())
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cuMemFreeHost(start: *mut c_void) -> c_int {
-    cuMemFree_v2(start.addr() as Address)
+pub unsafe extern "C" fn cuMemFreeHost(start: *mut c_void) -> c_int {
+    let len = copies::unlock(start.addr());
+    // SAFETY: allocated with this layout, and no copy of it is under way.
+    unsafe { std::alloc::dealloc(start.cast(), layout(len)) };
+    SUCCESS
 }
 
 #[unsafe(no_mangle)]
@@ -344,8 +377,25 @@ pub extern "C" fn cuDeviceGetDefaultMemPool(pool: *mut Handle, _device: c_int) -
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cuMemPoolSetAttribute(_pool: Handle, _attribute: c_int, _value: *mut c_void) -> c_int {
-    SUCCESS
+pub unsafe extern "C" fn cuMemPoolSetAttribute(_pool: Handle, attribute: c_int, value: *mut c_void) -> c_int {
+    match attribute {
+        POOL_RELEASE_THRESHOLD => SUCCESS,
+        // SAFETY: the caller passes a number of 64 bits.
+        POOL_MOST_RESERVED if unsafe { value.cast::<u64>().read() } == 0 => {
+            MOST_RESERVED.store(memory().values().sum(), Ordering::Relaxed);
+            SUCCESS
+        }
+        _ => INVALID_VALUE,
+    }
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemPoolGetAttribute(_pool: Handle, attribute: c_int, value: *mut c_void) -> c_int {
+    match attribute {
+        POOL_RESERVED => put(value.cast(), memory().values().sum::<usize>() as u64),
+        POOL_MOST_RESERVED => put(value.cast(), MOST_RESERVED.load(Ordering::Relaxed) as u64),
+        _ => INVALID_VALUE,
+    }
 }
 
 #[unsafe(no_mangle)]

@@ -12,7 +12,7 @@ use crate::cuda::address::Address;
 use crate::ops::gated_delta::arguments::{COLUMNS, CONV_ROWS, Delta, Sequences, recurrence};
 use crate::ops::gated_delta::{DeltaSpec, DeltaWeights, gated_delta};
 use crate::ops::pointwise::Pointwise;
-use crate::paged_cache::PagedBatch;
+use crate::paged_batch::{BatchLists, PagedBatch};
 use crate::state_cache::StateCache;
 use crate::testing::{Numbers, assert_close, tensor, values};
 
@@ -75,7 +75,7 @@ impl<T: Number> World<T> {
     /// `qkv` and gates of some rows, and the batch that they are. Sequence `i` has its state in slot `3 - i`, and has
     /// read two positions of a source.
     fn step(&self, chunks: &[Chunk]) -> ([Vec<T>; 2], PagedBatch) {
-        let mut batch = PagedBatch { cu_seqlens: vec![0], ..PagedBatch::default() };
+        let mut batch = BatchLists { cu_seqlens: vec![0], ..BatchLists::default() };
         let mut inputs = [Vec::new(), Vec::new()];
         for &(seq, first, end) in chunks {
             for (input, of_seq) in inputs.iter_mut().zip(&self.sequences[seq]) {
@@ -87,7 +87,7 @@ impl<T: Number> World<T> {
             batch.source_lens.push(2);
             batch.state_slots.push(3 - seq as u32);
         }
-        (inputs, batch)
+        (inputs, batch.into())
     }
 
     /// Runs the rows on the device, in each order of threads; gives their outputs.

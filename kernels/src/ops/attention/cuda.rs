@@ -2,8 +2,8 @@
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::CudaDevice;
+use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute;
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr};
 use candle_core::{CudaStorage, Layout, bail};
 
 use super::HeadLayout;
@@ -13,14 +13,16 @@ use super::variant::{Kernel, Operands, choose};
 use crate::cuda::ROW_THREADS;
 use crate::cuda::batch::DevicePlan;
 use crate::cuda::device::{Argument, Launch, attribute, launch, most_shared_bytes};
+use crate::cuda::kept::{Copied, upload_kept};
 use crate::cuda::memory::{Address, aligned_activations, name_of, output, scratch, upload};
 use crate::ops::paged_attention::{LearnedScores, Reach};
-use crate::paged_cache::{PagedBatch, PagedCache};
+use crate::paged_batch::PagedBatch;
+use crate::paged_cache::PagedCache;
 
 /// Blocks that a multiprocessor is to have at a time, before contexts are left in one piece.
 const BLOCKS_OF_MULTIPROCESSOR: usize = 2;
 /// Memory for the sums of splits.
-const MOST_PARTIAL_BYTES: usize = 512 << 20;
+pub(crate) const MOST_PARTIAL_BYTES: usize = 512 << 20;
 
 // SAFETY: numbers and addresses without padding that a kernel would read.
 unsafe impl DeviceRepr for DeviceAttention {}
@@ -55,7 +57,7 @@ pub(crate) fn forward(call: &Call<'_>) -> candle_core::Result<CudaStorage> {
         reach,
         pairs: kernels.iter().map(|kernel| kernel.pairs).collect(),
     };
-    let plan = on_device.plan(shape, |batch, shape| planned(device, batch, shape, heads.value_dim))?;
+    let plan = on_device.plan(shape, |shape| planned(device, batch, shape, heads.value_dim))?;
 
     // What is allocated here lives until the launches, behind which it is given back.
     let num_tokens = batch.cu_seqlens[batch.num_seqs()] as usize;
@@ -152,7 +154,7 @@ fn planned(
 fn learned_on_device(
     device: &CudaDevice,
     learned: LearnedScores<'_>,
-) -> candle_core::Result<(Option<CudaSlice<f32>>, Learned)> {
+) -> candle_core::Result<(Option<Copied>, Learned)> {
     let LearnedScores { sinks, position_bias } = learned;
     let mut found = Learned { sinks: Address::NULL, position_bias: Address::NULL, max_distance: 0 };
     if sinks.is_none() && position_bias.is_none() {
@@ -160,12 +162,12 @@ fn learned_on_device(
     }
     let sinks = sinks.unwrap_or_default();
     let table = position_bias.map_or(&[][..], |bias| &bias.table);
-    let memory = upload(device, &[sinks, table].concat())?;
+    let memory = upload_kept(device, &[sinks, table].concat())?;
     if !sinks.is_empty() {
-        found.sinks = Address::of(&memory);
+        found.sinks = memory.start();
     }
     if let Some(bias) = position_bias {
-        found.position_bias = Address::of(&memory).plus(size_of_val(sinks));
+        found.position_bias = memory.start().plus(size_of_val(sinks));
         found.max_distance = bias.max_distance as u32;
     }
     Ok((Some(memory), found))

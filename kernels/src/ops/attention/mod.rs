@@ -21,7 +21,8 @@ pub(crate) mod variant;
 use std::ops::Range;
 
 use super::paged_attention::{LearnedScores, PositionBias, Reach};
-use crate::paged_cache::{PagedBatch, PagedCache};
+use crate::paged_batch::PagedBatch;
+use crate::paged_cache::PagedCache;
 
 /// Where the heads lie in a cache row, in elements.
 #[derive(Debug, Clone, Copy)]

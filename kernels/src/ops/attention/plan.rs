@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use crate::ops::paged_attention::Reach;
-use crate::paged_cache::PagedBatch;
+use crate::paged_batch::PagedBatch;
 
 /// Positions of a split: `SPLIT` of `attention.cuh`.
 pub(crate) const SPLIT: usize = 512;
@@ -171,19 +171,20 @@ impl Sequence<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::paged_batch::BatchLists;
 
     const NO_SPLITS: Limits = Limits { most_splits: usize::MAX, most_slots: usize::MAX };
     const SPLITS: Limits = Limits { most_splits: 1, ..NO_SPLITS };
 
     /// Sequences of so many rows in contexts that begin with sources.
     fn batch(sequences: &[(usize, usize, usize)]) -> PagedBatch {
-        let mut batch = PagedBatch { cu_seqlens: vec![0], ..PagedBatch::default() };
+        let mut batch = BatchLists { cu_seqlens: vec![0], ..BatchLists::default() };
         for &(num_rows, context_len, source_len) in sequences {
             batch.cu_seqlens.push(batch.cu_seqlens.last().unwrap() + num_rows as u32);
             batch.context_lens.push(context_len as u32);
             batch.source_lens.push(source_len as u32);
         }
-        batch
+        batch.into()
     }
 
     fn shape(num_heads: usize, group_size: usize, reach: Reach, pairs: &[usize]) -> Shape {

@@ -8,7 +8,8 @@ use super::{Attention, HeadLayout, reference};
 use crate::dispatch::Isa;
 use crate::ops::mla_attention::{MlaSpec, mla_attention};
 use crate::ops::paged_attention::{GqaSpec, LearnedScores, PositionBias, Reach, paged_attention};
-use crate::paged_cache::{KvFormat, PagedBatch, PagedCache};
+use crate::paged_batch::{BatchLists, PagedBatch};
+use crate::paged_cache::{KvFormat, PagedCache};
 use crate::testing::{Numbers, assert_close, bits, values};
 
 /// Sequences over a cache whose blocks are handed out in a scattered order.
@@ -45,7 +46,7 @@ impl World {
     }
 
     fn batch(&self, chunks: &[Chunk]) -> PagedBatch {
-        let mut batch = PagedBatch { cu_seqlens: vec![0], block_offsets: vec![0], ..PagedBatch::default() };
+        let mut batch = BatchLists { cu_seqlens: vec![0], block_offsets: vec![0], ..BatchLists::default() };
         for chunk in chunks {
             batch.cu_seqlens.push(batch.cu_seqlens.last().unwrap() + (chunk.end - chunk.first) as u32);
             batch.context_lens.push(chunk.end as u32);
@@ -53,7 +54,7 @@ impl World {
             batch.block_tables.extend(&self.tables[chunk.seq]);
             batch.block_offsets.push(batch.block_tables.len() as u32);
         }
-        batch
+        batch.into()
     }
 }
 
@@ -244,12 +245,18 @@ fn sources_are_seen_whole_or_not_at_all() {
         let learned = LearnedScores { sinks: None, position_bias: Some(&bias) };
         let world = World::new(KvFormat::F32, 16, &kv);
         let attend = |reach, chunk: Chunk, source_len| {
-            let batch = PagedBatch { source_lens: vec![source_len], ..world.batch(&[chunk]) };
+            let batch = PagedBatch::from(BatchLists {
+                source_lens: vec![source_len],
+                ..BatchLists::clone(&world.batch(&[chunk]))
+            });
             let (q, spec) = (gather(&q, &[chunk]), GqaSpec { reach, ..spec });
             values(&paged_attention(&q, &world.cache, &batch, &spec, learned).unwrap())
         };
         let oracle = |reach, chunk: Chunk, source_len| {
-            let batch = PagedBatch { source_lens: vec![source_len], ..world.batch(&[chunk]) };
+            let batch = PagedBatch::from(BatchLists {
+                source_lens: vec![source_len],
+                ..BatchLists::clone(&world.batch(&[chunk]))
+            });
             let q = values(&gather(&q, &[chunk]));
             let heads = HeadLayout {
                 num_heads: spec.num_heads,
@@ -293,7 +300,7 @@ fn long_contexts_agree_however_they_are_cut() {
         let world = World::new(KvFormat::Bf16, 16, &rows);
         let attend = |chunk: Chunk, isa: Option<Isa>, num_tasks: usize| {
             let source_lens = vec![if reach == Reach::Source { len as u32 - 7 } else { 0 }];
-            let batch = PagedBatch { source_lens, ..world.batch(&[chunk]) };
+            let batch = PagedBatch::from(BatchLists { source_lens, ..BatchLists::clone(&world.batch(&[chunk])) });
             let q = values(&gather(&q, &[chunk]));
             let (parts, group_size) = ([(q.as_slice(), head_dim)], num_heads / num_kv_heads);
             let value_start = num_kv_heads * head_dim;
@@ -369,7 +376,7 @@ fn what_lies_before_a_window_need_not_be_there() {
 fn no_rows_are_no_output() {
     let spec = GqaSpec { num_heads: 2, num_kv_heads: 1, head_dim: 16, scale: 0.25, reach: Reach::Full };
     let cache = PagedCache::new(KvFormat::F32, 4, 32, 1).unwrap();
-    let batch = PagedBatch { cu_seqlens: vec![0], block_offsets: vec![0], ..PagedBatch::default() };
+    let batch = PagedBatch::from(BatchLists { cu_seqlens: vec![0], block_offsets: vec![0], ..BatchLists::default() });
     let q = Numbers::new(6).tensor(&[0, 2, 16]);
     let y = paged_attention(&q, &cache, &batch, &spec, LearnedScores::default()).unwrap();
     assert_eq!(y.dims(), [0, 32]);
@@ -393,23 +400,27 @@ fn refuses_what_does_not_fit() {
     assert!(with(LearnedScores { sinks: Some(&[0.0; 3]), ..LearnedScores::default() }).is_err());
     // A row of the source does not see what the decoder makes of it, and without one there is nothing to see.
     assert!(attend(&q, &good, &GqaSpec { reach: Reach::Source, ..spec }).is_err());
-    assert!(attend(&q, &PagedBatch { source_lens: vec![8], ..good.clone() }, &spec).is_ok());
-    assert!(attend(&q, &PagedBatch { source_lens: vec![9], ..good.clone() }, &spec).is_err());
+    assert!(
+        attend(&q, &PagedBatch::from(BatchLists { source_lens: vec![8], ..BatchLists::clone(&good) }), &spec).is_ok()
+    );
+    assert!(
+        attend(&q, &PagedBatch::from(BatchLists { source_lens: vec![9], ..BatchLists::clone(&good) }), &spec).is_err()
+    );
     assert!(attend(&q, &good, &spec).is_ok());
     assert!(attend(&numbers.tensor(&[3, 4, 8]), &good, &spec).is_err());
     assert!(attend(&q, &good, &GqaSpec { num_kv_heads: 3, ..spec }).is_err());
     assert!(attend(&q, &good, &GqaSpec { num_kv_heads: 4, ..spec }).is_err());
     assert!(attend(&q, &good, &GqaSpec { reach: Reach::Window(0), ..spec }).is_err());
     let refused = [
-        PagedBatch { cu_seqlens: vec![0, 3], ..good.clone() },
-        PagedBatch { cu_seqlens: vec![0], ..good.clone() },
-        PagedBatch { context_lens: vec![1], ..good.clone() },
-        PagedBatch { source_lens: vec![], ..good.clone() },
-        PagedBatch { context_lens: vec![13], ..good.clone() },
-        PagedBatch { block_tables: vec![0, 1, 4], ..good.clone() },
-        PagedBatch { block_tables: vec![PagedBatch::NO_BLOCK, 1, 2], ..good.clone() },
-        PagedBatch { block_offsets: vec![0, 2], ..good.clone() },
-        PagedBatch { block_offsets: vec![1, 3], ..good.clone() },
+        PagedBatch::from(BatchLists { cu_seqlens: vec![0, 3], ..BatchLists::clone(&good) }),
+        PagedBatch::from(BatchLists { cu_seqlens: vec![0], ..BatchLists::clone(&good) }),
+        PagedBatch::from(BatchLists { context_lens: vec![1], ..BatchLists::clone(&good) }),
+        PagedBatch::from(BatchLists { source_lens: vec![], ..BatchLists::clone(&good) }),
+        PagedBatch::from(BatchLists { context_lens: vec![13], ..BatchLists::clone(&good) }),
+        PagedBatch::from(BatchLists { block_tables: vec![0, 1, 4], ..BatchLists::clone(&good) }),
+        PagedBatch::from(BatchLists { block_tables: vec![PagedBatch::NO_BLOCK, 1, 2], ..BatchLists::clone(&good) }),
+        PagedBatch::from(BatchLists { block_offsets: vec![0, 2], ..BatchLists::clone(&good) }),
+        PagedBatch::from(BatchLists { block_offsets: vec![1, 3], ..BatchLists::clone(&good) }),
     ];
     for batch in refused {
         assert!(attend(&q, &batch, &spec).is_err(), "{batch:?}");

@@ -14,7 +14,7 @@ use crate::cuda::ROW_THREADS;
 use crate::cuda::device::{Argument, Launch, launch};
 use crate::cuda::memory::{Address, Operand, activations, name_of, output, scratch, upload};
 use crate::error::{KernelError, Result};
-use crate::paged_cache::PagedBatch;
+use crate::paged_batch::PagedBatch;
 use crate::state_cache::StateCache;
 
 // SAFETY: numbers.

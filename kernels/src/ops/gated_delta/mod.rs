@@ -16,7 +16,7 @@ use super::pointwise::Pointwise;
 use crate::check::{self, Input, f32_slice};
 use crate::error::{KernelError, Result};
 use crate::lanes::WIDTH;
-use crate::paged_cache::PagedBatch;
+use crate::paged_batch::PagedBatch;
 use crate::state_cache::StateCache;
 
 const OP: &str = "gated_delta";

@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 
 use super::{DeltaSpec, DeltaWeights, Pointwise, gated_delta, reference};
-use crate::paged_cache::PagedBatch;
+use crate::paged_batch::{BatchLists, PagedBatch};
 use crate::state_cache::StateCache;
 use crate::testing::{Numbers, assert_close, bits, tensor, values};
 
@@ -47,7 +47,7 @@ impl World {
 
     /// Runs the rows `first..end` of some sequences together; sequence `i` has its state in slot `2 - i`.
     fn run(&self, states: &mut StateCache, chunks: &[(usize, usize, usize)]) -> Tensor {
-        let mut batch = PagedBatch { cu_seqlens: vec![0], ..PagedBatch::default() };
+        let mut batch = BatchLists { cu_seqlens: vec![0], ..BatchLists::default() };
         let part = |input: usize| {
             let parts: Vec<Tensor> = chunks
                 .iter()
@@ -61,7 +61,7 @@ impl World {
             batch.source_lens.push(0);
             batch.state_slots.push(2 - seq as u32);
         }
-        gated_delta(&part(0), &part(1), &self.weights, states, &batch).unwrap()
+        gated_delta(&part(0), &part(1), &self.weights, states, &batch.into()).unwrap()
     }
 
     fn states(&self) -> StateCache {
@@ -118,13 +118,13 @@ fn refuses_what_does_not_fit() {
     let spec = specs()[0];
     let world = World::new(&mut Numbers::new(3), spec);
     let [qkv, gates] = &world.sequences[2];
-    let good = PagedBatch {
+    let good = PagedBatch::from(BatchLists {
         cu_seqlens: vec![0, 4, 9],
         context_lens: vec![4, 5],
         source_lens: vec![0, 0],
         state_slots: vec![2, 0],
-        ..PagedBatch::default()
-    };
+        ..BatchLists::default()
+    });
     let run = |qkv: &Tensor, batch: &PagedBatch, width| {
         gated_delta(qkv, gates, &world.weights, &mut StateCache::new(width, 3).unwrap(), batch)
     };
@@ -132,9 +132,19 @@ fn refuses_what_does_not_fit() {
     assert!(run(qkv, &good, spec.state_width() + 1).is_err());
     assert!(run(&tensor(&[0.0; 9], &[9, 1]), &good, spec.state_width()).is_err());
     for state_slots in [vec![0, 3], vec![1, 1], vec![0]] {
-        assert!(run(qkv, &PagedBatch { state_slots, ..good.clone() }, spec.state_width()).is_err());
+        assert!(
+            run(qkv, &PagedBatch::from(BatchLists { state_slots, ..BatchLists::clone(&good) }), spec.state_width())
+                .is_err()
+        );
     }
-    assert!(run(qkv, &PagedBatch { cu_seqlens: vec![0, 4, 8], ..good.clone() }, spec.state_width()).is_err());
+    assert!(
+        run(
+            qkv,
+            &PagedBatch::from(BatchLists { cu_seqlens: vec![0, 4, 8], ..BatchLists::clone(&good) }),
+            spec.state_width()
+        )
+        .is_err()
+    );
     let new = |spec, len| DeltaWeights::new(spec, vec![0.0; len], &[0.0; 4], vec![0.0; 4]);
     assert!(new(spec, spec.num_channels() * 4).is_ok());
     assert!(new(spec, 3).is_err());

@@ -15,13 +15,13 @@ pub(super) const MAX_BUFFER_FLOATS: usize = 16 << 20;
 /// Tokens of a task of the last pass.
 const TASK_TOKENS: usize = 4;
 
-pub(crate) fn grouped_swiglu(op: &GroupedSwiglu<'_>, x: &[f32]) -> Vec<f32> {
+pub(crate) fn grouped_swiglu(op: &GroupedSwiglu<'_>, topk: &TopK, x: &[f32]) -> Vec<f32> {
     let mut out = vec![0.0; op.num_tokens * op.sizes.hidden];
-    if out.is_empty() || op.topk.k == 0 {
+    if out.is_empty() || topk.k == 0 {
         return out;
     }
-    let token_floats = op.topk.k * (op.sizes.hidden + op.sizes.intermediate);
-    let formats = op.topk.experts.iter().filter_map(|&expert| op.experts.get(expert as usize)?.glu());
+    let token_floats = topk.k * (op.sizes.hidden + op.sizes.intermediate);
+    let formats = topk.experts.iter().filter_map(|&expert| op.experts.get(expert as usize)?.glu());
     let activations = Activations::new(x, op.sizes.hidden, formats.map(|expert| expert.gate_up.format()));
     let is_identity: Vec<bool> = op.experts.iter().map(|expert| matches!(expert, Expert::Identity)).collect();
     let experts: Vec<_> =
@@ -30,7 +30,7 @@ pub(crate) fn grouped_swiglu(op: &GroupedSwiglu<'_>, x: &[f32]) -> Vec<f32> {
     for (part_idx, out) in out.chunks_mut(part_tokens * op.sizes.hidden).enumerate() {
         let first = part_idx * part_tokens;
         let tokens = first..first + out.len() / op.sizes.hidden;
-        let mut pairs = Pairs::new((op.topk, &is_identity), op.sizes, tokens);
+        let mut pairs = Pairs::new((topk, &is_identity), op.sizes, tokens);
         pairs.compute(&activations, &experts);
         pairs.combine(x, out);
     }

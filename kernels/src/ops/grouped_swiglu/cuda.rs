@@ -14,7 +14,7 @@ use crate::cuda::device::{Argument, Launch, launch};
 use crate::cuda::memory::{Address, Operand, aligned_activations, name_of, output, scratch, upload};
 use crate::cuda::products::{DenseWeight, PLAIN_OUTS, PRODUCT_THREADS, QuantWeight, TILES, dense_name};
 use crate::ops::linear::cuda::{Rows, is_on_matrix_instructions};
-use crate::ops::route::TopK;
+use crate::ops::route::Chosen;
 use crate::quant::RowForm;
 use crate::weight::{PackedWeight, WeightFormat};
 
@@ -150,9 +150,9 @@ impl Matrices {
 
 pub(super) fn grouped_swiglu(op: &GroupedSwiglu<'_>, x: Operand<'_>) -> candle_core::Result<(CudaStorage, Shape)> {
     let (device, dtype, table) = (x.0.device(), x.0.dtype(), op.experts.table()?);
-    let GroupedSwiglu { num_tokens, sizes, topk, .. } = *op;
+    let GroupedSwiglu { num_tokens, sizes, chosen, .. } = *op;
     // Where there are no experts all slots are empty.
-    let k = if op.experts.is_empty() { 0 } else { topk.k };
+    let k = if op.experts.is_empty() { 0 } else { chosen.k() };
     let (out, target) = output(device, dtype, num_tokens * sizes.hidden)?;
     let (x, _copy) = aligned_activations(x)?;
     let pair_numbers = table.gate_up.width + sizes.intermediate + sizes.hidden;
@@ -169,7 +169,19 @@ pub(super) fn grouped_swiglu(op: &GroupedSwiglu<'_>, x: Operand<'_>) -> candle_c
         };
         // Rows of whole multiples of 16 bytes stay at such; others may lie anywhere.
         let start = first * sizes.hidden * dtype.size_in_bytes();
-        part.compute(topk, first, x.plus(start), target.plus(start))?;
+        let pairs = first * k..(first + part.num_tokens) * k;
+        let (_choices, choices) = match chosen {
+            Chosen::Device(choices) => (None, choices.starting_at(first)),
+            Chosen::Host(topk) => {
+                // The experts, and behind them the bits of their weights.
+                let weights = topk.weights[pairs.clone()].iter().map(|weight| weight.to_bits());
+                let words: Vec<u32> = topk.experts[pairs.clone()].iter().copied().chain(weights).collect();
+                let words = upload(device, &words)?;
+                let experts = Address::of(&words);
+                (Some(words), [experts, experts.plus(pairs.len() * WORD)])
+            }
+        };
+        part.compute(choices, x.plus(start), target.plus(start))?;
     }
     Ok((out, Shape::from((num_tokens, sizes.hidden))))
 }
@@ -199,14 +211,9 @@ struct Alignment {
 }
 
 impl Part<'_> {
-    fn compute(&self, topk: &TopK, first: usize, x: Address, target: Address) -> candle_core::Result<()> {
+    /// `choices` are where the experts and the weights of the tokens begin.
+    fn compute(&self, [experts, weights]: [Address; 2], x: Address, target: Address) -> candle_core::Result<()> {
         let Self { device, dtype, table, sizes, num_tokens, k, .. } = *self;
-        let pairs = first * k..(first + num_tokens) * k;
-        // The experts, and behind them the bits of their weights.
-        let weights = topk.weights[pairs.clone()].iter().map(|weight| weight.to_bits());
-        let choices: Vec<u32> = topk.experts[pairs].iter().copied().chain(weights).collect();
-        let choices = upload(device, &choices)?;
-        let (experts, weights) = (Address::of(&choices), Address::of(&choices).plus(num_tokens * k * WORD));
         let aligned = self.align(experts)?;
         let tokens = Rows { start: x, dtype, count: num_tokens, cols: sizes.hidden };
         let (_gate_up, gate_up) = self.multiply(&table.gate_up, &tokens, &aligned, aligned.pairs)?;

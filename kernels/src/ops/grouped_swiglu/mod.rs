@@ -22,7 +22,7 @@ pub use pass::{ExpertPass, ExpertSlots, grouped_experts};
 
 use super::glu::GluActivation;
 use super::pointwise::Pointwise;
-use super::route::TopK;
+use super::route::{Chosen, TopK};
 use crate::check::{self, Input, f32_output, f32_slice};
 use crate::error::{KernelError, Result};
 use crate::weight::PackedWeight;
@@ -111,18 +111,29 @@ impl ExpertActivation {
 /// `Σ weight * expert(x)` over the slots of each token, summed in slot order. Experts without a token are not read, and
 /// slots with [`TopK::NO_EXPERT`] are no part of the sum. Fails if `x` is of another width or elsewhere than the experts, or `topk` names
 /// an expert that does not exist.
-pub fn grouped_swiglu(
+pub fn grouped_swiglu<'a>(
     x: &Tensor, /* [num_tokens, hidden_size] */
     experts: &Experts,
-    topk: &TopK,
+    chosen: impl Into<Chosen<'a>>,
 ) -> Result<Tensor /* [num_tokens, hidden_size] */> {
     let [num_tokens, hidden_size] = Input { op: OP, what: "x", tensor: x }.dims("[num_tokens, hidden_size]")?;
     let sizes = experts.sizes(hidden_size)?;
     if !experts.device().same_device(x.device()) {
         return Err(KernelError::OtherDevice { op: OP, what: "an expert" });
     }
-    check_choices(topk, num_tokens, experts.len())?;
-    Ok(x.apply_op1_no_bwd(&GroupedSwiglu { num_tokens, sizes, experts, topk })?)
+    let chosen = chosen.into();
+    match chosen {
+        Chosen::Host(topk) => check_choices(topk, num_tokens, experts.len())?,
+        // A router of so many experts chose, which knows no others.
+        #[cfg(feature = "cuda")]
+        Chosen::Device(choices) if choices.is_of(x.device(), num_tokens, experts.len()) => {}
+        #[cfg(feature = "cuda")]
+        Chosen::Device(_) => {
+            let reason = "choices are of another device, of other tokens or of other experts".to_owned();
+            return Err(KernelError::Invalid { op: OP, reason });
+        }
+    }
+    Ok(x.apply_op1_no_bwd(&GroupedSwiglu { num_tokens, sizes, experts, chosen })?)
 }
 
 /// One expert or none, and one weight for each slot of each token, of experts that exist.
@@ -154,7 +165,7 @@ struct GroupedSwiglu<'a> {
     num_tokens: usize,
     sizes: Sizes,
     experts: &'a Experts,
-    topk: &'a TopK,
+    chosen: Chosen<'a>,
 }
 
 impl CustomOp1 for GroupedSwiglu<'_> {
@@ -163,7 +174,8 @@ impl CustomOp1 for GroupedSwiglu<'_> {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, x_layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let out = cpu::grouped_swiglu(self, f32_slice(x, x_layout)?);
+        let topk = self.chosen.host().expect("what is on the CPU was checked to be chosen there");
+        let out = cpu::grouped_swiglu(self, topk, f32_slice(x, x_layout)?);
         Ok(f32_output(out, (self.num_tokens, self.sizes.hidden)))
     }
 

@@ -3,22 +3,22 @@
 use super::{Expert, ExpertActivation, ExpertWeights, GroupedSwiglu, TopK};
 use crate::ops::{glu, linear};
 
-pub(crate) fn grouped_swiglu(op: &GroupedSwiglu<'_>, x: &[f32]) -> Vec<f32> {
+pub(crate) fn grouped_swiglu(op: &GroupedSwiglu<'_>, topk: &TopK, x: &[f32]) -> Vec<f32> {
     let mut out = vec![0.0; op.num_tokens * op.sizes.hidden];
     for token in 0..op.num_tokens {
         let row = token * op.sizes.hidden..(token + 1) * op.sizes.hidden;
         let mut sum = vec![0.0; op.sizes.hidden];
-        for slot in token * op.topk.k..(token + 1) * op.topk.k {
-            if op.topk.experts[slot] == TopK::NO_EXPERT {
+        for slot in token * topk.k..(token + 1) * topk.k {
+            if topk.experts[slot] == TopK::NO_EXPERT {
                 continue;
             }
-            let expert = &op.experts[op.topk.experts[slot] as usize];
+            let expert = &op.experts[topk.experts[slot] as usize];
             let y = match expert {
                 Expert::Identity => x[row.clone()].to_vec(),
                 Expert::Glu(expert) => glu(expert, &x[row.clone()], op.sizes.intermediate),
             };
             for (sum, y) in sum.iter_mut().zip(y) {
-                *sum += f64::from(op.topk.weights[slot]) * f64::from(y);
+                *sum += f64::from(topk.weights[slot]) * f64::from(y);
             }
         }
         out[row].iter_mut().zip(sum).for_each(|(out, sum)| *out = sum as f32);

@@ -53,9 +53,9 @@ fn agrees_with_the_reference() {
             let topk = choose(&mut numbers, num_tokens, num_experts, k);
             let x = numbers.with_outliers(num_tokens * hidden_size);
             let sizes = Sizes { hidden: hidden_size, intermediate };
-            let op = GroupedSwiglu { num_tokens, sizes, experts: &experts, topk: &topk };
+            let op = GroupedSwiglu { num_tokens, sizes, experts: &experts, chosen: (&topk).into() };
             let y = grouped_swiglu(&tensor(&x, &[num_tokens, hidden_size]), &experts, &topk).unwrap();
-            assert_close(&values(&y), &reference::grouped_swiglu(&op, &x), 1e-5);
+            assert_close(&values(&y), &reference::grouped_swiglu(&op, &topk, &x), 1e-5);
         }
     }
 }
@@ -91,9 +91,9 @@ fn identity_biases_and_clamps_agree_with_the_reference() {
         let topk = choose(&mut numbers, num_tokens, num_experts, k);
         let x = numbers.normal(num_tokens * hidden_size);
         let sizes = Sizes { hidden: hidden_size, intermediate };
-        let op = GroupedSwiglu { num_tokens, sizes, experts: &experts, topk: &topk };
+        let op = GroupedSwiglu { num_tokens, sizes, experts: &experts, chosen: (&topk).into() };
         let y = grouped_swiglu(&tensor(&x, &[num_tokens, hidden_size]), &experts, &topk).unwrap();
-        assert_close(&values(&y), &reference::grouped_swiglu(&op, &x), 1e-5);
+        assert_close(&values(&y), &reference::grouped_swiglu(&op, &topk, &x), 1e-5);
     }
 }
 
@@ -279,10 +279,10 @@ fn empty_slots_give_nothing() {
         empty.for_each(|(weight, _)| *weight = f32::NAN);
         let x = numbers.normal(num_tokens * hidden_size);
         let sizes = Sizes { hidden: hidden_size, intermediate };
-        let op = GroupedSwiglu { num_tokens, sizes, experts: &experts, topk: &topk };
+        let op = GroupedSwiglu { num_tokens, sizes, experts: &experts, chosen: (&topk).into() };
         let input = tensor(&x, &[num_tokens, hidden_size]);
         let y = grouped_swiglu(&input, &experts, &topk).unwrap();
-        assert_close(&values(&y), &reference::grouped_swiglu(&op, &x), 1e-5);
+        assert_close(&values(&y), &reference::grouped_swiglu(&op, &topk, &x), 1e-5);
         let slots = slots(&experts, intermediate);
         let apart = grouped_experts(&input, &slots, &topk, |pass| supply(&mut numbers, pass, &experts));
         assert_eq!(bits(&apart.unwrap()), bits(&y));

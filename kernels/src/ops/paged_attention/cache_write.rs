@@ -10,7 +10,8 @@ use crate::cuda::address::Address;
 use crate::cuda::{
     ROW_THREADS,
     device::{Launch, launch},
-    memory::{first_activation, name_of, upload},
+    kept::upload_recent,
+    memory::{first_activation, name_of},
 };
 #[cfg(feature = "cuda")]
 use crate::paged_cache::PagedCache;
@@ -50,8 +51,8 @@ impl Parts {
 pub(crate) fn cache_write(cache: &mut PagedCache, parts: &[&Tensor], slots: &[u32]) -> candle_core::Result<()> {
     let stored = name_of(cache.format().dtype())?;
     let Some(device) = parts.first().map(|part| part.device().as_cuda_device()).transpose()? else { return Ok(()) };
-    let device_slots = upload(device, slots)?;
-    let (slots_start, width) = (Address::of(&device_slots), cache.width() as i32);
+    let device_slots = upload_recent(device, slots)?;
+    let (slots_start, width) = (device_slots.start(), cache.width() as i32);
     let mut target = cache.address()?;
     let of_one_type = parts.chunk_by(|a, b| a.dtype() == b.dtype());
     for parts in of_one_type.flat_map(|parts| parts.chunks(MOST_PARTS)) {

@@ -14,7 +14,8 @@ use super::attention::cuda::Call;
 use super::attention::{self, Attention, HeadLayout};
 use crate::check::{self, Input, f32_output, f32_slice};
 use crate::error::{KernelError, Result};
-use crate::paged_cache::{PagedBatch, PagedCache};
+use crate::paged_batch::PagedBatch;
+use crate::paged_cache::PagedCache;
 
 const OP: &str = "paged_attention";
 

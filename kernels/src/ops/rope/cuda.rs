@@ -6,7 +6,8 @@ use candle_core::{CudaStorage, Shape};
 use super::{Rope, RopeStyle};
 use crate::cuda::ROW_THREADS;
 use crate::cuda::device::{Launch, launch};
-use crate::cuda::memory::{Address, Operand, activations, name_of, output, upload};
+use crate::cuda::kept::upload_recent;
+use crate::cuda::memory::{Operand, activations, name_of, output};
 
 pub(super) fn rope(op: &Rope<'_>, x: Operand<'_>) -> candle_core::Result<(CudaStorage, Shape)> {
     let (device, dtype) = (x.0.device(), x.0.dtype());
@@ -14,7 +15,7 @@ pub(super) fn rope(op: &Rope<'_>, x: Operand<'_>) -> candle_core::Result<(CudaSt
     let (kernel, start) = (format!("rope_{}", name_of(dtype)?), activations(x)?);
     let cos = op.table.device_cos.get(device, &op.table.cos)?;
     let sin = op.table.device_sin.get(device, &op.table.sin)?;
-    let positions = upload(device, op.positions)?;
+    let positions = upload_recent(device, op.positions)?;
     let [num_heads, head_dim, rotary_dim] = [op.num_heads, op.head_dim, op.table.rotary_dim].map(|size| size as i32);
     let in_pairs = i32::from(op.style == RopeStyle::Pairs);
     let shape = Launch::rows(op.positions.len(), ROW_THREADS);
@@ -24,7 +25,7 @@ pub(super) fn rope(op: &Rope<'_>, x: Operand<'_>) -> candle_core::Result<(CudaSt
             device,
             &kernel,
             shape,
-            &[&start, &cos, &sin, &Address::of(&positions), &target, &num_heads, &head_dim, &rotary_dim, &in_pairs],
+            &[&start, &cos, &sin, &positions.start(), &target, &num_heads, &head_dim, &rotary_dim, &in_pairs],
         )
     }?;
     Ok((out, x.1.shape().clone()))

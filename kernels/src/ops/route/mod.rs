@@ -1,5 +1,6 @@
 //! Router: from logits to the experts of each token and their weights.
 
+mod choices;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -11,6 +12,10 @@ mod reference;
 mod tests;
 
 use candle_core::{Storage, Tensor};
+
+#[cfg(feature = "cuda")]
+pub use choices::DeviceChoices;
+pub use choices::{Choices, Chosen};
 
 use crate::check::{self, Input, f32_slice};
 use crate::error::{KernelError, Result};
@@ -84,9 +89,14 @@ impl TopK {
     pub const NO_EXPERT: u32 = u32::MAX;
 }
 
-/// Chooses `top_k` experts per token. A NaN is never chosen over a number, and makes NaN weights. Fails if the spec
-/// does not fit the number of experts.
+/// Chooses `top_k` experts per token, see [`choose`], and waits for what they are.
 pub fn route(logits: &Tensor /* [num_tokens, num_experts] */, spec: &RouterSpec) -> Result<TopK> {
+    choose(logits, spec)?.into_host()
+}
+
+/// Chooses `top_k` experts per token, where the logits lie. A NaN is never chosen over a number, and makes NaN weights. Fails if
+/// the spec does not fit the number of experts.
+pub fn choose(logits: &Tensor /* [num_tokens, num_experts] */, spec: &RouterSpec) -> Result<Choices> {
     let input = Input { op: OP, what: "logits", tensor: logits };
     let [num_tokens, num_experts] = input.dims("[num_tokens, num_experts]")?;
     spec.check(num_experts)?;
@@ -94,13 +104,13 @@ pub fn route(logits: &Tensor /* [num_tokens, num_experts] */, spec: &RouterSpec)
     let storage = match &*storage {
         Storage::Cpu(storage) => storage,
         #[cfg(feature = "cuda")]
-        Storage::Cuda(storage) => return Ok(cuda::route((storage, layout), spec)?),
+        Storage::Cuda(storage) => return Ok(Choices::Device(cuda::choose((storage, layout), spec)?)),
         _ => return Err(KernelError::Device { op: OP, what: "logits" }),
     };
     let logits = f32_slice(storage, layout)?;
     let (mut experts, mut weights) = (vec![0; num_tokens * spec.top_k], vec![0.0; num_tokens * spec.top_k]);
     cpu::route(logits, num_experts, spec, (&mut experts, &mut weights));
-    Ok(TopK { experts, weights, k: spec.top_k })
+    Ok(Choices::Host(TopK { experts, weights, k: spec.top_k }))
 }
 
 impl RouterSpec {

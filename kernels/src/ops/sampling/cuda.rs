@@ -4,13 +4,13 @@
 use std::ops::Range;
 
 use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
-use candle_core::cuda_backend::{CudaDevice, WrapErr};
 
 use super::arguments::{Adjustment, AdjustmentLists, LogprobRow, NONE, SampleRow, VOCAB_THREADS};
 use super::{Choice, Draw, LogitRow, ReadRow};
 use crate::cuda::device::{Launch, launch};
-use crate::cuda::memory::{Address, Operand, activations, download, name_of, scratch, upload};
+use crate::cuda::memory::{Address, Operand, activations, download, name_of, scratch, upload, write};
 
 const WORD: usize = size_of::<u32>();
 
@@ -61,10 +61,7 @@ pub(super) fn read_logits(
     let num_rows = rows.len();
     let mut memory = scratch::<u32>(device, num_rows * (2 + 2 * max_top))?;
     let known: Vec<u32> = order[places(Kind::Known)].iter().map(|&idx| known_token(&rows[idx])).collect();
-    if !known.is_empty() {
-        let mut target = memory.slice_mut(places(Kind::Known));
-        device.cuda_stream().memcpy_htod(&known, &mut target).w()?;
-    }
+    write(device, &mut memory, places(Kind::Known).start, &known)?;
     let tokens = Address::of(&memory);
     let logprobs = tokens.plus(num_rows * WORD);
     let top_tokens = logprobs.plus(num_rows * WORD);

@@ -10,7 +10,8 @@ use crate::ops::attention::plan::{Limits, Plan, Shape};
 use crate::ops::attention::variant::{self, Kernel};
 use crate::ops::attention::{self, Attention, HeadLayout};
 use crate::ops::paged_attention::{LearnedScores, PositionBias, Reach};
-use crate::paged_cache::{KvFormat, PagedBatch, PagedCache};
+use crate::paged_batch::{BatchLists, PagedBatch};
+use crate::paged_cache::{KvFormat, PagedCache};
 use crate::testing::{Numbers, tensor};
 
 /// What a cache is stored as.
@@ -150,7 +151,7 @@ impl<'a, T: Number, Cache: Stored> World<'a, T, Cache> {
 
     /// Blocks that no row reaches are not there.
     fn batch(&self, chunks: &[Chunk]) -> PagedBatch {
-        let mut batch = PagedBatch { cu_seqlens: vec![0], block_offsets: vec![0], ..PagedBatch::default() };
+        let mut batch = BatchLists { cu_seqlens: vec![0], block_offsets: vec![0], ..BatchLists::default() };
         for chunk in chunks {
             batch.cu_seqlens.push(batch.cu_seqlens.last().unwrap() + (chunk.end - chunk.first) as u32);
             batch.context_lens.push(chunk.end as u32);
@@ -161,7 +162,7 @@ impl<'a, T: Number, Cache: Stored> World<'a, T, Cache> {
             batch.block_tables.extend(table);
             batch.block_offsets.push(batch.block_tables.len() as u32);
         }
-        batch
+        batch.into()
     }
 
     fn queries(&self, chunks: &[Chunk]) -> [Vec<T>; 2] {

@@ -7,7 +7,8 @@ use candle_core::{DType, Device, Tensor};
 use super::{BF16_TOLERANCE, DEVICE, F32_TOLERANCE, assert_same, moved};
 use crate::ops::mla_attention::{MlaSpec, mla_attention};
 use crate::ops::paged_attention::{GqaSpec, LearnedScores, PositionBias, Reach, paged_attention};
-use crate::paged_cache::{KvFormat, PagedBatch, PagedCache};
+use crate::paged_batch::{BatchLists, PagedBatch};
+use crate::paged_cache::{KvFormat, PagedCache};
 use crate::testing::{Numbers, bits};
 
 const BLOCK_SIZE: usize = 8;
@@ -64,7 +65,7 @@ impl World {
 
     /// Blocks that no row reaches are not there.
     fn batch(&self, chunks: &[Chunk], reach: Reach, source_len: usize) -> PagedBatch {
-        let mut batch = PagedBatch { cu_seqlens: vec![0], block_offsets: vec![0], ..PagedBatch::default() };
+        let mut batch = BatchLists { cu_seqlens: vec![0], block_offsets: vec![0], ..BatchLists::default() };
         for chunk in chunks {
             batch.cu_seqlens.push(batch.cu_seqlens.last().unwrap() + (chunk.end - chunk.first) as u32);
             batch.context_lens.push(chunk.end as u32);
@@ -74,7 +75,7 @@ impl World {
             batch.block_tables.extend(table);
             batch.block_offsets.push(batch.block_tables.len() as u32);
         }
-        batch
+        batch.into()
     }
 
     /// Rounded, as f32 on the CPU and as activations on the device.
@@ -251,9 +252,7 @@ fn a_batch_is_copied_once_and_again_when_it_changes() {
         world.check_gqa(&q, &batch, &spec, LearnedScores::default());
     }
     assert!(Arc::ptr_eq(&first, &batch.on_device(device).unwrap()));
-    let other = world.batch(&[chunk(1, 28, 30)], spec.reach, 0);
-    (batch.block_tables, batch.block_offsets) = (other.block_tables, other.block_offsets);
-    batch.context_lens = other.context_lens;
+    *batch = BatchLists::clone(&world.batch(&[chunk(1, 28, 30)], spec.reach, 0));
     world.check_gqa(&q, &batch, &spec, LearnedScores::default());
     assert!(!Arc::ptr_eq(&first, &batch.on_device(device).unwrap()));
     assert!(!Arc::ptr_eq(&batch.on_device(device).unwrap(), &batch.clone().on_device(device).unwrap()));

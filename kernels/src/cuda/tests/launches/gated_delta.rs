@@ -5,7 +5,7 @@ use candle_core::{DType, Device};
 use super::{DEVICE, F32_TOLERANCE, assert_same, moved, on_both};
 use crate::ops::gated_delta::{DeltaSpec, DeltaWeights, gated_delta};
 use crate::ops::pointwise::Pointwise;
-use crate::paged_cache::PagedBatch;
+use crate::paged_batch::{BatchLists, PagedBatch};
 use crate::state_cache::StateCache;
 use crate::testing::{Numbers, assert_close};
 
@@ -39,14 +39,14 @@ fn weights(numbers: &mut Numbers, spec: DeltaSpec) -> DeltaWeights {
 
 /// Sequences by their state, rows before this step and rows of it.
 fn batch(sequences: &[(u32, u32, u32)]) -> PagedBatch {
-    let mut batch = PagedBatch { cu_seqlens: vec![0], ..PagedBatch::default() };
+    let mut batch = BatchLists { cu_seqlens: vec![0], ..BatchLists::default() };
     for &(slot, before, num_rows) in sequences {
         batch.cu_seqlens.push(batch.cu_seqlens.last().unwrap() + num_rows);
         batch.context_lens.push(before + num_rows + 2);
         batch.source_lens.push(2);
         batch.state_slots.push(slot);
     }
-    batch
+    batch.into()
 }
 
 #[test]

@@ -5,6 +5,7 @@ mod activations;
 mod attention;
 mod bench;
 mod caches;
+mod copies;
 mod embedding;
 mod experts;
 mod gated_delta;
